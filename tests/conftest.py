@@ -1,0 +1,56 @@
+"""What every test runs under, settled before JAX starts and before jaxlora is first imported.
+
+On the CPU by default, as eight devices: a test that wants a mesh makes one, and the others run on the first device.
+`pytest -m gpu` leaves the platform alone and insists on a GPU.
+"""
+
+import os
+import re
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # torch; two workers with a pool each would fight for the cores
+
+import jax
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook("jaxlora", "beartype.beartype")
+# A script run by a test starts JAX itself. It inherits the environment, not this configuration.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def wants_gpu(config: pytest.Config) -> bool:
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+
+
+def pytest_configure(config):
+    if wants_gpu(config):
+        if jax.default_backend() != "gpu":
+            pytest.exit(f"-m gpu was asked for, and JAX runs on the {jax.default_backend()}", returncode=1)
+        return
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    # A second run compiles little. The size limit is what makes JAX lock the folder, which the workers share.
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not wants_gpu(config):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs -m gpu"))
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def standard_promotion():
+    """For a test that runs third-party code, such as a bare optax update, which mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
