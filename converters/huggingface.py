@@ -1,0 +1,454 @@
+"""Hugging Face checkpoints: config.json -> `ModelConfig`, safetensors -> model, one tensor at a time.
+
+A family is one row of `FAMILIES`: how its config.json fills `ModelConfig`, and which of its tensors are not named as
+our parameters are. A tensor's expected shape comes from the abstract model, so a checkpoint that does not fit is
+reported whole (missing, unexpected and misshapen tensors in one error) before anything is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import json
+import math
+import mmap
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jaxlora.quant import QuantizedArray
+
+from jaxlora import quant
+from jaxlora.config import ModelConfig, QuantConfig, RopeConfig
+from jaxlora.layers import ACTIVATIONS
+from jaxlora.model import CausalLM, Named, named_nodes
+
+Model = TypeVar("Model", bound=CausalLM)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as it is; the message names the file, what was found, and the mend."""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a model_type's config.json is read.
+
+    A flag is True, False, or the name of the config.json field that holds it. `defaults` are the values that
+    transformers assumes for fields which a config.json leaves out. `window` says which layers slide: "none", "all"
+    that have a `sliding_window`, or "upper", those from `max_window_layers` on where `use_sliding_window` is set.
+    """
+
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool | str = False
+    window: str = "none"
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        defaults={"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    ),
+    "mistral": Family(
+        window="all",
+        defaults={
+            "vocab_size": 32000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family(
+        qkv_bias=True,
+        window="upper",
+        defaults={
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    "qwen3": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        window="upper",
+        defaults={
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+}
+
+_COMMON_DEFAULTS = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "head_dim": None,
+    "num_key_value_heads": None,
+}
+
+
+def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
+    """Read a config.json, in its older (`rope_theta`, `rope_scaling`) or newer form (`rope_parameters`).
+
+    Raises:
+        CheckpointError: no or an unknown `model_type`, rope type or activation; names the ones supported.
+    """
+    model_type = hf_config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    hf = {**_COMMON_DEFAULTS, **family.defaults, **hf_config}
+    if hf["hidden_act"] not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: hidden_act {hf['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        )
+
+    def flag(value: bool | str) -> bool:
+        return bool(hf[value]) if isinstance(value, str) else value
+
+    layer_types = _layer_types(family, hf)
+    heads = hf["num_attention_heads"]
+    return ModelConfig(
+        model_type=str(model_type),
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_hidden_layers=hf["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=hf["num_key_value_heads"] or heads,
+        head_dim=hf["head_dim"] or hf["hidden_size"] // heads,
+        max_position_embeddings=hf["max_position_embeddings"],
+        rope=rope_config(hf),
+        layer_types=layer_types,
+        sliding_window=hf["sliding_window"] if "sliding_attention" in layer_types else None,
+        hidden_act=hf["hidden_act"],
+        rms_norm_eps=hf["rms_norm_eps"],
+        qkv_bias=flag(family.qkv_bias),
+        o_bias=flag(family.o_bias),
+        mlp_bias=flag(family.mlp_bias),
+        qk_norm=flag(family.qk_norm),
+        tie_word_embeddings=hf["tie_word_embeddings"],
+    )
+
+
+def _layer_types(family: Family, hf: Mapping[str, Any]) -> tuple[str, ...]:
+    layers, window = hf["num_hidden_layers"], hf["sliding_window"]
+    if family.window == "all" and window is not None:
+        return ("sliding_attention",) * layers
+    if family.window == "upper":
+        window = window if hf["use_sliding_window"] else None
+        if hf.get("layer_types") is not None:
+            return tuple(hf["layer_types"])
+        full = layers if window is None else min(hf["max_window_layers"], layers)
+        return ("full_attention",) * full + ("sliding_attention",) * (layers - full)
+    return ("full_attention",) * layers
+
+
+def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
+    """The rope fields of a config.json in either form."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    fields = {field.name for field in dataclasses.fields(RopeConfig)} - {"rope_type"}
+    unknown = sorted(set(rope) - fields)
+    if unknown:
+        warnings.warn(
+            f"config.json: rope fields {', '.join(unknown)} are not used by rope_type {rope_type!r}", stacklevel=3
+        )
+    known = {name: value for name, value in rope.items() if name in fields and value is not None}
+    known.setdefault("rope_theta", hf.get("rope_theta") or 10_000.0)
+    known.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
+    original = known.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
+    known["original_max_position_embeddings"] = original
+    if rope_type == "default":
+        known.pop("factor", None)
+    if rope_type == "yarn" and "factor" not in known and original:
+        known["factor"] = hf["max_position_embeddings"] / original
+    elif rope_type != "default" and "factor" not in known:
+        raise CheckpointError(f"config.json: rope_type {rope_type!r} needs a factor, and none is given")
+    try:
+        return RopeConfig(rope_type=rope_type, **known)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# tensors
+
+
+class TensorSource(Protocol):
+    """Tensors by their Hugging Face names, in Hugging Face's orientation, read one at a time."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str) -> np.ndarray | QuantizedArray: ...
+
+
+SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+class SafetensorsFile:
+    """The tensors of one .safetensors file, as views of a memory map: reading costs page cache, no heap.
+
+    The `safetensors` package gives no bfloat16 to numpy, hence a reader of the format's few lines: eight bytes of
+    header length, a JSON header, the bytes.
+
+    Raises:
+        CheckpointError: the file is cut short, or is no safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{path}: not a whole safetensors file ({size:,} bytes, header said to be {length:,}): "
+                    "download or copy it again"
+                )
+            try:
+                header = json.loads(file.read(length))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: its safetensors header is not JSON ({error})") from error
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.header_length = 8 + length
+        self.entries: dict[str, _Entry] = {}
+        for name, info in header.items():
+            start, end = info["data_offsets"]
+            dtype, shape = SAFETENSORS_DTYPES.get(info["dtype"]), tuple(info["shape"])
+            if dtype is None:
+                raise CheckpointError(f"{path}: tensor {name} has dtype {info['dtype']}, which is not supported")
+            if self.header_length + end > size:
+                raise CheckpointError(
+                    f"{path}: truncated: tensor {name} ends at byte {self.header_length + end:,}, the file at {size:,}: "
+                    "download or copy it again"
+                )
+            if end - start != dtype.itemsize * math.prod(shape):
+                raise CheckpointError(f"{path}: tensor {name} of shape {shape} and {dtype} does not fill its bytes")
+            self.entries[name] = _Entry(path, dtype, shape, self.header_length + start)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of the file."""
+        entry = self.entries[name]
+        count = math.prod(entry.shape)
+        return np.frombuffer(self._map, entry.dtype, count, entry.start).reshape(entry.shape)
+
+
+class SafetensorsSource:
+    """The tensors of a checkpoint folder: model.safetensors, or the shards that model.safetensors.index.json names.
+
+    Raises:
+        FileNotFoundError: no such folder, or a shard of the index is missing.
+        CheckpointError: the folder holds no safetensors (pickle files are refused), or a file is broken.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such checkpoint folder")
+        self.files = {path: SafetensorsFile(path) for path in self._paths()}
+        self._home = {name: file for file in self.files.values() for name in file.entries}
+
+    def _paths(self) -> list[Path]:
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if index.exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [shard for shard in shards if not (self.folder / shard).exists()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{index} names shards that are not there: {', '.join(missing)}: download the missing files"
+                )
+            return [self.folder / shard for shard in shards]
+        if single.exists():
+            return [single]
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{self.folder} holds pickle weights only ({', '.join(pickles[:3])}), which can run code when read, and are "
+                "refused: convert them to safetensors, or take a revision of the repository that has them"
+            )
+        raise CheckpointError(
+            f"{self.folder} is not a checkpoint: neither model.safetensors nor model.safetensors.index.json is there"
+        )
+
+    def names(self) -> list[str]:
+        return list(self._home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._home[name].entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._home[name].entries[name].dtype
+
+    def read(self, name: str) -> np.ndarray:
+        return self._home[name].read(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# loading
+
+# Tensors that some checkpoints carry and no model needs: buffers that are computed.
+_IGNORED = ("*.rotary_emb.inv_freq", "*.masked_bias", "*.attn.bias")
+
+
+def parameter_shapes(model: CausalLM) -> Iterator[tuple[Named, tuple[int, ...]]]:
+    """Every parameter of the (abstract) model with the shape of one checkpoint tensor."""
+    for parameter in named_nodes(model, nnx.Variable):
+        value = parameter.node.get_value()
+        if isinstance(value, QuantizedArray):
+            yield parameter, tuple(value.shape)
+        else:
+            yield parameter, tuple(value.shape[1:] if parameter.layers else value.shape)
+
+
+def check_tensors(model: CausalLM, source: TensorSource) -> None:
+    """Compare names and shapes of a checkpoint with a model's.
+
+    Raises:
+        CheckpointError: lists every tensor that is missing, unexpected or misshapen.
+    """
+    expected = {name: shape for parameter, shape in parameter_shapes(model) for name in parameter.names()}
+    found = set(source.names())
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    missing = sorted(set(expected) - found)
+    unexpected = sorted(
+        n for n in found - set(expected) - tied if not any(fnmatch.fnmatch(n, ignored) for ignored in _IGNORED)
+    )
+    misshapen = [
+        f"{name} is {list(source.shape(name))}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(source.shape(name)) != shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {'; '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the tensors do not fit a {model.config.model_type} model of this config.json. " + " | ".join(problems)
+        )
+
+
+def load_model(
+    source: TensorSource,
+    hf_config: Mapping[str, Any],
+    *,
+    dtype: Any,
+    quant_config: QuantConfig | None = None,
+    config: ModelConfig | None = None,
+    place: Callable[[Named, Any], Any] | None = None,
+    cls: type[Model] = CausalLM,
+) -> Model:
+    """Build a model and fill it from `source`, one tensor at a time.
+
+    Weights become `dtype`; block projections are quantised on the device as they arrive, from the dtype that they
+    have in the file. At no time is there more of the unquantised model than one tensor. `place` gives the sharding
+    of a parameter's value (a tree of shardings like it), by default the first device.
+
+    Raises:
+        CheckpointError: see `check_tensors`.
+    """
+    config = config or model_config(hf_config)
+    model = nnx.eval_shape(
+        lambda: cls(config, dtype=dtype, quant_config=quant_config, rngs=nnx.Rngs(0), hf_config=dict(hf_config))
+    )
+    check_tensors(model, source)
+    for parameter in named_nodes(model, nnx.Variable):
+        abstract = parameter.node.get_value()
+        shardings = place(parameter, abstract) if place else None
+        value = _empty(abstract, shardings)
+        for index, name in enumerate(parameter.names()):
+            layer = index if parameter.layers else None
+            value = _store(value, source.read(name), layer)
+        parameter.node.set_value(value)
+    return model
+
+
+def _empty(abstract: Any, shardings: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(abstract)
+    places = [None] * len(leaves) if shardings is None else treedef.flatten_up_to(shardings)
+    return treedef.unflatten([jnp.zeros(a.shape, a.dtype, device=p) for a, p in zip(leaves, places, strict=True)])
+
+
+def _store(target: Any, tensor: np.ndarray | QuantizedArray, layer: int | None) -> Any:
+    """`target` with `tensor` in it, at `layer` of its stack; `target`'s buffers are given up for the result's."""
+    if isinstance(tensor, np.ndarray):
+        tensor = jnp.asarray(tensor)
+    return _store_layer(target, tensor, None if layer is None else jnp.int32(layer))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _store_layer(target, tensor, layer):
+    if isinstance(target, QuantizedArray) and not isinstance(tensor, QuantizedArray):
+        tensor = quant.quantize(
+            tensor, scheme=target.scheme, double_quant=target.nested_absmax is not None, dtype=target.dtype
+        )
+    if layer is None:
+        return jax.tree.map(lambda old, new: new.astype(old.dtype), target, tensor)
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), layer, 0), target, tensor
+    )

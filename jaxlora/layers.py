@@ -1,0 +1,123 @@
+"""The layers of a decoder. Parameters keep the checkpoint's names and orientation: a linear weight is [out, in].
+
+The maths of LoRA is `Linear.__call__`, three lines: the frozen base, its bias, and scaling * (x A^T) B^T.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxlora import quant
+from jaxlora.config import QuantConfig
+from jaxlora.kernels.lora import lora_delta
+
+
+class BaseParam(nnx.Variable):
+    """A weight of the checkpoint that does not learn: an array or a `QuantizedArray`."""
+
+
+class TrainableParam(nnx.Param):
+    """A weight of the checkpoint that learns."""
+
+
+class LoraParam(TrainableParam):
+    """A matrix of an adapter: A [r, in] or B [out, r], float32."""
+
+
+class AdapterScale(nnx.Variable):
+    """The factor alpha / r of an adapter, per layer: a constant, so neither trained nor saved with the base."""
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> Array:
+    return (jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02).astype(dtype)
+
+
+def base_param(value: Any, axes: tuple[str | None, ...]) -> BaseParam:
+    """A frozen parameter with its logical axis names, one for each dimension."""
+    return BaseParam(value, axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b + scaling * (dropout(x) A^T) B^T, with W frozen, dense or quantised, and A, B the adapter if any.
+
+    Shapes: x [..., in] -> [..., out] in x's dtype. `stack` is the number of layers held on a leading axis, which a scan
+    slices off before the call; None for a linear that is no part of a stack. `axes` names (out, in).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        dtype: Any,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        stack: int | None = None,
+        quant_config: QuantConfig | None = None,
+    ):
+        self.in_features, self.out_features, self.stack, self.axes = in_features, out_features, stack, axes
+        lead, lead_axes = ((stack,), ("layers",)) if stack is not None else ((), ())
+        weight = _normal(rngs, (*lead, out_features, in_features), dtype)
+        if quant_config is not None:
+            weight = quant.quantize(
+                weight, scheme=quant_config.scheme, double_quant=quant_config.double_quant, dtype=dtype
+            )
+        self.weight = base_param(weight, (*lead_axes, *axes))
+        self.bias = base_param(jnp.zeros((*lead, out_features), dtype), (*lead_axes, axes[0])) if bias else None
+        self.lora_A = self.lora_B = self.lora_scaling = nnx.data(None)
+        self.lora_dropout = 0.0
+
+    def __call__(self, x: Float[Array, "*batch d_in"], key: Any = None) -> Float[Array, "*batch d_out"]:
+        y = quant.matmul(x, self.weight.get_value())
+        if self.bias is not None:
+            y = y + self.bias.get_value().astype(y.dtype)
+        if self.lora_A is not None:
+            dropped = dropout(x, self.lora_dropout, key)
+            y = y + lora_delta(dropped, self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
+        return y
+
+
+def dropout(x: Float[Array, "*shape"], rate: float, key: Any) -> Float[Array, "*shape"]:
+    """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate). No key means no dropout."""
+    if rate == 0.0 or key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+class Embedding(nnx.Module):
+    """Rows of a table: ids [...] -> [..., features]."""
+
+    def __init__(self, num_embeddings: int, features: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.weight = base_param(_normal(rngs, (num_embeddings, features), dtype), ("vocab", "embed"))
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+        return jnp.take(self.weight.get_value(), ids, axis=0)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight over the last axis, the statistics in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, features: int, *, eps: float, dtype: Any, axis: str, stack: int | None = None):
+        shape, axes = ((stack, features), ("layers", axis)) if stack is not None else ((features,), (axis,))
+        self.weight = base_param(jnp.ones(shape, dtype), axes)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.weight.get_value().astype(x.dtype)

@@ -1,0 +1,267 @@
+"""`FastLanguageModel`: from a name to a model with adapters, and back to files.
+
+The one module that knows every other: it resolves a name to files, picks the converter, and hands the parts to each
+other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from jaxlora import lora, remat
+from jaxlora.config import LoraConfig, QuantConfig
+from jaxlora.converters import peft
+from jaxlora.converters.bitsandbytes import BitsandbytesSource
+from jaxlora.converters.export import MergeReport, save_merged
+from jaxlora.converters.gguf import GGUFSource
+from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, TensorSource, load_model, model_config
+from jaxlora.generate import generate
+from jaxlora.model import CausalLM
+
+logger = logging.getLogger(__name__)
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+class LanguageModel(CausalLM):
+    """A `CausalLM` that knows where it came from, and so how to count, save and sample itself.
+
+    name_or_path: what `from_pretrained` was given for the base model; base_folder: where its files lie (a folder, or a
+    .gguf file), "" for a model made in memory; max_seq_length: the window in tokens; lora_config: the adapter's, or
+    None.
+    """
+
+    name_or_path: str = ""
+    base_folder: str = ""
+    max_seq_length: int = 0
+    lora_config: LoraConfig | None = None
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all), as PEFT counts them."""
+        return lora.get_nb_trainable_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line, such as `trainable params: 41,943,040 || all params: 8,072,204,288 || trainable%:
+        0.5196`."""
+        print(lora.format_trainable_parameters(*self.get_nb_trainable_parameters()))
+
+    def generate(self, input_ids: Any, **options: Any) -> jax.Array:
+        """Continue prompts; see `jaxlora.generate.generate`."""
+        return generate(self, input_ids, **options)
+
+    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
+        """Write the adapter in PEFT's layout, and the tokenizer if given; see `converters.peft.save_adapter`."""
+        peft.save_adapter(self, save_directory, tokenizer)
+
+    def save_pretrained_merged(
+        self, save_directory: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit", **options: Any
+    ) -> MergeReport:
+        """Write the model with its adapter merged as a Hugging Face checkpoint; see `converters.export.save_merged`."""
+        return save_merged(self, save_directory, tokenizer, save_method=save_method, **options)
+
+
+class FastLanguageModel:
+    """The door, with Unsloth's names: `from_pretrained`, then `get_peft_model`."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str | Path,
+        max_seq_length: int | None = None,
+        dtype: Any = None,
+        load_in_4bit: bool | None = None,
+        load_in_16bit: bool = False,
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        rope_scaling: dict | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+    ) -> tuple[LanguageModel, Any]:
+        """Load a model and its tokenizer.
+
+        Args:
+            model_name: a folder with config.json and safetensors, a .gguf file, a folder of PEFT adapter files (the
+            base is
+                loaded from its `base_model_name_or_path`, the adapter attached and trainable), or a Hugging Face id.
+            max_seq_length: tokens in a training row, by default 2048 or the native window if that is shorter. Beyond
+            the
+                native window it needs `rope_scaling`, or a model whose own rope scaling is llama3, which only widens.
+            dtype: compute dtype and dtype of the weights that are not quantised, as a jnp or torch dtype or its name.
+                None is bfloat16 on a GPU that has it, float16 on one that has not, and float32 on the CPU.
+            load_in_4bit: NF4 with double quantisation; what happens unless another mode is asked for.
+            load_in_16bit: no quantisation.
+            rope_scaling: replaces the checkpoint's rope scaling, in the form of config.json: {"rope_type": ..., ...}.
+            use_gradient_checkpointing: see `get_peft_model`.
+
+        Returns:
+            (model, tokenizer). The tokenizer is None, with a warning, if the checkpoint has none.
+
+        Raises:
+            FileNotFoundError: no such folder or file; CheckpointError: it cannot be read as a supported model.
+            ValueError: two modes at once, an unknown dtype, a window that the rope does not reach.
+        """
+        if load_in_4bit and load_in_16bit:
+            raise ValueError("load_in_4bit=True and load_in_16bit=True are both given: choose one")
+        load_in_4bit = not load_in_16bit if load_in_4bit is None else load_in_4bit
+        policy = remat.resolve(use_gradient_checkpointing)
+        hub = dict(token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        path = resolve_path(model_name, **hub)
+        adapter = None
+        if (path / "adapter_config.json").exists():
+            adapter, model_name = path, peft.base_model_name(path)
+            path = resolve_path(model_name, **{**hub, "revision": None})
+
+        source, hf_config, tokenizer = _open(path)
+        if rope_scaling is not None:
+            hf_config = _with_rope_scaling(hf_config, rope_scaling)
+        config = model_config(hf_config)
+        window = _check_window(config, max_seq_length)
+        prequantised = source.quant_config() if isinstance(source, BitsandbytesSource) else None
+        model = load_model(
+            source,
+            hf_config,
+            dtype=resolve_dtype(dtype),
+            quant_config=prequantised or (QuantConfig() if load_in_4bit else None),
+            config=config,
+            cls=LanguageModel,
+        )
+        model.name_or_path, model.base_folder = str(model_name), str(path)
+        model.max_seq_length, model.remat_policy = window, policy
+        if adapter is not None:
+            peft.load_adapter(model, adapter)
+            tokenizer = _tokenizer(adapter) or tokenizer
+        if tokenizer is None:
+            warnings.warn(f"{path} has no tokenizer files: the tokenizer is None", stacklevel=2)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: LanguageModel,
+        r: int = 16,
+        target_modules: Sequence[str] | str = (
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+        ),
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+    ) -> LanguageModel:  # fmt: skip
+        """Put LoRA adapters on the model, in place, and return it. What is not an adapter stays frozen.
+
+        Args:
+            r: rank. target_modules: module names, or "all-linear". lora_alpha, lora_dropout, use_rslora: as in PEFT.
+            use_gradient_checkpointing: False or "none", "attention", True or "full", "unsloth" or "offload"; see
+            `remat`. random_state: seed of the adapters' initial values.
+
+        Raises:
+            TypeError: `r` is not an integer, or the model has adapters with other settings.
+            ValueError: a rank below 1, or a target that matches nothing (the message lists the names that exist).
+        """
+        targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+        config = LoraConfig(
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, target_modules=targets
+        )
+        policy = remat.resolve(use_gradient_checkpointing)
+        if model.lora_config is not None:
+            if model.lora_config != config:
+                raise TypeError(
+                    f"the model already has LoRA adapters with other settings: it has {model.lora_config}, asked for is "
+                    f"{config}. Load the base model anew"
+                )
+            warnings.warn("the model already has these LoRA adapters: nothing was changed", stacklevel=2)
+            return model
+        lora.add_adapters(model, config, jax.random.key(random_state))
+        model.lora_config, model.remat_policy = config, policy
+        return model
+
+
+def resolve_path(name: str | Path, **hub: Any) -> Path:
+    """The local folder or .gguf file of a name: itself if it is there, else a download from the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: neither a path that exists nor an id of a repository.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1 or path.suffix == ".gguf":
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name}: no such folder, and no Hugging Face id either ({error})") from error
+
+
+def resolve_dtype(dtype: Any) -> jnp.dtype:
+    """A jnp or torch dtype, or its name, as a jnp dtype; None is the device's best (see `from_pretrained`)."""
+    if dtype is None:
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            return jnp.dtype(jnp.float32)
+        capability = str(getattr(device, "compute_capability", "8.0"))
+        return jnp.dtype(jnp.bfloat16 if float(capability) >= 8.0 else jnp.float16)
+    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    return jnp.dtype(name)
+
+
+def _open(path: Path) -> tuple[TensorSource, dict, Any]:
+    """The tensors, config.json and tokenizer (or None) of a checkpoint."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is a file, and only .gguf files are models: name the folder that it lies in")
+        source = GGUFSource(path)
+        return source, source.config(), source.tokenizer()
+    config_file = path / "config.json"
+    if not config_file.exists():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+    hf_config = json.loads(config_file.read_text())
+    source: TensorSource = SafetensorsSource(path)
+    if "quantization_config" in hf_config:
+        source = BitsandbytesSource(source, hf_config["quantization_config"])
+    return source, hf_config, _tokenizer(path)
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer  # takes seconds to import, and a model without tokenizer needs none
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:
+    theta = (hf_config.get("rope_parameters") or {}).get("rope_theta", hf_config.get("rope_theta", 10_000.0))
+    rest = {k: v for k, v in hf_config.items() if k not in ("rope_scaling", "rope_parameters")}
+    return {**rest, "rope_theta": theta, "rope_parameters": {"rope_theta": theta, **rope_scaling}}
+
+
+def _check_window(config: Any, max_seq_length: int | None) -> int:
+    native, rope = config.max_position_embeddings, config.rope
+    if max_seq_length is None:
+        return min(2048, native)
+    if max_seq_length < 1:
+        raise ValueError(f"max_seq_length must be at least 1, found {max_seq_length}")
+    reach = native
+    if rope.rope_type in ("linear", "dynamic", "yarn") and rope.original_max_position_embeddings is None:
+        reach = int(native * rope.factor)
+    if max_seq_length > reach and rope.rope_type != "llama3":
+        raise ValueError(
+            f"max_seq_length={max_seq_length} is beyond the model's window of {reach} tokens. Pass for example "
+            f'rope_scaling={{"rope_type": "yarn", "factor": {max_seq_length / native:.1f}, '
+            f'"original_max_position_embeddings": {native}}}, or a shorter max_seq_length'
+        )
+    return max_seq_length

@@ -1,0 +1,386 @@
+"""The decoder, read downwards, in the checkpoint's names:  CausalLM -> Decoder -> Run -> DecoderLayer -> Attention,
+MLP.
+
+Like layers are stacked: a `Run` holds `repeats` times a period of one or more layers, every parameter with a leading
+axis of that length, and scans over it. A Llama is one run of period 1; a model whose last layers have a window is
+two runs; one that alternates is one run of period 2. So the program's size, and the time to compile it, do not grow
+with the depth.
+
+Shapes: B batch, T tokens of this call, S places of the cache, D hidden size, N and K query and key heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxlora import remat
+from jaxlora.config import ModelConfig, QuantConfig
+from jaxlora.kernels import api as kernels
+from jaxlora.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from jaxlora.rope import apply_rope, rope_tables, segment_positions
+
+
+def _dataclass_pytree(cls):
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_dataclass_pytree
+class KVCache:
+    """Keys and values of the tokens seen so far, for every layer.
+
+    keys, values: for each run, for each place of its period, [repeats, B, S, K, H]. segment_ids: [B, S], 0 where
+    nothing is. length: the number of places filled, the same for every row, since prompts are padded on the left.
+    """
+
+    keys: list[list[Array]]
+    values: list[list[Array]]
+    segment_ids: Array
+    length: Array
+
+
+@_dataclass_pytree
+class Context:
+    """What every layer of one forward pass shares."""
+
+    cos: Array
+    sin: Array
+    query_segments: Array | None
+    key_segments: Array | None
+    offset: Array | int
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer_type: str, make_linear, make_norm):
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
+        self.window = config.window(layer_type)
+        self.q_proj = make_linear(config.hidden_size, heads * dim, ("heads", "embed"), config.qkv_bias)
+        self.k_proj = make_linear(config.hidden_size, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
+        self.v_proj = make_linear(config.hidden_size, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
+        self.o_proj = make_linear(heads * dim, config.hidden_size, ("embed", "heads"), config.o_bias)
+        self.q_norm = make_norm(dim, "head_dim") if config.qk_norm else None
+        self.k_norm = make_norm(dim, "head_dim") if config.qk_norm else None
+
+    def __call__(self, x, context: Context, keys: list, cache=None):
+        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
+        returned with this call's tokens written at `context.offset`."""
+        b, t, _ = x.shape
+        q = self.q_proj(x, keys[0]).reshape(b, t, self.heads, self.head_dim)
+        k = self.k_proj(x, keys[1]).reshape(b, t, self.kv_heads, self.head_dim)
+        v = self.v_proj(x, keys[2]).reshape(b, t, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+        if cache is not None:
+            all_keys, all_values, layer = cache
+            place = (layer, 0, context.offset, 0, 0)
+            all_keys = jax.lax.dynamic_update_slice(all_keys, k[None].astype(all_keys.dtype), place)
+            all_values = jax.lax.dynamic_update_slice(all_values, v[None].astype(all_values.dtype), place)
+            cache = (all_keys, all_values, layer)
+            k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False)
+        out = kernels.attention(
+            q,
+            k,
+            v,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            query_segments=context.query_segments,
+            key_segments=context.key_segments,
+            offset=context.offset,
+        )
+        out = checkpoint_name(out.reshape(b, t, self.heads * self.head_dim), "attention_output")
+        return self.o_proj(out, keys[3]), cache
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, make_linear):
+        self.gate_proj = make_linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"), config.mlp_bias)
+        self.up_proj = make_linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"), config.mlp_bias)
+        self.down_proj = make_linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"), config.mlp_bias)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x, keys: list):
+        gate = checkpoint_name(self.gate_proj(x, keys[0]), "gate")
+        up = checkpoint_name(self.up_proj(x, keys[1]), "up")
+        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up, keys[2])
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer_type: str, make_linear, make_norm):
+        self.input_layernorm = make_norm(config.hidden_size, "embed")
+        self.self_attn = Attention(config, layer_type, make_linear, make_norm)
+        self.post_attention_layernorm = make_norm(config.hidden_size, "embed")
+        self.mlp = MLP(config, make_linear)
+
+    def __call__(self, x, context: Context, key=None, cache=None):
+        keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
+        x = checkpoint_name(x, "layer_input")
+        attended, cache = self.self_attn(self.input_layernorm(x), context, keys[:4], cache)
+        x = checkpoint_name(x + attended, "residual")
+        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), cache
+
+
+class Run(nnx.Module):
+    """`repeats` times a period of layers; layer `start + r * period + j` is slice r of `period[j]`."""
+
+    def __init__(self, config: ModelConfig, layer_types: tuple[str, ...], start: int, repeats: int, make):
+        self.start, self.repeats = start, repeats
+        linear, norm = functools.partial(make.linear, stack=repeats), functools.partial(make.norm, stack=repeats)
+        self.period = nnx.List([DecoderLayer(config, kind, linear, norm) for kind in layer_types])
+
+    def layers_of(self, place: int) -> tuple[int, ...]:
+        """The model's layer indices that `period[place]` holds, in the order of its leading axis."""
+        return tuple(self.start + r * len(self.period) + place for r in range(self.repeats))
+
+    def __call__(self, x, context: Context, policy: str, key=None, cache=None):
+        """x [B, T, D]; `cache` is (keys, values), a stacked array for each place of the period, or None."""
+
+        def body(carry, layer):
+            x, cache = carry
+            period, index, key = layer
+            for place, block in enumerate(period):
+                block_key = None if key is None else jax.random.fold_in(key, place)
+                if cache is None:
+                    x, _ = block(x, context, block_key)
+                else:
+                    keys, values = list(cache[0]), list(cache[1])
+                    x, (keys[place], values[place], _) = block(
+                        x, context, block_key, (keys[place], values[place], index)
+                    )
+                    cache = (keys, values)
+            return (x, cache), None
+
+        index = jnp.arange(self.repeats, dtype=jnp.int32)
+        keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
+        (x, cache), _ = jax.lax.scan(remat.checkpoint(body, policy), (x, cache), (self.period, index, keys))
+        return x, cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm: ids [B, T] -> hidden states [B, T, D]."""
+
+    def __init__(self, config: ModelConfig, make):
+        self.embed_tokens = make.embedding(config.vocab_size, config.hidden_size)
+        self.layers = nnx.List(
+            [Run(config, kinds, start, repeats, make) for start, kinds, repeats in layer_runs(config.layer_types)]
+        )
+        self.norm = make.norm(config.hidden_size, "embed")
+
+
+def layer_runs(layer_types: tuple[str, ...]) -> list[tuple[int, tuple[str, ...], int]]:
+    """Cut a list of layer kinds into runs (start, kinds of one period, repeats) with as few layers to compile as
+    possible.
+
+    >>> layer_runs(("full", "full", "full"))
+    [(0, ('full',), 3)]
+    >>> layer_runs(("full", "full", "window"))
+    [(0, ('full',), 2), (2, ('window',), 1)]
+    >>> layer_runs(("window", "full", "window", "full", "window"))
+    [(0, ('window', 'full'), 2), (4, ('window',), 1)]
+    """
+    best: list[list] = [[] for _ in range(len(layer_types) + 1)]  # best[i]: the cheapest cut of the layers from i on
+    for start in range(len(layer_types) - 1, -1, -1):
+        cuts = []
+        for period in range(1, len(layer_types) - start + 1):
+            kinds, repeats = layer_types[start : start + period], 1
+            while layer_types[start + repeats * period : start + (repeats + 1) * period] == kinds:
+                repeats += 1
+            cuts.append([(start, kinds, repeats), *best[start + repeats * period]])
+        best[start] = min(cuts, key=lambda runs: (sum(len(kinds) for _, kinds, _ in runs), len(runs)))
+    return best[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Make:
+    """Builds the layers of one model: what they share is said once."""
+
+    dtype: Any
+    rngs: nnx.Rngs
+    eps: float
+    quant_config: QuantConfig | None
+
+    def linear(self, d_in, d_out, axes, bias, stack=None):
+        return Linear(
+            d_in, d_out, axes=axes, bias=bias, stack=stack, dtype=self.dtype, rngs=self.rngs,
+            quant_config=self.quant_config if stack is not None else None,
+        )  # fmt: skip
+
+    def norm(self, features, axis, stack=None):
+        return RMSNorm(features, eps=self.eps, dtype=self.dtype, axis=axis, stack=stack)
+
+    def embedding(self, rows, features):
+        return Embedding(rows, features, dtype=self.dtype, rngs=self.rngs)
+
+
+class CausalLM(nnx.Module):
+    """A decoder with a language-model head: ids [B, T] -> logits [B, T, vocab_size] in float32.
+
+    `dtype` is the compute dtype and the dtype of every weight that is not quantised; `quant_config` quantises the
+    projections of the blocks, never the embedding, the norms or the head. With random weights from `rngs` this is a
+    model to test with; `converters.huggingface` fills an abstract one (`nnx.eval_shape`) from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: Any = jnp.float32,
+        quant_config: QuantConfig | None = None,
+        rngs: nnx.Rngs,
+        hf_config: dict | None = None,
+    ):
+        make = _Make(dtype=dtype, rngs=rngs, eps=config.rms_norm_eps, quant_config=quant_config)
+        self.config, self.dtype, self.quant_config = config, jnp.dtype(dtype), quant_config
+        self._hf_config = json.dumps(hf_config or {})  # text, because a graphdef's attributes must hash
+        self.remat_policy = "none"
+        self.model = Decoder(config, make)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else make.linear(config.hidden_size, config.vocab_size, ("vocab", "embed"), False)
+
+    @property
+    def hf_config(self) -> dict:
+        """The checkpoint's config.json, untouched; a fresh copy at each call."""
+        return json.loads(self._hf_config)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t vocab"]:
+        """Logits [B, T, vocab_size], float32. See `hidden_states` for the arguments."""
+        return _logits(self, input_ids, positions, segment_ids)
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        *,
+        key: Any = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        """Hidden states after the final norm, [B, T, D] in the compute dtype, and the cache with these tokens in it.
+
+        positions: rotary positions, by default counted from 0 in each segment. segment_ids: a token attends to
+        earlier tokens with its own id only; 0 is padding. key: adapter dropout; None for none. cache: places for
+        earlier and these tokens.
+        """
+        if positions is None and cache is not None:
+            raise ValueError("with a cache, positions must be given: they go on from the tokens already in it")
+        if positions is None and segment_ids is not None:
+            positions = segment_positions(segment_ids)
+        elif positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, self.config.max_position_embeddings, positions)
+        key_segments, offset = segment_ids, 0
+        if cache is not None:
+            offset = cache.length
+            if segment_ids is None:
+                segment_ids = jnp.ones_like(input_ids)
+            key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
+        context = Context(cos, sin, segment_ids, key_segments, offset)
+
+        x = self.model.embed_tokens(input_ids).astype(self.dtype)
+        new_keys, new_values = [], []
+        for i, run in enumerate(self.model.layers):
+            run_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            x, run_cache = run(x, context, self.remat_policy, key, run_cache)
+            if run_cache is not None:
+                new_keys.append(run_cache[0])
+                new_values.append(run_cache[1])
+        x = self.model.norm(x)
+        if cache is None:
+            return x, None
+        return x, KVCache(new_keys, new_values, key_segments, offset + input_ids.shape[1])
+
+    def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
+        """Rows and a matrix [vocab, E] whose product is the logits of these hidden states.
+
+        An adapter on the head joins by concatenation: [x, s x A^T] [W, B]^T = x W^T + s (x A^T) B^T.
+        """
+        head = self.lm_head
+        if head is None:
+            return hidden, self.model.embed_tokens.weight.get_value().astype(hidden.dtype)
+        weight = head.weight.get_value().astype(hidden.dtype)
+        if head.lora_A is None:
+            return hidden, weight
+        low = (hidden @ head.lora_A.get_value().astype(hidden.dtype).T) * head.lora_scaling.get_value().astype(
+            hidden.dtype
+        )
+        return (
+            jnp.concatenate([hidden, low], axis=1),
+            jnp.concatenate([weight, head.lora_B.get_value().astype(hidden.dtype)], axis=1),
+        )
+
+    def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+        """Logits of hidden states, float32."""
+        rows, weight = self.head_product(hidden.reshape(-1, hidden.shape[-1]))
+        logits = jnp.einsum("ne,ve->nv", rows, weight, preferred_element_type=jnp.float32)
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
+        """An empty cache of `length` places a row."""
+        shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
+
+        def empty():
+            return [
+                [jnp.zeros((run.repeats, *shape), dtype or self.dtype) for _ in run.period] for run in self.model.layers
+            ]
+
+        return KVCache(empty(), empty(), jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+@jax.jit
+def _logits(model: CausalLM, input_ids, positions, segment_ids):
+    # Compiled, so that a call from the prompt costs one program and not one for each scan that it traces anew.
+    return model.head(model.hidden_states(input_ids, positions, segment_ids)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A parameter or module under its name in the checkpoint.
+
+    name: with "{}" in place of the layer index when `layers` is not empty; layers: the model's layer indices that its
+    leading axis holds; node: the Variable or Module.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    node: Any
+
+    def names(self) -> tuple[str, ...]:
+        """One name for each layer, or the one name."""
+        return tuple(self.name.format(i) for i in self.layers) or (self.name,)
+
+
+def named_nodes(model: CausalLM, kind: type) -> Iterator[Named]:
+    """Every Variable or Module of this type, in the order of the layers, under its checkpoint name.
+
+    The path model.layers.0.period.0.mlp.up_proj becomes model.layers.{}.mlp.up_proj.
+    """
+    for path, node in nnx.iter_graph(model):
+        if not isinstance(node, kind):
+            continue
+        if path[:2] == ("model", "layers") and len(path) > 4:
+            run = model.model.layers[path[2]]
+            yield Named(".".join(("model.layers.{}", *map(str, path[5:]))), run.layers_of(path[4]), node)
+        else:
+            yield Named(".".join(map(str, path)), (), node)

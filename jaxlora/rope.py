@@ -1,0 +1,113 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) and the ways to stretch it.
+
+Pair d of a head, made of its entries d and d + rotary/2, turns by the angle `position * inv_freq[d]`. Every rope
+type is a way to compute `inv_freq`; "dynamic" also looks at the longest position in the batch. Frequencies and
+angles are float32, since bfloat16 cannot count to 257.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlora.config import RopeConfig
+
+
+def _default(theta: float | Array, dim: int) -> Array:
+    return 1.0 / (theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim))
+
+
+def _dynamic(rope: RopeConfig, dim: int, native: int, length: Array) -> Array:
+    """NTK-aware scaling with the base grown just enough for the longest position, never below the native window."""
+    length = jnp.maximum(length, native).astype(jnp.float32)
+    grown = rope.rope_theta * ((rope.factor * length / native) - (rope.factor - 1.0)) ** (dim / (dim - 2))
+    return _default(grown, dim)
+
+
+def _llama3(rope: RopeConfig, dim: int, native: int) -> Array:
+    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between interpolated."""
+    inv_freq = _default(rope.rope_theta, dim)
+    original = rope.original_max_position_embeddings or native
+    turns = original * inv_freq / (2 * math.pi)  # how often the pair turns within the original window
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+
+
+def _yarn(rope: RopeConfig, dim: int, native: int) -> Array:
+    """YaRN (arXiv:2309.00071), section 3.2: a ramp over the pairs from kept to divided frequencies."""
+    original = rope.original_max_position_embeddings or native
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+    ramp = jnp.asarray(np.clip(ramp, 0.0, 1.0), jnp.float32)
+    inv_freq = _default(rope.rope_theta, dim)
+    return inv_freq / rope.factor * ramp + inv_freq * (1.0 - ramp)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1.0 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def rope_frequencies(
+    rope: RopeConfig, head_dim: int, max_position_embeddings: int, length: int | Int[Array, ""]
+) -> tuple[Float[Array, " pairs"], float]:
+    """Frequencies [rotary / 2] in radians per position, and the factor on cos and sin.
+
+    `length` is the longest position in the batch plus one; only "dynamic" reads it.
+    """
+    dim = int(head_dim * rope.partial_rotary_factor)
+    if rope.rope_type == "dynamic":
+        return _dynamic(rope, dim, max_position_embeddings, jnp.asarray(length)), 1.0
+    if rope.rope_type == "llama3":
+        return _llama3(rope, dim, max_position_embeddings), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn(rope, dim, max_position_embeddings), _yarn_attention_factor(rope)
+    return _default(rope.rope_theta, dim) / rope.factor, 1.0  # "default" has factor 1, "linear" its own
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, max_position_embeddings: int, positions: Int[Array, "b t"]
+) -> tuple[Float[Array, "b t pairs"], Float[Array, "b t pairs"]]:
+    """cos and sin [B, T, rotary / 2] in float32 at these positions."""
+    inv_freq, factor = rope_frequencies(rope, head_dim, max_position_embeddings, positions.max() + 1)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(
+    x: Float[Array, "b t heads head_dim"], cos: Float[Array, "b t pairs"], sin: Float[Array, "b t pairs"]
+) -> Float[Array, "b t heads head_dim"]:
+    """Turn the first 2 * pairs entries of each head; the rest passes through."""
+    pairs = cos.shape[-1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)
+
+
+def segment_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Positions that start again at 0 wherever the segment id changes."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    starts = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], dtype=bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,0 +1,56 @@
+"""The low-rank update of LoRA (arXiv:2106.09685, equation 3):  delta = scaling * (x A^T) B^T.
+
+Layout: x [..., in] in the compute dtype, A [r, in] and B [out, r] in float32, as PEFT stores them. The products run
+in x's dtype with float32 accumulation, because r is tiny and the tensor cores want 16-bit operands.
+
+Why a vjp of our own: autodiff would round the gradients of A and B to the compute dtype before they reach the float32
+parameters. Here dA and dB leave the accumulator as float32. The residuals are x, A and B; z = x A^T costs r columns
+and is computed again.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def _dot(x: Array, w: Array, contract: tuple[int, int], out_dtype) -> Array:
+    """Contract axis `contract[0]` of x with `contract[1]` of w, accumulating in float32."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+@jax.custom_vjp
+def lora_delta(
+    x: Float[Array, "*batch d_in"],
+    a: Float[Array, "r d_in"],
+    b: Float[Array, "d_out r"],
+    scaling: Float[Array, ""],
+) -> Float[Array, "*batch d_out"]:
+    """scaling * (x A^T) B^T in x's dtype; gradients of A and B in their own dtype, accumulated in float32.
+
+    The scaling is a constant of the adapter, and gets no gradient.
+    """
+    return _forward(x, a, b, scaling)[0]
+
+
+def _forward(x, a, b, scaling):
+    rows = x.reshape(-1, x.shape[-1])
+    z = _dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling
+    delta = _dot(z.astype(x.dtype), b.astype(x.dtype), (1, 1), x.dtype)
+    return delta.reshape(*x.shape[:-1], b.shape[0]), (x, a, b, scaling)
+
+
+def _backward(residuals, dy):
+    x, a, b, scaling = residuals
+    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    z = (_dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling).astype(x.dtype)
+    dz = (_dot(dy, b.astype(x.dtype), (1, 0), jnp.float32) * scaling).astype(x.dtype)
+    da = _dot(dz, rows, (0, 0), a.dtype)
+    db = _dot(dy, z, (0, 0), b.dtype)
+    dx = _dot(dz, a.astype(x.dtype), (1, 0), x.dtype).reshape(x.shape)
+    return dx, da, db, jnp.zeros_like(scaling)
+
+
+lora_delta.defvjp(_forward, _backward)
