@@ -1,0 +1,263 @@
+"""Every op of the library in plain `jax.numpy`: the specification that the kernels are tested against.
+
+Raw arrays in, raw arrays out; no padding asked of the caller, no layout tricks, every function can be jitted.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, UInt8
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NF4 with double quantisation
+#
+# A weight is flattened row by row and cut into blocks of 64 elements (a block runs on into the next row, the last one
+# may be short). A block keeps its largest magnitude, `absmax`, and for every element the 4-bit index of the entry of
+# `NF4` nearest to element / absmax: Dettmers et al. 2023, "QLoRA", section 3. Double quantisation then stores `absmax`
+# itself in 8 bits: less their mean, in blocks of 256, as indices into `DYNAMIC_MAP`.
+#
+# The arithmetic is that of bitsandbytes 0.50 on the CPU, to the last bit, so that a weight quantised here is the weight
+# that QLoRA in PyTorch would have trained on. XLA gives less than IEEE 754 in three places, and each has its own mend:
+#   * division is off by up to 2 ulp on NVIDIA GPUs (div.full)         -> `_divide`
+#   * subnormal numbers are flushed to zero on the CPU                 -> `_lift`, and magnitudes compared as integers
+#   * a product and a sum are contracted to one rounding (both)        -> the clip in `dequantize_absmax`
+# ---------------------------------------------------------------------------------------------------------------------
+
+NF4_BLOCK = 64
+"""Elements that share one absmax."""
+
+ABSMAX_BLOCK = 256
+"""Absmaxes that share one nested absmax."""
+
+# The quantiles of a normal distribution scaled to [-1, 1], with an exact zero: QLoRA, appendix E.
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+_NF4_BOUNDS = (NF4[:-1] + NF4[1:]) / 2
+_ABSMAX_FLOOR = np.float32(1e-38)  # what bitsandbytes divides by when a block is all zero; subnormal
+
+
+def dynamic_map() -> np.ndarray:
+    """The signed 8-bit dynamic data type, float32 [256], ascending.
+
+    Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", section 1.3: beside the sign, a run of zero bits
+    is a decimal exponent, a one ends it, and the bits that are left are a linear fraction. So decade 10^(e-6), for
+    e = 0..6, holds 2^e magnitudes: the midpoints of 2^e equal cells of [0.1, 1]. Zero and one join them.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        cells = 2**exponent
+        # A float32 step, counted from the nearer end, and every edge rounded once: as torch.linspace has it with FMA.
+        step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(cells))
+        i = np.arange(cells + 1)
+        edges = np.where(2 * i < cells, np.float32(0.1) + step * i, 1 - step * (cells - i)).astype(np.float32)
+        fractions = (edges[:-1] + edges[1:]) / np.float32(2)
+        magnitudes = np.float32(10.0 ** (exponent - 6)) * fractions
+        values += [*magnitudes, *-magnitudes]
+    return np.sort(np.array(values, np.float32))
+
+
+DYNAMIC_MAP = dynamic_map()
+
+
+def _dynamic_thresholds() -> np.ndarray:
+    """The least float32 in [-1, 1] that gets each of the codes 1..255, [255]: code(v) = number of thresholds <= v.
+
+    bitsandbytes does not search for the nearest entry. It rounds v to one of 65536 equidistant bins and looks up a code
+    that was chosen for the middle of the bin. That map ascends, so 255 thresholds say the same; they are found by
+    bisection over the bit patterns of [0, 2], since v + 1 is rounded to float32 first.
+    """
+    last_bin = np.float32(65535)
+    centres = np.float32(-1) + np.arange(65536, dtype=np.float32) * np.float32(2) / last_bin
+    midpoints = np.float32(0.5) * (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:])
+    first_bin = np.searchsorted(centres, midpoints, side="right")  # the first centre beyond each midpoint
+
+    def bin_of(v: np.ndarray) -> np.ndarray:
+        half = (v + np.float32(1)) * np.float32(0.5)
+        return np.trunc((half.astype(np.float64) * 65535 + 0.5).astype(np.float32))  # one rounding: a fused multiply-add
+
+    def float_at(rank: np.ndarray) -> np.ndarray:  # the floats in order: ranks are bit patterns, negative ones mirrored
+        magnitude = np.abs(rank).astype(np.uint32).view(np.float32)
+        return np.where(rank < 0, -magnitude, magnitude)
+
+    one = int(np.float32(1).view(np.uint32))
+    low, high = np.full(255, -one, np.int64), np.full(255, one, np.int64)
+    while (low < high).any():
+        middle = (low + high) // 2
+        reached = bin_of(float_at(middle)) >= first_bin
+        low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
+    return float_at(low)
+
+
+_DYNAMIC_THRESHOLDS = _dynamic_thresholds()
+
+
+def _bits(x: Float32[Array, "..."]) -> Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: Array) -> Float32[Array, "..."]:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _divide(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """a / b, correctly rounded on every platform, for positive normal a and b with a normal quotient.
+
+    The platform's division gives a quotient of the significands that may be some units off; the remainder, which is
+    small and therefore exact in wrapping 32-bit integers, says by how many.
+    """
+    (m, d) = ((_bits(x) & 0x7FFFFF) | 0x800000 for x in (a, b))  # significands, 2^23 <= m, d < 2^24
+    exponent = (_bits(a) >> 23) - (_bits(b) >> 23)
+    shift = jnp.where(m >= d, 23, 24)  # so that 2^23 <= quotient <= 2^24
+    unit = jnp.where(m >= d, jnp.float32(2**-23), jnp.float32(2**-24))
+    quotient = (m.astype(jnp.float32) / d.astype(jnp.float32) / unit).astype(jnp.int32)
+    rest = (m << shift) - quotient * d
+    quotient += rest // d
+    quotient += (2 * (rest % d) > d).astype(jnp.int32)  # a tie cannot happen: it would need a 25-bit significand
+    return quotient.astype(jnp.float32) * unit * _float((exponent + 127) << 23)
+
+
+def _lift(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """x * 2^64, exact for |x| < 2^63 and for subnormal x even where the platform reads those as zero."""
+    magnitude = _bits(x) & 0x7FFFFFFF
+    subnormal = magnitude.astype(jnp.float32) * jnp.float32(2.0 ** (64 - 149))
+    lifted = jnp.where(_bits(x) < 0, -subnormal, subnormal)
+    return jnp.where(magnitude < 0x00800000, lifted, x * jnp.float32(2.0**64))
+
+
+def _mean(x: Float32[Array, " n"]) -> Float32[Array, ""]:
+    """The mean of non-negative numbers, rounded once, whatever order the platform adds in.
+
+    Every addition also yields its exact error (Knuth's two-sum), and the errors are summed beside.
+    """
+
+    def add(left, right):
+        a, b = left[0], right[0]
+        total = a + b
+        part = total - a
+        return total, left[1] + right[1] + ((a - (total - part)) + (b - part))
+
+    zero = jnp.float32(0)
+    total, error = lax.reduce((x, jnp.zeros_like(x)), (zero, zero), add, (0,))
+    total = total + error
+    mean = _divide(jnp.where(total > 0, total, jnp.float32(1)), jnp.float32(x.size))
+    return jnp.where(total > 0, mean, total)
+
+
+def _blocks(x: Array, size: int) -> Array:
+    """A flat array as [blocks, size]; the last block is filled up with zeros."""
+    return jnp.pad(x, (0, -x.size % size)).reshape(-1, size)
+
+
+def quantize_nf4(w: Float[Array, "..."]) -> tuple[UInt8[Array, " bytes"], Float32[Array, " blocks"]]:
+    """Quantise a float32, bfloat16 or float16 array of n elements to NF4.
+
+    Returns:
+      codes: uint8 [ceil(n / 2)], two elements a byte, the earlier one in the high nibble. If n is odd, the last low
+        nibble is the code of zero.
+      absmax: float32 [ceil(n / 64)], the largest magnitude of each block.
+
+    Both equal `bitsandbytes.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")` on the CPU bit for bit, for
+    finite w of magnitudes below 2^126.
+    """
+    n = w.size
+    x = _blocks(w.astype(jnp.float32).reshape(-1), NF4_BLOCK)
+    absmax = _float(jnp.max(_bits(x) & 0x7FFFFFFF, axis=-1))  # magnitudes order as their bit patterns do
+
+    small = (_bits(absmax) < _bits(jnp.float32(2.0**-60)))[:, None]
+    x = jnp.where(small, _lift(x), x)
+    floor = jnp.float32(math.ldexp(float(_ABSMAX_FLOOR), 64))
+    peak = jnp.where(small, jnp.maximum(_lift(absmax)[:, None], floor), absmax[:, None])
+    scaled = x * _divide(jnp.ones_like(peak), peak)
+    if n % NF4_BLOCK:  # bitsandbytes divides a short block, and floors its absmax, where it multiplies whole ones
+        # What is below 2^-20 of the peak has the code of zero, whatever it is exactly.
+        magnitude = jnp.maximum(jnp.abs(x[-1]), peak[-1] * jnp.float32(2**-20))
+        scaled = scaled.at[-1].set(jnp.sign(x[-1]) * _divide(magnitude, jnp.broadcast_to(peak[-1], magnitude.shape)))
+        absmax = _float(_bits(absmax).at[-1].max(int(_ABSMAX_FLOOR.view(np.int32))))
+
+    # The nearest entry; halfway between two of them, the lower one.
+    nibbles = functools.reduce(jnp.add, ((scaled > bound).astype(jnp.uint8) for bound in _NF4_BOUNDS)).reshape(-1, 2)
+    codes = (nibbles[:, 0] << 4) | nibbles[:, 1]
+    return codes[: -(-n // 2)], absmax
+
+
+def quantize_absmax(
+    absmax: Float32[Array, " blocks"], offset: Float32[Array, ""] | None = None
+) -> tuple[UInt8[Array, " blocks"], Float32[Array, " nested_blocks"], Float32[Array, ""]]:
+    """Quantise the absmaxes of one weight to 8 bits: QLoRA's double quantisation.
+
+    Args:
+      absmax: float32 [b].
+      offset: what is subtracted first; the mean if None. (bitsandbytes' own mean depends on the number of its threads,
+        by an ulp or two. Given its offset, codes and nested absmax equal bitsandbytes' on the CPU bit for bit, unless
+        every absmax is subnormal. Its CUDA kernel rounds otherwise near the midpoints of the map.)
+
+    Returns:
+      codes: uint8 [b], indices into `DYNAMIC_MAP`; 0 throughout a block of zeros.
+      nested_absmax: float32 [ceil(b / 256)].
+      offset: float32 scalar.
+    """
+    offset = _mean(absmax) if offset is None else offset
+    x = _blocks(absmax - offset, ABSMAX_BLOCK)
+    nested_absmax = jnp.max(jnp.abs(x), axis=-1)
+    some = nested_absmax[:, None] > 0
+    peak = jnp.where(some, nested_absmax[:, None], jnp.float32(1))
+    scaled = x * _divide(jnp.ones_like(peak), peak)
+    codes = jnp.searchsorted(jnp.asarray(_DYNAMIC_THRESHOLDS), scaled, side="right").astype(jnp.uint8)
+    codes = jnp.where(some, codes, jnp.uint8(0))
+    return codes.reshape(-1)[: absmax.size], nested_absmax, offset
+
+
+def dequantize_absmax(
+    codes: UInt8[Array, "..."], nested_absmax: Float32[Array, " nested_blocks"], offset: Float32[Array, ""]
+) -> Float32[Array, " blocks"]:
+    """Undo `quantize_absmax`: float32 [b], b the number of codes. Equals bitsandbytes' bit for bit."""
+    scale = nested_absmax[:, None]
+    x = jnp.asarray(DYNAMIC_MAP)[_blocks(codes.reshape(-1), ABSMAX_BLOCK).astype(jnp.int32)] * scale
+    # The clip changes no value, the map being within [-1, 1]. It stands between the product and the sum, so that no
+    # compiler contracts them to one rounding (an optimisation barrier does not prevent it).
+    x = jnp.clip(x, -scale, scale)
+    return x.reshape(-1)[: codes.size] + offset
+
+
+def dequantize_nf4(
+    codes: UInt8[Array, "..."],
+    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
+    nested_absmax: Float32[Array, " nested_blocks"] | None = None,
+    offset: Float32[Array, ""] | None = None,
+    *,
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "..."]:
+    """Undo `quantize_nf4`, and `quantize_absmax` where that was used.
+
+    Args:
+      codes: uint8, ceil(n / 2) of them in any shape, where n = prod(shape).
+      absmax: ceil(n / 64) of them in any shape; float32, or uint8 if `nested_absmax` and `offset` are given.
+      nested_absmax: float32 [ceil(ceil(n / 64) / 256)].
+      offset: float32 scalar.
+      shape: the shape of the result.
+      dtype: its dtype.
+
+    Returns:
+      The array of that shape: NF4[code] * absmax in float32, rounded once to `dtype`. It equals bitsandbytes' bit for
+      bit (a result that is subnormal in float32 may be zero).
+    """
+    n = math.prod(shape)
+    if nested_absmax is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, offset)
+    codes = codes.reshape(-1)
+    nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
+    x = jnp.asarray(NF4)[_blocks(nibbles, NF4_BLOCK).astype(jnp.int32)] * absmax.reshape(-1, 1)
+    return x.reshape(-1)[:n].reshape(shape).astype(dtype)
