@@ -4,15 +4,26 @@ Layout: q [B, T, N, H]; k, v [B, S, K, H], with N a multiple of K: query head n 
 stands at index `offset + t` of the keys. It sees key s when s <= offset + t, when they carry the same segment id,
 and, with a window w, when offset + t - s < w. The softmax is float32.
 
-Traded: this form keeps the [B, N, T, S] scores, which a flash kernel does not. It is the specification, and what the
-CPU runs.
+Three forms:
+
+- `reference` keeps the [B, N, T, S] scores. It is the specification, and serves short sequences and decoding.
+- `chunked` takes the queries a chunk at a time and computes each chunk again for its gradient: [B, N, chunk, S] at
+once.
+- `cudnn` is NVIDIA's flash kernel, which keeps no scores at all: 16-bit, T = S, offset 0. jax.nn offers it without
+  documents (what ignores them leaks from one to the next), so packed rows go through the function beneath it, with the
+  length and the start of every document. It wants a fixed number of places for documents, and memory for each; rows
+  with more documents than `MAX_SEGMENTS` take the chunked form, decided on the device, so no row is ever wrong.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+MAX_SEGMENTS = 32
 
 
 def attention_mask(
@@ -55,3 +66,112 @@ def attention_reference(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(b, t, n, h).astype(q.dtype)
+
+
+def attention_chunked(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s kv h"],
+    v: Float[Array, "b s kv h"],
+    *,
+    scale: float,
+    window: int | None = None,
+    query_segments: Int[Array, "b t"] | None = None,
+    key_segments: Int[Array, "b s"] | None = None,
+    offset: int | Int[Array, ""] = 0,
+    chunk: int = 512,
+) -> Float[Array, "b t n h"]:
+    """`attention_reference`, `chunk` queries at a time, none of whose scores outlive the chunk."""
+    b, t, n, h = q.shape
+    chunks = -(-t // chunk)
+    padding = chunks * chunk - t
+    segments = jnp.ones((b, t), jnp.int32) if query_segments is None else query_segments
+    keys = jnp.ones((b, k.shape[1]), jnp.int32) if key_segments is None else key_segments
+    rows = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(b, chunks, chunk, n, h).swapaxes(0, 1)
+    marks = jnp.pad(segments, ((0, 0), (0, padding)), mode="edge").reshape(b, chunks, chunk).swapaxes(0, 1)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_chunk(inputs):
+        index, q, marks = inputs
+        start = offset + index * chunk
+        return attention_reference(
+            q, k, v, scale=scale, window=window, query_segments=marks, key_segments=keys, offset=start
+        )
+
+    out = jax.lax.map(one_chunk, (jnp.arange(chunks, dtype=jnp.int32), rows, marks))
+    return out.swapaxes(0, 1).reshape(b, chunks * chunk, n, h)[:, :t]
+
+
+def attention_cudnn(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s kv h"],
+    v: Float[Array, "b s kv h"],
+    *,
+    scale: float,
+    window: int | None = None,
+    query_segments: Int[Array, "b t"] | None = None,
+    key_segments: Int[Array, "b s"] | None = None,
+    offset: int | Int[Array, ""] = 0,
+) -> Float[Array, "b t n h"]:
+    """cuDNN's flash attention.
+
+    Raises:
+        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, or queries that are not the
+        keys'
+            own tokens (decoding).
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, found {q.dtype}")
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        raise NotImplementedError(f"cuDNN attention takes head dims in multiples of 8 up to 256, found {q.shape[-1]}")
+    if not isinstance(offset, int) or offset != 0 or q.shape[1] != k.shape[1]:
+        raise NotImplementedError("cuDNN attention here takes queries that stand at the keys' own places")
+    if query_segments is None:
+        window_size = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, local_window_size=window_size, implementation="cudnn"
+        )
+    fits = jnp.max(_document_index(query_segments)) <= MAX_SEGMENTS
+    return jax.lax.cond(
+        fits,
+        lambda: _cudnn_packed(q, k, v, scale, window, query_segments),
+        lambda: attention_chunked(
+            q, k, v, scale=scale, window=window, query_segments=query_segments, key_segments=key_segments
+        ),
+    )
+
+
+def _document_index(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """1, 2, ... for the runs of equal segment ids in a row, 0 where the id is 0 (padding)."""
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    starts = (segments != before) & (segments != 0)
+    return jnp.where(segments != 0, jnp.cumsum(starts, axis=1, dtype=jnp.int32), 0)
+
+
+def _cudnn_packed(q, k, v, scale, window, segments):
+    # Private, because jax.nn has no argument for packed rows (jax-ml/jax pull request 25812 added it one level below).
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    document = _document_index(segments)
+    real = (document > 0)[:, :, None, None]
+    # Padding belongs to no document: cuDNN neither reads nor writes it, so both directions are masked here.
+    q, k, v = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (q, k, v))
+    places = jnp.arange(1, MAX_SEGMENTS + 1, dtype=jnp.int32)
+    member = document[:, None, :] == places[None, :, None]  # [B, MAX_SEGMENTS, T]
+    lengths = jnp.sum(member, axis=2, dtype=jnp.int32)
+    exists = lengths > 0
+    lengths = jnp.where(exists, lengths, -1)
+    starts = jnp.where(exists, jnp.argmax(member, axis=2).astype(jnp.int32), -1)
+    starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    out = dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=starts,
+        kv_offsets=starts,
+        scale=scale,
+        mask_type=MaskType.PADDING_CAUSAL,
+        sliding_window_length=window,
+    )
+    return jnp.where(real, out, jnp.zeros((), out.dtype))
