@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 IGNORE = -100  # the label that no loss counts: Hugging Face's convention
 PADDING_ROW = -1  # an index of FixedRows.batch that stands for a row of padding
 
-TruncationMode = Literal["keep_start", "keep_end", "drop"]
-PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
+TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
+PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,11 +104,14 @@ def _read_file(path: Path) -> list[Row]:
     if path.is_dir():
         raise ValueError(f"{path} is a directory; give the list of its files")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such data file")
+        raise FileNotFoundError(
+            f"{path}: no such data file; give a local path or, for a data set of the Hub, the result of load_dataset"
+        )
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".txt": _read_text}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: unknown kind of data file {path.suffix!r}; expected one of {', '.join(readers)}")
-    rows = readers[path.suffix](path)
+    kind = path.suffix.lower()
+    if kind not in readers:
+        raise ValueError(f"{path}: unknown kind of data file {kind!r}; expected one of {', '.join(readers)}")
+    rows = readers[kind](path)
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows
@@ -134,9 +137,7 @@ def _parse(text: bytes, origin: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{origin}: invalid JSON: {error}. A .jsonl file holds one complete JSON object a line."
-        ) from error
+        raise ValueError(f"{origin}: invalid JSON: {error}; expected one complete value") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{origin}: not UTF-8: {error}. Save the file as UTF-8.") from error
 
@@ -249,7 +250,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, i: int | np.integer) -> tuple[np.ndarray, np.ndarray]:
         """The `(input_ids, labels)` of one document, int32 [length] each."""
         if not 0 <= i < len(self):
             raise IndexError(i)
@@ -279,7 +280,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     max_length: int | None,
-    truncation_mode: TruncationMode = "keep_start",
+    truncation_mode: str = "keep_start",
     assistant_only_loss: bool = False,
     completion_only_loss: bool | None = None,
     dataset_text_field: str = "text",
@@ -316,8 +317,8 @@ def tokenize(
             name the row); or no row has a supervised token.
         TypeError: a field of the wrong type.
     """
-    if truncation_mode not in get_args(TruncationMode):
-        raise ValueError(f"truncation_mode must be one of {get_args(TruncationMode)}; found {truncation_mode!r}")
+    if truncation_mode not in TRUNCATION_MODES:
+        raise ValueError(f"truncation_mode must be one of {TRUNCATION_MODES}; found {truncation_mode!r}")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 (one token to read, one to predict); found {max_length}")
     if formatting_func is not None and completion_only_loss:
@@ -527,7 +528,7 @@ class _RowReader:
     def read_chat(self, fields: Mapping[str, Any], origin: str, *keys: str) -> _Document:
         parts = [_messages(fields[key], f"{origin}: {key!r}") for key in keys]
         tools = fields.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        tools = _parse(tools.encode(), f"{origin}: 'tools'") if isinstance(tools, str) else tools
         chat = _Chat(self.tokenizer, tools, fields.get("chat_template_kwargs", {}), origin)
 
         messages = [message for part in parts for message in part]
@@ -618,6 +619,8 @@ class _Chat:
                     raise ValueError(f"{self.origin}: the first message is the assistant's; {_NO_TURNS}")
                 before = self.render(messages[:i], add_generation_prompt=True)
                 after = text if i + 1 == len(messages) else self.render(messages[: i + 1])
+                if not text.startswith(after):  # Phi-3 ends every conversation, not every turn, with EOS
+                    after = after.removesuffix(self.tokenizer.eos_token or "")
                 for prefix in (before, after):
                     if not text.startswith(prefix):
                         n = len(os.path.commonprefix([text, prefix]))
@@ -740,7 +743,7 @@ def pad(
     return FixedRows(examples, np.arange(n), np.arange(n + 1), length, pad_token_id)
 
 
-def pack(examples: Examples, max_length: int, strategy: PackingStrategy = "bfd", *, pad_token_id: int = 0) -> FixedRows:
+def pack(examples: Examples, max_length: int, strategy: str = "bfd", *, pad_token_id: int = 0) -> FixedRows:
     """Puts several documents in each row of `max_length` tokens.
 
     Args:
@@ -755,8 +758,8 @@ def pack(examples: Examples, max_length: int, strategy: PackingStrategy = "bfd",
     Raises:
         ValueError: an unknown strategy; with "bfd", a document longer than `max_length`.
     """
-    if strategy not in get_args(PackingStrategy):
-        raise ValueError(f"packing strategy must be one of {get_args(PackingStrategy)}; found {strategy!r}")
+    if strategy not in PACKING_STRATEGIES:
+        raise ValueError(f"packing strategy must be one of {PACKING_STRATEGIES}; found {strategy!r}")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (one token to read, one to predict); found {max_length}")
     if strategy == "wrapped":
