@@ -275,7 +275,9 @@ class GGUFSource:
             return None
         tokens = self._get("tokenizer.ggml.tokens")
         types = self._get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
-        merges = self._get("tokenizer.ggml.merges")
+        merges = [
+            (left, right) for left, _, right in (m.partition(" ") for m in self._get("tokenizer.ggml.merges", ()))
+        ]
         unknown = self._get("tokenizer.ggml.unknown_token_id")
         if kind == "gpt2":
             pre = self._get("tokenizer.ggml.pre", "default")
@@ -402,11 +404,10 @@ PRE_TOKENIZERS = {
 }
 
 
-def _byte_level(tokens: Sequence[str], merges: Sequence[str] | None, pre: PreTokenizer) -> Tokenizer:
+def _byte_level(tokens: Sequence[str], merges: list[tuple[str, str]], pre: PreTokenizer) -> Tokenizer:
     """GPT-2's kind of BPE: over bytes, each spelled as one printable character."""
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges or ()]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre.ignore_merges))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre.ignore_merges))
     if pre.normalizer is not None:
         tokenizer.normalizer = pre.normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(pre.steps))
@@ -414,16 +415,17 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str] | None, pre: PreTok
     return tokenizer
 
 
-def _sentencepiece(tokens: Sequence[str], merges: Sequence, unknown: str | None, space_prefix: bool) -> Tokenizer:
+def _sentencepiece(
+    tokens: Sequence[str], merges: list[tuple[str, str]], unknown: str | None, space_prefix: bool
+) -> Tokenizer:
     """SentencePiece's BPE: over characters, spaces written "▁", unknown characters as bytes <0x..>.
 
     The space in front is put there by the normalizer, before the text's own ones and after every special token, as
     SentencePiece, llama.cpp and Llama 2's tokenizer.json do.
     """
-    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else merge for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space_prefix else spaces
