@@ -519,11 +519,19 @@ class _RowReader:
             raise ValueError(f"{origin}: 'input_ids' holds {ids.min()}; token ids are never negative (pad later)")
         if "labels" in columns:
             return ids, columns["labels"], False
-        masks = [columns[key] for key in ("assistant_masks",) if key in columns]
-        if self.completion_only_loss and "completion_mask" in columns:  # TRL: only when it was asked for
-            masks.append(columns["completion_mask"])
-        counted = np.all([np.ones(len(ids), bool), *masks], axis=0)
-        return ids, np.where(counted, ids, np.int32(IGNORE)), False
+        masks = []
+        for wanted, key, always in (
+            (self.assistant_only_loss, "assistant_masks", True),
+            (self.completion_only_loss, "completion_mask", False),  # TRL heeds it only when it was asked for
+        ):
+            if wanted and key not in columns:
+                raise ValueError(
+                    f"{origin}: tokenised rows need {key!r} or 'labels', to say which tokens count; found"
+                    f" {sorted(fields)}"
+                )
+            if key in columns and (wanted or always):
+                masks.append(columns[key] != 0)
+        return ids, np.where(np.logical_and.reduce(masks, axis=0), ids, np.int32(IGNORE)), False
 
     def read_chat(self, fields: Mapping[str, Any], origin: str, *keys: str) -> _Document:
         parts = [_messages(fields[key], f"{origin}: {key!r}") for key in keys]

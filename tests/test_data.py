@@ -163,6 +163,9 @@ def test_options_that_do_not_fit_the_rows_are_refused(tokenizer):
         tokenize([{"text": "x"}], tokenizer, max_length=9, assistant_only_loss=True)
     with pytest.raises(ValueError, match="row 0: completion_only_loss=True needs 'prompt' and 'completion'"):
         tokenize([{"text": "x"}], tokenizer, max_length=9, completion_only_loss=True)
+    for option, mask in (("assistant_only_loss", "assistant_masks"), ("completion_only_loss", "completion_mask")):
+        with pytest.raises(ValueError, match=f"row 0: tokenised rows need '{mask}' or 'labels'"):
+            tokenize([{"input_ids": [1, 2]}], tokenizer, max_length=9, **{option: True})
     with pytest.raises(ValueError, match="truncation_mode must be one of"):
         tokenize([{"text": "x"}], tokenizer, max_length=9, truncation_mode="middle")
     with pytest.raises(ValueError, match="the tokenizer has none: set tokenizer.chat_template"):
