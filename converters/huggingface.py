@@ -16,7 +16,7 @@ import mmap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +211,7 @@ def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
 # tensors
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Tensors by their Hugging Face names, in Hugging Face's orientation, read one at a time."""
 
