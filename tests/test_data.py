@@ -1,6 +1,7 @@
 """Data: what TRL would train on, and nothing lost on the way."""
 
 import json
+import tempfile
 import time
 import warnings
 
@@ -195,7 +196,7 @@ def trl_trainer(rows, tokenizer, **options):
             num_hidden_layers=1,
             num_attention_heads=1,
         )
-        args = SFTConfig(output_dir="unused", report_to=[], use_cpu=True, bf16=False, **options)
+        args = SFTConfig(output_dir=tempfile.gettempdir(), report_to=[], use_cpu=True, bf16=False, **options)
         return SFTTrainer(
             model=LlamaForCausalLM(config), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         )
