@@ -51,8 +51,8 @@ _ABSMAX_FLOOR = np.float32(1e-38)  # what bitsandbytes divides by when a block i
 def dynamic_map() -> np.ndarray:
     """The signed 8-bit dynamic data type, float32 [256], ascending.
 
-    Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", section 1.3: beside the sign, a run of zero bits
-    is a decimal exponent, a one ends it, and the bits that are left are a linear fraction. So decade 10^(e-6), for
+    Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", section 1.3: beside the sign, a run of zero
+    bits is a decimal exponent, a one ends it, and the bits that are left are a linear fraction. So decade 10^(e-6), for
     e = 0..6, holds 2^e magnitudes: the midpoints of 2^e equal cells of [0.1, 1]. Zero and one join them.
     """
     values = [0.0, 1.0]
@@ -85,7 +85,8 @@ def _dynamic_thresholds() -> np.ndarray:
 
     def bin_of(v: np.ndarray) -> np.ndarray:
         half = (v + np.float32(1)) * np.float32(0.5)
-        return np.trunc((half.astype(np.float64) * 65535 + 0.5).astype(np.float32))  # one rounding: a fused multiply-add
+        fused = (half.astype(np.float64) * 65535 + 0.5).astype(np.float32)  # a multiply-add with one rounding
+        return np.trunc(fused)
 
     def float_at(rank: np.ndarray) -> np.ndarray:  # the floats in order: ranks are bit patterns, negative ones mirrored
         magnitude = np.abs(rank).astype(np.uint32).view(np.float32)

@@ -1,0 +1,86 @@
+"""The ops, each with several implementations behind one name.
+
+An implementation takes the op's arguments and raises `NotImplementedError("why")` if it cannot take them here. With
+`implementation=None` an op runs the first that can, in the order of its table; a name runs that one or raises.
+
+Every implementation runs in `jax.named_scope("<op>.<name>")`, so a profile says which it was, and so do the locations
+in the lowered program, which `implementations_in` reads.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+
+from jaxlora.kernels import nf4, reference
+
+
+def dispatch(op: str, implementations: Mapping[str, Callable], implementation: str | None, *args, **kwargs) -> Any:
+    """Call one of the implementations of an op.
+
+    Args:
+      op: the op's name, for the scope and the errors.
+      implementations: name -> function, the preferred one first.
+      implementation: a name, or None for the first that does not raise NotImplementedError.
+      *args, **kwargs: the op's.
+
+    Raises:
+      ValueError: there is no implementation of that name.
+      NotImplementedError: the one that was named, or every one, cannot run here; the message says why.
+    """
+    if implementation is not None and implementation not in implementations:
+        raise ValueError(f"{op} has no implementation {implementation!r}: it has {', '.join(implementations)}")
+    reasons = []
+    for name in implementations if implementation is None else (implementation,):
+        try:
+            with jax.named_scope(f"{op}.{name}"):
+                return implementations[name](*args, **kwargs)
+        except NotImplementedError as reason:
+            reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{op} cannot run here. " + "; ".join(reasons))
+
+
+def implementations_in(function: Callable, *args, **kwargs) -> set[str]:
+    """The implementations, as "op.name", that `function(*args, **kwargs)` runs when it is jitted, forward and backward.
+
+    It is traced and lowered and not run, so the arguments may be `jax.ShapeDtypeStruct`s.
+    """
+    program = jax.jit(function).lower(*args, **kwargs).as_text(debug_info=True)
+    return {f"{op}.{name}" for op, names in _OPS.items() for name in names if re.search(rf"\b{op}\.{name}\b", program)}
+
+
+def on_gpu(function: Callable) -> Callable:
+    """`function`, where the default device is an NVIDIA GPU; elsewhere it raises NotImplementedError."""
+
+    def implementation(*args, **kwargs):
+        device = jax.config.jax_default_device  # a device, a platform's name, or None
+        platform = jax.default_backend() if device is None else getattr(device, "platform", device)
+        if platform not in ("gpu", "cuda"):
+            raise NotImplementedError(f"it needs an NVIDIA GPU, and the default device is of platform {platform!r}")
+        return function(*args, **kwargs)
+
+    return implementation
+
+
+_OPS: dict[str, dict[str, Callable]] = {
+    "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
+}
+
+
+def dequantize_nf4(
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    *,
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> jax.Array:
+    """NF4 codes and their statistics -> an array of that shape and dtype. See `reference.dequantize_nf4`.
+
+    Every implementation gives the same bits.
+    """
+    args = codes, absmax, nested_absmax, offset
+    return dispatch("dequantize_nf4", _OPS["dequantize_nf4"], implementation, *args, shape=shape, dtype=dtype)
