@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 
 from jaxlora.kernels import nf4, reference
+from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
 
 
 def dispatch(op: str, implementations: Mapping[str, Callable], implementation: str | None, *args, **kwargs) -> Any:
@@ -65,7 +66,11 @@ def on_gpu(function: Callable) -> Callable:
 
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
+    "attention": {"cudnn": on_gpu(attention_cudnn), "chunked": attention_chunked, "reference": attention_reference},
 }
+
+# Queries above which the scores of a whole row are no longer made at once where there is no flash kernel.
+LONGEST_REFERENCE_ATTENTION = 1024
 
 
 def dequantize_nf4(
@@ -84,3 +89,37 @@ def dequantize_nf4(
     """
     args = codes, absmax, nested_absmax, offset
     return dispatch("dequantize_nf4", _OPS["dequantize_nf4"], implementation, *args, shape=shape, dtype=dtype)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    query_segments: jax.Array | None = None,
+    key_segments: jax.Array | None = None,
+    offset: int | jax.Array = 0,
+    implementation: Literal["cudnn", "chunked", "reference"] | None = None,
+) -> jax.Array:
+    """Causal attention, q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]. See the head of `kernels.attention`.
+
+    Without a name it is cuDNN where that serves, else chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
+    """
+    table = _OPS["attention"]
+    if implementation is None and q.shape[1] <= LONGEST_REFERENCE_ATTENTION:
+        table = {name: function for name, function in table.items() if name != "chunked"}
+    return dispatch(
+        "attention",
+        table,
+        implementation,
+        q,
+        k,
+        v,
+        scale=scale,
+        window=window,
+        query_segments=query_segments,
+        key_segments=key_segments,
+        offset=offset,
+    )
