@@ -91,18 +91,21 @@ class FastLanguageModel:
         """Load a model and its tokenizer.
 
         Args:
-            model_name: a folder with config.json and safetensors, a .gguf file, a folder of PEFT adapter files (the
-            base is
-                loaded from its `base_model_name_or_path`, the adapter attached and trainable), or a Hugging Face id.
-            max_seq_length: tokens in a training row, by default 2048 or the native window if that is shorter. Beyond
-            the
+            model_name: a folder with config.json and safetensors, a .gguf file, a folder of PEFT adapter files (the base
+                is loaded from its `base_model_name_or_path`, the adapter attached and trainable), or a Hugging Face id.
+            max_seq_length: tokens in a training row, by default 2048 or the native window if that is shorter. Beyond the
                 native window it needs `rope_scaling`, or a model whose own rope scaling is llama3, which only widens.
             dtype: compute dtype and dtype of the weights that are not quantised, as a jnp or torch dtype or its name.
                 None is bfloat16 on a GPU that has it, float16 on one that has not, and float32 on the CPU.
             load_in_4bit: NF4 with double quantisation; what happens unless another mode is asked for.
             load_in_16bit: no quantisation.
+            token: for a private Hugging Face repository, by default the one that `hf auth login` stored.
+            revision: branch, tag or commit of the Hugging Face repository.
+            cache_dir: where downloads lie, by default Hugging Face's cache.
+            local_files_only: never ask the network.
             rope_scaling: replaces the checkpoint's rope scaling, in the form of config.json: {"rope_type": ..., ...}.
-            use_gradient_checkpointing: see `get_peft_model`.
+            use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "attention", True or
+                "full", "unsloth" or "offload"; see `remat`.
 
         Returns:
             (model, tokenizer). The tokenizer is None, with a warning, if the checkpoint has none.
@@ -161,9 +164,15 @@ class FastLanguageModel:
         """Put LoRA adapters on the model, in place, and return it. What is not an adapter stays frozen.
 
         Args:
-            r: rank. target_modules: module names, or "all-linear". lora_alpha, lora_dropout, use_rslora: as in PEFT.
-            use_gradient_checkpointing: False or "none", "attention", True or "full", "unsloth" or "offload"; see
-            `remat`. random_state: seed of the adapters' initial values.
+            model: what `from_pretrained` returned.
+            r: rank of the adapters.
+            target_modules: names of the linear layers that get one, or "all-linear".
+            lora_alpha: the update is scaled by lora_alpha / r.
+            lora_dropout: share of an adapter's inputs that are zeroed while training.
+            use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "attention", True or
+                "full", "unsloth" or "offload"; see `remat`.
+            random_state: seed of the adapters' initial values.
+            use_rslora: scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA).
 
         Raises:
             TypeError: `r` is not an integer, or the model has adapters with other settings.
