@@ -91,10 +91,12 @@ class FastLanguageModel:
         """Load a model and its tokenizer.
 
         Args:
-            model_name: a folder with config.json and safetensors, a .gguf file, a folder of PEFT adapter files (the base
-                is loaded from its `base_model_name_or_path`, the adapter attached and trainable), or a Hugging Face id.
-            max_seq_length: tokens in a training row, by default 2048 or the native window if that is shorter. Beyond the
-                native window it needs `rope_scaling`, or a model whose own rope scaling is llama3, which only widens.
+            model_name: a folder with config.json and safetensors, a .gguf file, a folder of PEFT adapter files (the
+                base is loaded from its `base_model_name_or_path`, the adapter attached and trainable), or a Hugging
+                Face id.
+            max_seq_length: tokens in a training row, by default 2048 or the native window if that is shorter. Beyond
+                the native window it needs `rope_scaling`, or a model whose own rope scaling is llama3, which only
+                widens.
             dtype: compute dtype and dtype of the weights that are not quantised, as a jnp or torch dtype or its name.
                 None is bfloat16 on a GPU that has it, float16 on one that has not, and float32 on the CPU.
             load_in_4bit: NF4 with double quantisation; what happens unless another mode is asked for.
@@ -186,8 +188,8 @@ class FastLanguageModel:
         if model.lora_config is not None:
             if model.lora_config != config:
                 raise TypeError(
-                    f"the model already has LoRA adapters with other settings: it has {model.lora_config}, asked for is "
-                    f"{config}. Load the base model anew"
+                    f"the model already has LoRA adapters with other settings: it has {model.lora_config}, asked for "
+                    f"is {config}. Load the base model anew"
                 )
             warnings.warn("the model already has these LoRA adapters: nothing was changed", stacklevel=2)
             return model
