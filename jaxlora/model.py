@@ -199,11 +199,14 @@ def layer_runs(layer_types: tuple[str, ...]) -> list[tuple[int, tuple[str, ...],
     for start in range(len(layer_types) - 1, -1, -1):
         cuts = []
         for period in range(1, len(layer_types) - start + 1):
-            kinds, repeats = layer_types[start : start + period], 1
-            while layer_types[start + repeats * period : start + (repeats + 1) * period] == kinds:
-                repeats += 1
-            cuts.append([(start, kinds, repeats), *best[start + repeats * period]])
-        best[start] = min(cuts, key=lambda runs: (sum(len(kinds) for _, kinds, _ in runs), len(runs)))
+            kinds, stop = layer_types[start : start + period], start
+            while layer_types[stop : stop + period] == kinds:
+                stop += period
+                cuts.append([(start, kinds, (stop - start) // period), *best[stop]])
+        # Of equally cheap cuts, the one of fewer runs, and of those the one whose first run is longest.
+        best[start] = min(
+            cuts, key=lambda runs: (sum(len(kinds) for _, kinds, _ in runs), len(runs), -len(runs[0][1]) * runs[0][2])
+        )
     return best[0]
 
 
