@@ -158,10 +158,10 @@ def random_ids(batch: int, length: int, seed: int = 0, vocab: int = VOCAB) -> np
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """The largest deviation, over the largest magnitude that was expected."""
+    """The largest deviation, over the largest magnitude that was expected, or over 1e-6 if that is larger."""
     found, expected = (np.asarray(x, np.float32) for x in (found, expected))
     assert found.shape == expected.shape, f"shapes differ: {found.shape} and {expected.shape}"
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
 
 
 def smollm2_path() -> Path:
