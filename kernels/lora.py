@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 
 def _dot(x: Array, w: Array, contract: tuple[int, int], out_dtype) -> Array:
-    """Contract axis `contract[0]` of x with `contract[1]` of w, accumulating in float32."""
+    """Contract axis `contract[0]` of x with `contract[1]` of w: float32 sums, whatever dtype they leave in."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32).astype(out_dtype)
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=out_dtype)
 
 
 @jax.custom_vjp
