@@ -14,7 +14,7 @@ import jax
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook("jaxlora", "beartype.beartype")
+jaxtyping.install_import_hook("jaxlora", "checked.checked")
 # A script run by a test starts JAX itself. It inherits the environment, not this configuration.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
