@@ -27,7 +27,7 @@ operand layout; here the weight is written once and cuBLAS multiplies.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,10 @@ def heuristics(n: int) -> Config:
 def _prmt_assembly() -> str:
     """PTX that turns the 8 codes of word $8 into 8 float32 values $0..$7, in the order of the elements.
 
-    `prmt d, a, b, s` makes byte k of d from nibble k of s: its low 3 bits choose one of the 8 bytes of (a, b). The codes
-    of half a word are such a selector, but for their top bit, which chooses between two tables of 8. That gives one byte
-    of each of 4 values, and is done for the 4 bytes of a float32; a 4 x 4 transposition then gathers bytes by value.
+    `prmt d, a, b, s` makes byte k of d from nibble k of s: its low 3 bits choose one of the 8 bytes of (a, b). The
+    codes of half a word are such a selector, but for their top bit, which chooses between two tables of 8. That gives
+    one byte of each of 4 values, and is done for the 4 bytes of a float32; a 4 x 4 transposition then gathers the bytes
+    of each value.
     """
     planes = reference.NF4.view("uint8").reshape(16, 4).T.copy().view("<u4")  # [byte of a float, quarter of the table]
     lines = [".reg .b32 half, low, mask, a, b, p<4>, q<4>;"]
@@ -100,6 +101,7 @@ def _prmt_assembly() -> str:
 
 
 @functools.cache
+@no_type_check  # a type checker's wrapper around the function would hide its source from Triton
 def _kernel():
     """The Triton function. Built on first use, since the library imports where Triton is not installed."""
     import triton

@@ -138,7 +138,7 @@ def _lift(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
 
 
 def _mean(x: Float32[Array, " n"]) -> Float32[Array, ""]:
-    """The mean of non-negative numbers, rounded once, whatever order the platform adds in.
+    """The mean of non-negative numbers, within an ulp whatever order the platform adds in.
 
     Every addition also yields its exact error (Knuth's two-sum), and the errors are summed beside.
     """
