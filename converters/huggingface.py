@@ -372,26 +372,32 @@ def check_tensors(model: CausalLM, source: TensorSource) -> None:
         CheckpointError: lists every tensor that is missing, unexpected or misshapen.
     """
     expected = {name: shape for parameter, shape in parameter_shapes(model) for name in parameter.names()}
-    found = set(source.names())
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    missing = sorted(set(expected) - found)
-    unexpected = sorted(
-        n for n in found - set(expected) - tied if not any(fnmatch.fnmatch(n, ignored) for ignored in _IGNORED)
-    )
+    found = {
+        name: tuple(source.shape(name))
+        for name in source.names()
+        if name in expected or not (name in tied or any(fnmatch.fnmatch(name, ignored) for ignored in _IGNORED))
+    }
+    problems = tensor_problems(expected, found)
+    if problems:
+        raise CheckpointError(
+            f"the tensors do not fit a {model.config.model_type} model of this config.json. {problems}"
+        )
+
+
+def tensor_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """What is wrong with the tensors found, {name: shape}: "", or the missing, unexpected and misshapen ones."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     misshapen = [
-        f"{name} is {list(source.shape(name))}, expected {list(shape)}"
+        f"{name} is {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and tuple(source.shape(name)) != shape
+        if name in found and found[name] != shape
     ]
-    problems = [
+    return " | ".join(
         f"{len(names)} {kind}: {'; '.join(names[:8])}{' …' if len(names) > 8 else ''}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
         if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the tensors do not fit a {model.config.model_type} model of this config.json. " + " | ".join(problems)
-        )
+    )
 
 
 def load_model(
@@ -444,7 +450,9 @@ def _store(target: Any, tensor: np.ndarray | QuantizedArray, layer: int | None) 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _store_layer(target, tensor, layer):
-    if isinstance(target, QuantizedArray) and not isinstance(tensor, QuantizedArray):
+    if isinstance(tensor, QuantizedArray):
+        tensor = dataclasses.replace(tensor, dtype=target.dtype)  # the checkpoint's dtype gives way to the model's
+    elif isinstance(target, QuantizedArray):
         tensor = quant.quantize(
             tensor, scheme=target.scheme, double_quant=target.nested_absmax is not None, dtype=target.dtype
         )

@@ -6,6 +6,7 @@ other.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import warnings
@@ -22,7 +23,7 @@ from jaxlora import lora, remat
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters import peft
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
-from jaxlora.converters.export import MergeReport, save_merged
+from jaxlora.converters.export import MergeReport, export_base, save_merged
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, TensorSource, load_model, model_config
 from jaxlora.generate import generate
@@ -38,11 +39,12 @@ class LanguageModel(CausalLM):
 
     name_or_path: what `from_pretrained` was given for the base model; base_folder: where its files lie (a folder, or a
     .gguf file), "" for a model made in memory; max_seq_length: the window in tokens; lora_config: the adapter's, or
-    None.
+    None. revision: of the base model on the hub, None for its newest.
     """
 
     name_or_path: str = ""
     base_folder: str = ""
+    revision: str | None = None
     max_seq_length: int = 0
     lora_config: LoraConfig | None = None
 
@@ -59,15 +61,63 @@ class LanguageModel(CausalLM):
         """Continue prompts; see `jaxlora.generate.generate`."""
         return generate(self, input_ids, **options)
 
-    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None) -> None:
-        """Write the adapter in PEFT's layout, and the tokenizer if given; see `converters.peft.save_adapter`."""
-        peft.save_adapter(self, save_directory, tokenizer)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        *,
+        base_folder: str | Path | None = None,
+        base_dtype: str | None = None,
+    ) -> None:
+        """Write the adapter in PEFT's layout, and the tokenizer if given; see `converters.peft.save_adapter`.
+
+        PEFT loads the base model that the adapter names. It reads no GGUF file, so the model of one is written out as
+        well: once, as a Hugging Face checkpoint in `base_folder`, by default the folder "base" in `save_directory`. A
+        later save that names the same `base_folder` finds it there.
+
+        Args:
+            base_folder, base_dtype: for a GGUF base only: where, and in which dtype ("float32", "bfloat16", "float16";
+                None keeps the file's, quantised weights as float32); see `converters.export.export_base`.
+
+        Raises:
+            ValueError: the model has no adapter, or no GGUF base and yet a `base_folder` or `base_dtype`.
+            OSError: a folder cannot be written to.
+        """
+        if self.lora_config is None:
+            raise ValueError("the model has no adapter to save: call FastLanguageModel.get_peft_model first")
+        base = self.name_or_path
+        if self.base_folder.endswith(".gguf"):
+            folder = Path(save_directory) / "base" if base_folder is None else base_folder
+            base = str(export_base(GGUFSource(self.base_folder), folder, dtype=base_dtype))
+        elif base_folder is not None or base_dtype is not None:
+            raise ValueError(f"base_folder and base_dtype are for a GGUF base; this model's base is {base}")
+        peft.save_adapter(self, save_directory, tokenizer, config=self.lora_config, base=base, revision=self.revision)
 
     def save_pretrained_merged(
-        self, save_directory: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit", **options: Any
-    ) -> MergeReport:
-        """Write the model with its adapter merged as a Hugging Face checkpoint; see `converters.export.save_merged`."""
-        return save_merged(self, save_directory, tokenizer, save_method=save_method, **options)
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        save_method: str = "merged_16bit",
+        *,
+        base: str | Path | None = None,
+        **options: Any,
+    ) -> MergeReport | None:
+        """Write the model with its adapter merged as a Hugging Face checkpoint; see `converters.export.save_merged`.
+
+        Args:
+            save_method: "merged_16bit", or "lora" for `save_pretrained`, which takes its own options and returns None.
+            base: the checkpoint to merge onto, a folder, a .gguf file or an id; by default the one that was loaded. A
+                model loaded from a 4-bit checkpoint needs the 16-bit original here.
+
+        Raises:
+            ValueError: the model was made in memory, and no `base` is given; and see `save_merged`.
+        """
+        if save_method == "lora":
+            return self.save_pretrained(save_directory, tokenizer, **options)
+        path = resolve_path(base) if base is not None else Path(self.base_folder)
+        if base is None and not self.base_folder:
+            raise ValueError("the model was made in memory and has no base checkpoint to merge onto: pass base=...")
+        return save_merged(self, save_directory, tokenizer, base=path, save_method=save_method, **options)
 
 
 class FastLanguageModel:
@@ -124,8 +174,8 @@ class FastLanguageModel:
         path = resolve_path(model_name, **hub)
         adapter = None
         if (path / "adapter_config.json").exists():
-            adapter, model_name = path, peft.base_model_name(path)
-            path = resolve_path(model_name, **{**hub, "revision": None})
+            adapter, model_name, revision = path, peft.base_model_name(path), peft.base_model_revision(path)
+            path = resolve_path(model_name, **{**hub, "revision": revision})
 
         source, hf_config, tokenizer = _open(path)
         if rope_scaling is not None:
@@ -133,6 +183,10 @@ class FastLanguageModel:
         config = model_config(hf_config)
         window = _check_window(config, max_seq_length)
         prequantised = source.quant_config() if isinstance(source, BitsandbytesSource) else None
+        if prequantised is not None and not load_in_4bit:
+            raise ValueError(
+                f"{path} holds 4-bit weights: load it without load_in_16bit=True, or load the 16-bit model"
+            )
         model = load_model(
             source,
             hf_config,
@@ -141,10 +195,13 @@ class FastLanguageModel:
             config=config,
             cls=LanguageModel,
         )
-        model.name_or_path, model.base_folder = str(model_name), str(path)
+        # Absolute where it is a path: an adapter that names it may be loaded from anywhere.
+        model.base_folder = str(path.resolve())
+        model.name_or_path = model.base_folder if Path(model_name).expanduser().exists() else str(model_name)
+        model.revision = revision
         model.max_seq_length, model.remat_policy = window, policy
         if adapter is not None:
-            peft.load_adapter(model, adapter)
+            model.lora_config = peft.load_adapter(model, adapter)
             tokenizer = _tokenizer(adapter) or tokenizer
         if tokenizer is None:
             warnings.warn(f"{path} has no tokenizer files: the tokenizer is None", stacklevel=2)
@@ -186,7 +243,7 @@ class FastLanguageModel:
         )
         policy = remat.resolve(use_gradient_checkpointing)
         if model.lora_config is not None:
-            if model.lora_config != config:
+            if not _same_adapters(model, model.lora_config, config):
                 raise TypeError(
                     f"the model already has LoRA adapters with other settings: it has {model.lora_config}, asked for "
                     f"is {config}. Load the base model anew"
@@ -196,6 +253,13 @@ class FastLanguageModel:
         lora.add_adapters(model, config, jax.random.key(random_state))
         model.lora_config, model.remat_policy = config, policy
         return model
+
+
+def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> bool:
+    """Whether both name the same modules, in whatever words, and agree in all else."""
+    names = [{linear.name for linear in lora.target_linears(model, c.target_modules)} for c in (ours, theirs)]
+    alike = dataclasses.replace(theirs, target_modules=ours.target_modules)
+    return names[0] == names[1] and ours == alike
 
 
 def resolve_path(name: str | Path, **hub: Any) -> Path:

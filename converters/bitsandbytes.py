@@ -1,0 +1,190 @@
+"""4-bit checkpoints of transformers and bitsandbytes, read without either.
+
+Where a weight X of such a checkpoint is quantised, its tensors are
+
+    X                               uint8, two codes a byte; in whatever shape and dtype the bytes were put
+    X.absmax                        float32, or uint8 with double quantisation
+    X.quant_map                     float32 [16], the NF4 table
+    X.nested_absmax, X.nested_quant_map                 float32, with double quantisation only
+    X.quant_state.bitsandbytes__nf4                     the bytes of a JSON object: shape, dtype, block sizes, offset
+
+`QuantizedArray` has the same fields, so codes and statistics are used as they are stored: nothing is quantised anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxlora import quant
+from jaxlora.config import QuantConfig
+from jaxlora.converters.huggingface import CheckpointError, TensorSource
+from jaxlora.kernels.reference import ABSMAX_BLOCK, DYNAMIC_MAP, NF4, NF4_BLOCK
+from jaxlora.quant import QuantizedArray
+
+_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
+_PLAIN_PARTS = ("absmax", "quant_map")
+_NESTED_PARTS = ("nested_absmax", "nested_quant_map")
+_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+class BitsandbytesSource:
+    """The tensors of a 4-bit checkpoint under the names of the unquantised one: a `TensorSource`.
+
+    The projections of the blocks are read as `QuantizedArray`s, with the stored codes and statistics. Any other
+    quantised weight (a head, say) is read dequantised, which is exact; the rest as it is.
+
+    Args:
+        source: the checkpoint's tensors as they are stored.
+        quantization_config: of its config.json.
+
+    Raises:
+        CheckpointError: a quantisation other than NF4 in blocks of 64, parts of a quantised weight that are missing or
+            do not fit each other.
+        NotImplementedError: some projections of the blocks are quantised and others are not.
+    """
+
+    def __init__(self, source: TensorSource, quantization_config: Mapping[str, Any]):
+        self._source = source
+        self._config = _check_config(quantization_config)
+        stored = source.names()
+        self._states = {}
+        parts = set()
+        for name in stored:
+            if match := _STATE.fullmatch(name):
+                weight, kind = match.groups()
+                if kind != "nf4":
+                    raise CheckpointError(f"{weight} is stored as {kind}; supported is nf4: quantise the model again")
+                self._states[weight] = _read_state(source, name)
+                parts.update({name, *(f"{weight}.{part}" for part in _PLAIN_PARTS + _NESTED_PARTS)})
+        self._names = [name for name in stored if name not in parts]
+        self._check_parts()
+        self._check_blocks()
+
+    def quant_config(self) -> QuantConfig:
+        """How the weights of the blocks are stored."""
+        return self._config
+
+    def names(self) -> list[str]:
+        """The names of the weights, without those of their statistics."""
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape before quantisation: [out, in] for a linear weight."""
+        return tuple(self._states[name]["shape"]) if name in self._states else self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype before quantisation."""
+        return _DTYPES[self._states[name]["dtype"]] if name in self._states else self._source.dtype(name)
+
+    def read(self, name: str) -> np.ndarray | QuantizedArray:
+        """One weight; see the class."""
+        if name not in self._states:
+            return self._source.read(name)
+        array = self._read_quantised(name)
+        return array if _is_in_block(name) else np.asarray(quant.dequantize(array))
+
+    def _read_quantised(self, name: str) -> QuantizedArray:
+        state, (rows, columns) = self._states[name], self.shape(name)
+        codes, absmax = self._source.read(name).reshape(-1).view(np.uint8), self._source.read(f"{name}.absmax")
+        if columns % NF4_BLOCK == 0:
+            codes, absmax = codes.reshape(rows, -1), absmax.reshape(rows, -1)
+        nested_absmax = nested_offset = None
+        if self._config.double_quant:
+            nested_absmax = self._source.read(f"{name}.nested_absmax")
+            nested_offset = np.asarray(state["nested_offset"], np.float32)
+        return QuantizedArray(codes, absmax, nested_absmax, nested_offset, (rows, columns), self.dtype(name), "nf4")
+
+    def _check_parts(self) -> None:
+        """Compare every part of every quantised weight with what its shape demands, and the tables with ours."""
+        nested = self._config.double_quant
+        stored, problems = set(self._source.names()), []
+        for weight, state in self._states.items():
+            count = math.prod(state["shape"])
+            blocks = -(-count // NF4_BLOCK)
+            expected = {
+                weight: (-(-count // 2), None),
+                f"{weight}.absmax": (blocks * (1 if nested else 4), np.uint8 if nested else np.float32),
+                f"{weight}.quant_map": (NF4.nbytes, np.float32),
+            }
+            if nested:
+                expected[f"{weight}.nested_absmax"] = (-(-blocks // ABSMAX_BLOCK) * 4, np.float32)
+                expected[f"{weight}.nested_quant_map"] = (DYNAMIC_MAP.nbytes, np.float32)
+            for part, (size, dtype) in expected.items():
+                if part not in stored:
+                    problems.append(f"{part} is missing")
+                    continue
+                found = self._source.dtype(part)
+                size_found = found.itemsize * math.prod(self._source.shape(part))
+                if size_found != size or (dtype is not None and found != dtype):
+                    problems.append(f"{part} is {size_found} bytes of {found}, expected {size} of {np.dtype(dtype)}")
+                elif part.endswith("quant_map"):
+                    # Made anew wherever a model is quantised, so that the last bit differs from machine to machine.
+                    table = DYNAMIC_MAP if part.endswith("nested_quant_map") else NF4
+                    if not np.allclose(self._source.read(part), table, rtol=0, atol=1e-6):
+                        problems.append(f"{part} is not the standard table of bitsandbytes")
+            if nested != ("nested_offset" in state):
+                problems.append(f"{weight} is {'not ' if nested else ''}doubly quantised, against config.json")
+        if problems:
+            raise CheckpointError(
+                f"the 4-bit checkpoint is broken: {'; '.join(problems[:8])}{' …' if len(problems) > 8 else ''}. "
+                "Download it again, or quantise the model again"
+            )
+
+    def _check_blocks(self) -> None:
+        plain = [n for n in self._names if n not in self._states and _is_in_block(n) and len(self.shape(n)) == 2]
+        if plain:
+            # To quantise them here would change what the checkpoint computes; the layers of a stack are all of a kind.
+            raise NotImplementedError(
+                f"the 4-bit checkpoint leaves {len(plain)} projections unquantised ({', '.join(plain[:4])}, …), and "
+                "this version wants whole blocks quantised: load the 16-bit model with load_in_4bit=True instead"
+            )
+
+
+def _is_in_block(name: str) -> bool:
+    return name.startswith("model.layers.")
+
+
+def _check_config(config: Mapping[str, Any]) -> QuantConfig:
+    method = config.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise CheckpointError(
+            f"config.json: quant_method is {method!r}; supported is 'bitsandbytes' (NF4): load the unquantised model "
+            "instead"
+        )
+    four_bit = config.get("load_in_4bit", config.get("_load_in_4bit", False))
+    kind = config.get("bnb_4bit_quant_type", "fp4")  # transformers' default
+    if not four_bit or kind != "nf4":
+        found = f"4-bit of type {kind!r}" if four_bit else "8-bit"
+        raise CheckpointError(
+            f"config.json: quantization_config is {found}; supported is 4-bit of type 'nf4': load the unquantised "
+            "model instead"
+        )
+    return QuantConfig(scheme="nf4", double_quant=bool(config.get("bnb_4bit_use_double_quant", False)))
+
+
+def _read_state(source: TensorSource, name: str) -> dict[str, Any]:
+    try:
+        state = json.loads(np.asarray(source.read(name)).tobytes())
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not JSON ({error}): download the checkpoint again") from error
+    expected = {"quant_type": "nf4", "blocksize": NF4_BLOCK}
+    if "nested_offset" in state:
+        expected["nested_blocksize"] = ABSMAX_BLOCK
+    wrong = {key: state.get(key) for key, value in expected.items() if state.get(key) != value}
+    if wrong or state.get("dtype") not in _DTYPES or len(state.get("shape") or ()) != 2:
+        raise CheckpointError(
+            f"{name} says {state}; supported is {expected} with a dtype of {', '.join(_DTYPES)} and a shape [out, in]: "
+            "load the unquantised model instead"
+        )
+    return state

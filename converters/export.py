@@ -1,0 +1,402 @@
+"""Models as Hugging Face checkpoints: a base with its adapter merged, or a GGUF file's model as it is.
+
+A merge goes onto the weights of the original checkpoint, not onto their 4-bit form, one tensor at a time:
+
+    W' = (float32(W) + scaling * B A), in W's own dtype
+
+The original's shards are copied and the bytes of the merged tensors replaced, so that everything else about them is
+the original's to the byte. What was written is then read back and run, twice compared:
+
+    export error      against the same merge that never went through a file; anything but rounding is refused
+    quantisation gap  against the live model, whose adapter learnt on the quantised weights; reported, and there by
+                      design, since the adapter moves to weights that it never saw
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from jaxlora import lora
+from jaxlora.converters.gguf import GGUFSource
+from jaxlora.converters.huggingface import (
+    SAFETENSORS_DTYPES,
+    CheckpointError,
+    SafetensorsSource,
+    TensorSource,
+    load_model,
+)
+from jaxlora.converters.staging import staged
+from jaxlora.model import CausalLM
+
+logger = logging.getLogger(__name__)
+
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
+_FLOATS = ("float32", "bfloat16", "float16")
+_LARGEST_EXPORT_ERROR = 1e-4  # of the largest logit: far above what the order of float32 sums can do
+_CHECKED_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What `save_merged` wrote and measured.
+
+    folder, files: where, and the names of the weight files. merged_modules: weights with an adapter in them.
+    export_error, quantisation_gap: largest difference of two logits, see the head of this module; None if not measured.
+    """
+
+    folder: str
+    files: tuple[str, ...]
+    merged_modules: int
+    export_error: float | None
+    quantisation_gap: float | None
+
+
+# ---- Sources ---------------------------------------------------------------------------------------------------------
+
+
+class CastSource:
+    """Another source's tensors in one dtype: a `TensorSource`.
+
+    Raises:
+        ValueError: a value does not fit the dtype (on `read`), or the dtype is none of float32, bfloat16, float16.
+    """
+
+    def __init__(self, source: TensorSource, dtype: str):
+        if dtype not in _FLOATS:
+            raise ValueError(f"base_dtype {dtype!r} is not one of {', '.join(_FLOATS)}")
+        self._source, self._dtype = source, jnp.dtype(dtype)
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype
+
+    def read(self, name: str) -> np.ndarray:
+        return _cast(self._source.read(name), self._dtype, name)
+
+
+class MergedSource:
+    """A checkpoint's tensors with the adapters of a model merged into them: a `TensorSource`.
+
+    `adapted` are the names of the weights that have an adapter.
+
+    Raises:
+        CheckpointError: a weight with an adapter is missing from the checkpoint, has another shape, or is quantised.
+        ValueError: a merged weight is not finite (on `read`).
+    """
+
+    def __init__(self, source: TensorSource, model: CausalLM):
+        self._source = source
+        self._deltas = {}
+        for linear in lora.adapters(model):
+            node = linear.node
+            parts = [np.asarray(p.get_value()) for p in (node.lora_A, node.lora_B, node.lora_scaling)]
+            layers = zip(*parts, strict=True) if linear.layers else [tuple(parts)]
+            self._deltas |= {f"{name}.weight": ab for name, ab in zip(linear.names(), layers, strict=True)}
+        self.adapted = tuple(self._deltas)
+        self._check()
+
+    def _check(self) -> None:
+        stored, problems = set(self._source.names()), []
+        for name, (a, b, _) in self._deltas.items():
+            shape = (b.shape[0], a.shape[1])
+            if name not in stored:
+                problems.append(f"{name} is missing")
+            elif tuple(self._source.shape(name)) != shape:
+                problems.append(f"{name} is {list(self._source.shape(name))}, its adapter {list(shape)}")
+            elif self._source.dtype(name).name not in _FLOATS:
+                problems.append(f"{name} is stored as {self._source.dtype(name)}, which cannot take an adapter")
+        if problems:
+            raise CheckpointError(
+                f"{len(problems)} of {len(self._deltas)} adapters do not fit the base checkpoint, and nothing was "
+                f"merged: {'; '.join(problems[:8])}{' …' if len(problems) > 8 else ''}. Merge onto the checkpoint that "
+                "the adapter was trained on, or its 16-bit original (base=...)"
+            )
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._source.dtype(name)
+
+    def read(self, name: str) -> np.ndarray:
+        weight = self._source.read(name)
+        if name not in self._deltas:
+            return weight
+        a, b, scaling = self._deltas[name]
+        return _cast(weight.astype(np.float32) + scaling * (b @ a), self.dtype(name), name)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows is found on the next line
+        array = array.astype(dtype)
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise ValueError(f"{name} has values that are infinite or no numbers in {dtype}, and was not written")
+    return array
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def export_base(
+    source: GGUFSource, folder: str | Path, *, dtype: str | None = None, max_shard_size: int | str = "5GB"
+) -> Path:
+    """Write a GGUF file's model as a Hugging Face checkpoint with its tokenizer, and return the folder's absolute path.
+
+    A folder that holds just this already is left as it is.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; None keeps what the file has, quantised tensors as float32, which
+            takes four bytes a weight and loses nothing.
+        max_shard_size: bytes, or a text such as "5GB"; beyond it the weights are cut into several files.
+
+    Raises:
+        ValueError: the folder holds other weights, or a value does not fit `dtype`.
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(folder).resolve()
+    tensors = source if dtype is None else CastSource(source, dtype)
+    if _holds(folder, tensors):
+        return folder
+    with staged(folder) as stage:
+        _write_tensors(tensors, stage, max_shard_size)
+        _write_json(stage / "config.json", _with_dtype(source.config(), dtype))
+        _write_gguf_files(source, stage, None)
+    return folder
+
+
+def save_merged(
+    model: CausalLM,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    base: str | Path,
+    save_method: str = "merged_16bit",
+    base_dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    verify: bool = True,
+) -> MergeReport:
+    """Write the model with its adapters merged as a Hugging Face checkpoint, and check what was written.
+
+    A tensor keeps the dtype that it has in the base checkpoint, whatever the model computes in. Checking reads the
+    checkpoint back in float32, once from the files and once merged anew, one after the other: it takes four bytes a
+    weight beside the live model. No file appears in `folder` before it has passed.
+
+    Args:
+        tokenizer: is saved too; None copies the base's.
+        base: the checkpoint to merge onto: a folder of unquantised safetensors, or a .gguf file.
+        save_method: "merged_16bit".
+        base_dtype, max_shard_size: for a .gguf file, as for `export_base`.
+        verify: False skips the check and saves its memory.
+
+    Raises:
+        ValueError: the model has no adapter, the folder is the base's or holds other weights or an adapter, a merged
+            weight is not finite.
+        CheckpointError: the base is quantised, or is another model's.
+        RuntimeError: what was written does not compute what it should.
+        OSError: the folder cannot be written to.
+        NotImplementedError: the save method is "merged_4bit".
+    """
+    _check_method(save_method)
+    if not lora.adapters(model):
+        raise ValueError("the model has no adapter to merge: call FastLanguageModel.get_peft_model first")
+    base, folder = Path(base), Path(folder)
+    if folder.resolve() == base.resolve():
+        raise ValueError(
+            f"{folder} is the base checkpoint itself, which a merge leaves as it is: choose another folder"
+        )
+    source = _open_base(base, base_dtype)
+    merged = MergedSource(source, model)
+    hf_config = {key: value for key, value in model.hf_config.items() if key != "quantization_config"}
+    hf_config = _with_dtype(hf_config, base_dtype)
+    with staged(folder) as stage:
+        if isinstance(source, SafetensorsSource):
+            files = _write_shards(source, merged, stage)
+            _copy_files(base, stage, tokenizer)
+        else:
+            files = _write_tensors(merged, stage, max_shard_size)
+            _write_gguf_files(GGUFSource(base), stage, tokenizer)
+        _write_json(stage / "config.json", hf_config)
+        error, gap = _verify(model, merged, stage, hf_config) if verify else (None, None)
+    report = MergeReport(
+        folder=str(folder),
+        files=tuple(files),
+        merged_modules=len(merged.adapted),
+        export_error=error,
+        quantisation_gap=gap,
+    )
+    logger.info(
+        "%s: merged %d modules onto %s; export error %s, quantisation gap %s (largest difference of a logit)",
+        folder, report.merged_modules, base, error, gap,
+    )  # fmt: skip
+    return report
+
+
+def _check_method(save_method: str) -> None:
+    if save_method == "merged_4bit":
+        raise NotImplementedError(
+            'save_method "merged_4bit" is not there yet: save with "merged_16bit" and load the result with '
+            "load_in_4bit=True, which quantises as bitsandbytes does"
+        )
+    if save_method != "merged_16bit":
+        raise ValueError(f'save_method {save_method!r} is not one of "merged_16bit", "lora"')
+
+
+def _open_base(base: Path, dtype: str | None) -> SafetensorsSource | GGUFSource | CastSource:
+    if base.suffix == ".gguf":
+        return GGUFSource(base) if dtype is None else CastSource(GGUFSource(base), dtype)
+    if dtype is not None:
+        raise ValueError(
+            f"base_dtype={dtype!r} is for a .gguf base; a tensor merged onto {base} keeps the dtype that it has there"
+        )
+    config = base / "config.json"
+    if config.exists() and "quantization_config" in json.loads(config.read_text()):
+        raise CheckpointError(
+            f"{base} holds quantised weights, and a merge goes onto unquantised ones: pass the 16-bit model that it "
+            "was made from as base=..., a folder or an id"
+        )
+    return SafetensorsSource(base)
+
+
+def _write_shards(source: SafetensorsSource, merged: MergedSource, stage: Path) -> list[str]:
+    """Copy the shards, and replace the bytes of the merged tensors: names, order and offsets stay."""
+    files, index = [path.name for path in source.files], source.folder / _INDEX
+    _check_folder(stage.parent, [*files, _INDEX] if index.exists() else files)
+    if index.exists():
+        shutil.copyfile(index, stage / _INDEX)
+    for path, shard in source.files.items():
+        shutil.copyfile(path, stage / path.name)
+        with (stage / path.name).open("r+b") as file:
+            for name in shard.entries.keys() & set(merged.adapted):
+                file.seek(shard.entries[name].start)
+                file.write(merged.read(name).tobytes())
+    return files
+
+
+def _write_tensors(source: TensorSource, stage: Path, max_shard_size: int | str) -> list[str]:
+    """Write safetensors, one tensor in memory at a time, with an index if there is more than one file."""
+    sizes = {name: source.dtype(name).itemsize * math.prod(source.shape(name)) for name in source.names()}
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    files = list(split.filename_to_tensors)
+    _check_folder(stage.parent, [*files, _INDEX] if split.is_sharded else files)
+    for file, names in split.filename_to_tensors.items():
+        _write_safetensors(source, names, stage / file)
+    if split.is_sharded:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
+        _write_json(stage / _INDEX, index)
+    return files
+
+
+def _write_safetensors(source: TensorSource, names: Sequence[str], path: Path) -> None:
+    tags = {dtype: tag for tag, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + source.dtype(name).itemsize * math.prod(source.shape(name))
+        header[name] = {"dtype": tags[source.dtype(name)], "shape": source.shape(name), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(np.ascontiguousarray(source.read(name)).tobytes())
+
+
+def _holds(folder: Path, source: TensorSource) -> bool:
+    """Whether the folder is a whole checkpoint of just these tensors."""
+    if not (folder / "config.json").exists():
+        return False
+    there = SafetensorsSource(folder)
+    return set(there.names()) == set(source.names()) and all(
+        there.dtype(name) == source.dtype(name) and np.array_equal(there.read(name), source.read(name))
+        for name in there.names()
+    )
+
+
+def _check_folder(folder: Path, ours: Collection[str]) -> None:
+    """Refuse a folder with files that would make something else of the checkpoint: they are the user's to delete."""
+    there = {path.name for pattern in ("*.safetensors", _INDEX, "adapter_config.json") for path in folder.glob(pattern)}
+    if others := sorted(there.difference(ours)):
+        raise ValueError(
+            f"{folder} holds {', '.join(others)}, which a checkpoint written there would be read together with: choose "
+            "another folder, or delete them"
+        )
+
+
+def _with_dtype(hf_config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    if dtype is None:
+        return dict(hf_config)
+    return {**{key: value for key, value in hf_config.items() if key != "dtype"}, "torch_dtype": dtype}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_gguf_files(source: GGUFSource, stage: Path, tokenizer: Any) -> None:
+    _write_json(stage / "generation_config.json", source.generation_config())
+    tokenizer = tokenizer or source.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(stage)
+
+
+def _copy_files(base: Path, stage: Path, tokenizer: Any) -> None:
+    """What a checkpoint has beside weights and config.json."""
+    patterns = ["generation_config.json"]
+    if tokenizer is None:
+        patterns += _TOKENIZER_FILES
+    else:
+        tokenizer.save_pretrained(stage)
+    for path in {path for pattern in patterns for path in base.glob(pattern) if path.is_file()}:
+        shutil.copyfile(path, stage / path.name)
+
+
+# ---- Checking --------------------------------------------------------------------------------------------------------
+
+
+def _verify(model: CausalLM, merged: MergedSource, folder: Path, hf_config: Mapping[str, Any]) -> tuple[float, float]:
+    """(export error, quantisation gap) of a checkpoint in `folder`. One float32 model is alive at a time."""
+    ids = (7 * jnp.arange(_CHECKED_TOKENS, dtype=jnp.int32)[None] + 1) % model.config.vocab_size
+    written_config = json.loads((folder / "config.json").read_text())
+    written = np.asarray(load_model(SafetensorsSource(folder), written_config, dtype=jnp.float32)(ids))
+    expected = np.asarray(load_model(merged, hf_config, dtype=jnp.float32)(ids))
+    live = np.asarray(model(ids))
+    error, gap = (float(np.abs(written - other).max()) for other in (expected, live))
+    if not error <= _LARGEST_EXPORT_ERROR * np.abs(expected).max():  # so that a NaN fails too
+        raise RuntimeError(
+            f"the merged checkpoint, read back, differs by {error:.3g} in logits up to {np.abs(expected).max():.3g} "
+            "from what it should compute: nothing was saved. Please report this"
+        )
+    return error, gap
