@@ -44,13 +44,13 @@ def main(arguments: list[str]) -> None:
         with gzip.open(glob.glob(f"{folder}/**/perfetto_trace.json.gz", recursive=True)[0]) as file:
             events = json.load(file)["traceEvents"]
     tracks = {
-        (e["pid"], e.get("tid")): e["args"]["name"] for e in events if e.get("ph") == "M" and e["name"] == "thread_name"
+        (e.get("pid"), e.get("tid")): e["args"]["name"] for e in events if e.get("ph") == "M" and e["name"] == "thread_name"
     }
-    processes = {e["pid"]: e["args"]["name"] for e in events if e.get("ph") == "M" and e["name"] == "process_name"}
+    processes = {e.get("pid"): e["args"]["name"] for e in events if e.get("ph") == "M" and e["name"] == "process_name"}
     kinds, names = collections.Counter(), collections.Counter()
     for event in events:
-        track = tracks.get((event["pid"], event.get("tid")), "")
-        if event.get("ph") != "X" or "GPU" not in processes.get(event["pid"], "") or "Stream" not in track:
+        track = tracks.get((event.get("pid"), event.get("tid")), "")
+        if event.get("ph") != "X" or "GPU" not in processes.get(event.get("pid"), "") or "Stream" not in track:
             continue
         milliseconds = event["dur"] / 1e3 / steps
         kinds[kind_of(event["name"])] += milliseconds
