@@ -5,8 +5,8 @@
 One JSON line a measurement. "dequantize_nf4" lines carry the bytes that must move for one matrix (packed weight in,
 bfloat16 out), the time for it, GB/s, and that as a share of a copy measured in the same run. A time is the median over
 `runs` of one program that takes `layers` different matrices, divided by their number, so no matrix is found in a cache.
-"matmul" lines are a forward and backward product of 8192 tokens with a weight, dense and quantised, in a `lax.scan` over
-the stacked weights as in a model: they include what XLA pays to slice a layer out.
+"matmul" lines are a forward and backward product of 8192 tokens with a weight, dense and quantised, in a `lax.scan`
+over the stacked weights as in a model: they include what XLA pays to slice a layer out.
 """
 
 import argparse
@@ -82,6 +82,16 @@ def check(shape, layers):
     print(json.dumps(dict(op="check", shape=shape, equal=True, gradient_error=error, ran=ran)), flush=True)
 
 
+def product_and_gradient(x, ws):
+    """x through every weight in turn, forward and backward."""
+
+    def step(carry, w):
+        y, vjp = jax.vjp(lambda x: quant.matmul(x, w), x)
+        return carry + vjp(y)[0], None
+
+    return lax.scan(step, jnp.zeros_like(x), ws)[0]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
@@ -107,16 +117,8 @@ def main():
             print(json.dumps(line), flush=True)
         if jax.default_backend() == "gpu":
             x = jax.random.normal(jax.random.key(1), (8192, shape[1]), jnp.bfloat16)
-
-            def product(x, ws):
-                def step(carry, w):
-                    y, vjp = jax.vjp(lambda x, w=w: quant.matmul(x, w), x)
-                    return carry + vjp(y)[0], None
-
-                return lax.scan(step, jnp.zeros_like(x), ws)[0]
-
             for name, ws in (("dense", w), ("quantised", q)):
-                seconds = median_seconds(product, x, ws, runs=args.runs) / args.layers
+                seconds = median_seconds(product_and_gradient, x, ws, runs=args.runs) / args.layers
                 flops = 4 * x.size * shape[0]
                 line = dict(op="matmul", weight=name, shape=shape, ms=round(seconds * 1e3, 4))
                 print(json.dumps(line | dict(tflop_s=round(flops / seconds / 1e12, 1))), flush=True)
