@@ -74,7 +74,7 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float32 and weak types
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
         metrics = {name: value / divisor for name, value in metrics.items()}
         metrics |= {"loss": total / divisor, "grad_norm": grad_norm, "num_tokens": weight}
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
