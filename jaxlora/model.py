@@ -38,14 +38,16 @@ def _dataclass_pytree(cls):
 class KVCache:
     """Keys and values of the tokens seen so far, for every layer.
 
-    keys, values: for each run, for each place of its period, [repeats, B, S, K, H]. segment_ids: [B, S], 0 where
-    nothing is. length: the number of places filled, the same for every row, since prompts are padded on the left.
+    keys, values: for each run, for each place of its period, [repeats, B, K, S, H]: a head's keys lie together, as the
+    product with a query wants them. segment_ids: [B, S], 0 where nothing is. length: the number of places filled, the
+    same for every row, since prompts are padded on the left; the number 0, not an array, says while tracing that the
+    cache is empty, and so that the first tokens need to look at themselves only.
     """
 
     keys: list[list[Array]]
     values: list[list[Array]]
     segment_ids: Array
-    length: Array
+    length: Array | int
 
 
 @_dataclass_pytree
@@ -57,6 +59,11 @@ class Context:
     query_segments: Array | None
     key_segments: Array | None
     offset: Array | int
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether nothing stands before these tokens, as is known while tracing."""
+        return isinstance(self.offset, int)
 
 
 class Attention(nnx.Module):
@@ -74,7 +81,7 @@ class Attention(nnx.Module):
         self.k_norm = make_norm(dim, "head_dim") if config.qk_norm else None
 
     def __call__(self, x, context: Context, keys: list, cache=None):
-        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
+        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, K, S, H], and
         returned with this call's tokens written at `context.offset`."""
         b, t, _ = x.shape
         q = self.q_proj(x, keys[0]).reshape(b, t, self.heads, self.head_dim)
@@ -85,12 +92,11 @@ class Attention(nnx.Module):
         q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
         if cache is not None:
             all_keys, all_values, layer = cache
-            place = (layer, 0, context.offset, 0, 0)
-            all_keys = jax.lax.dynamic_update_slice(all_keys, k[None].astype(all_keys.dtype), place)
-            all_values = jax.lax.dynamic_update_slice(all_values, v[None].astype(all_values.dtype), place)
+            all_keys = _write_cache(all_keys, k, layer, context.offset)
+            all_values = _write_cache(all_values, v, layer, context.offset)
             cache = (all_keys, all_values, layer)
-            k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False)
+            if not context.is_prefill:
+                k, v = _read_cache(all_keys, layer), _read_cache(all_values, layer)
         out = kernels.attention(
             q,
             k,
@@ -103,6 +109,17 @@ class Attention(nnx.Module):
         )
         out = checkpoint_name(out.reshape(b, t, self.heads * self.head_dim), "attention_output")
         return self.o_proj(out, keys[3]), cache
+
+
+def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) -> Array:
+    """`new` [B, T, K, H] put into [repeats, B, K, S, H] at one layer, from place `offset` on."""
+    new = new.swapaxes(1, 2)[None].astype(stacked.dtype)
+    return jax.lax.dynamic_update_slice(stacked, new, (layer, 0, 0, offset, 0))
+
+
+def _read_cache(stacked: Array, layer: Array) -> Array:
+    """One layer of [repeats, B, K, S, H] as [B, S, K, H]."""
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False).swapaxes(1, 2)
 
 
 class MLP(nnx.Module):
@@ -293,26 +310,26 @@ class CausalLM(nnx.Module):
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, self.config.max_position_embeddings, positions)
-        key_segments, offset = segment_ids, 0
+        filled, context = None, Context(cos, sin, segment_ids, segment_ids, 0)
         if cache is not None:
-            offset = cache.length
-            if segment_ids is None:
-                segment_ids = jnp.ones_like(input_ids)
-            key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
-        context = Context(cos, sin, segment_ids, key_segments, offset)
+            segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
+            filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
+            context = Context(cos, sin, segment_ids, filled, cache.length)
+            if context.is_prefill:
+                context = dataclasses.replace(context, key_segments=segment_ids)
 
         x = self.model.embed_tokens(input_ids).astype(self.dtype)
         new_keys, new_values = [], []
         for i, run in enumerate(self.model.layers):
             run_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, run_cache = run(x, context, self.remat_policy, key, run_cache)
+            x, run_cache = run(x, context, self.remat_policy if cache is None else "none", key, run_cache)
             if run_cache is not None:
                 new_keys.append(run_cache[0])
                 new_values.append(run_cache[1])
         x = self.model.norm(x)
         if cache is None:
             return x, None
-        return x, KVCache(new_keys, new_values, key_segments, offset + input_ids.shape[1])
+        return x, KVCache(new_keys, new_values, filled, jnp.asarray(cache.length + input_ids.shape[1], jnp.int32))
 
     def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
         """Rows and a matrix [vocab, E] whose product is the logits of these hidden states.
@@ -340,15 +357,15 @@ class CausalLM(nnx.Module):
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
-        """An empty cache of `length` places a row."""
-        shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
+        """An empty cache of `length` places a row, in the compute dtype unless another is given."""
+        shape = (batch, self.config.num_key_value_heads, length, self.config.head_dim)
 
         def empty():
             return [
                 [jnp.zeros((run.repeats, *shape), dtype or self.dtype) for _ in run.period] for run in self.model.layers
             ]
 
-        return KVCache(empty(), empty(), jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
+        return KVCache(empty(), empty(), jnp.zeros((batch, length), jnp.int32), 0)
 
 
 @jax.jit
