@@ -74,6 +74,7 @@ def generate(
             and maybe `attention_mask`, such as a tokenizer returns.
         attention_mask: [B, T], 0 on padding, which must stand on the left. By default all tokens count, except a run of
             pad tokens at either end of a row, where the pad token is not also a stop token.
+        max_new_tokens: the most tokens that a row goes on for.
         do_sample: draw from the distribution; False takes the likeliest token.
         temperature, top_k, top_p, min_p: applied in this order; see `filter_scores`.
         seed: an integer or a JAX key. The same seed draws the same tokens.
