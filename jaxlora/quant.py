@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxlora.kernels import api, reference
 
 Scheme = Literal["nf4"]
+Implementation = Literal["triton", "reference"] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def _quantize_nf4(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype
     return QuantizedArray(codes, absmax, nested_absmax, nested_offset, w.shape, dtype, "nf4")
 
 
-def _dequantize_nf4(q: QuantizedArray, dtype: np.dtype, implementation: str | None) -> Float[Array, "out in"]:
+def _dequantize_nf4(q: QuantizedArray, dtype: np.dtype, implementation: Implementation) -> Float[Array, "out in"]:
     fields = q.codes, q.absmax, q.nested_absmax, q.nested_offset
     return api.dequantize_nf4(*fields, shape=q.shape, dtype=dtype, implementation=implementation)
 
@@ -141,7 +142,7 @@ def quantize(
 
 
 def dequantize(
-    q: QuantizedArray, dtype: jax.typing.DTypeLike | None = None, *, implementation: str | None = None
+    q: QuantizedArray, dtype: jax.typing.DTypeLike | None = None, *, implementation: Implementation = None
 ) -> Float[Array, "*leading out in"]:
     """The dense weight, with the leading dimensions of `q`, in `dtype` (`q.dtype` if None)."""
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)

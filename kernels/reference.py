@@ -256,7 +256,7 @@ def dequantize_nf4(
       bit (a result that is subnormal in float32 may be zero).
     """
     n = math.prod(shape)
-    if nested_absmax is not None:
+    if nested_absmax is not None and offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, offset)
     codes = codes.reshape(-1)
     nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
