@@ -75,7 +75,6 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
             grad_norm = optax.tree.norm(grads)
-        grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
         metrics = {name: value / divisor for name, value in metrics.items()}
         metrics |= {"loss": total / divisor, "grad_norm": grad_norm, "num_tokens": weight}
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
