@@ -99,9 +99,10 @@ def _quantize_nf4(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype
     nested_absmax = nested_offset = None
     if double_quant:
         absmax, nested_absmax, nested_offset = reference.quantize_absmax(absmax)
-    if _by_row(w.shape):
-        codes, absmax = codes.reshape(w.shape[0], -1), absmax.reshape(w.shape[0], -1)
-    return QuantizedArray(codes, absmax, nested_absmax, nested_offset, w.shape, dtype, "nf4")
+    rows, columns = w.shape
+    if _by_row((rows, columns)):
+        codes, absmax = codes.reshape(rows, -1), absmax.reshape(rows, -1)
+    return QuantizedArray(codes, absmax, nested_absmax, nested_offset, (rows, columns), dtype, "nf4")
 
 
 def _dequantize_nf4(q: QuantizedArray, dtype: np.dtype, implementation: Implementation) -> Float[Array, "out in"]:
