@@ -213,7 +213,8 @@ def save_merged(
         tokenizer: is saved too; None copies the base's.
         base: the checkpoint to merge onto: a folder of unquantised safetensors, or a .gguf file.
         save_method: "merged_16bit".
-        base_dtype, max_shard_size: for a .gguf file, as for `export_base`.
+        base_dtype: for a GGUF base only, as for `export_base`.
+        max_shard_size: for a GGUF base only, as for `export_base`: bytes, or a text such as "5GB".
         verify: False skips the check and saves its memory.
 
     Raises:

@@ -76,8 +76,9 @@ class LanguageModel(CausalLM):
         later save that names the same `base_folder` finds it there.
 
         Args:
-            base_folder, base_dtype: for a GGUF base only: where, and in which dtype ("float32", "bfloat16", "float16";
-                None keeps the file's, quantised weights as float32); see `converters.export.export_base`.
+            base_folder: for a GGUF base only: where it is written to.
+            base_dtype: for a GGUF base only: "float32", "bfloat16" or "float16"; None keeps the file's dtypes, quantised
+                weights as float32. See `converters.export.export_base`.
 
         Raises:
             ValueError: the model has no adapter, or no GGUF base and yet a `base_folder` or `base_dtype`.
