@@ -77,8 +77,8 @@ class LanguageModel(CausalLM):
 
         Args:
             base_folder: for a GGUF base only: where it is written to.
-            base_dtype: for a GGUF base only: "float32", "bfloat16" or "float16"; None keeps the file's dtypes, quantised
-                weights as float32. See `converters.export.export_base`.
+            base_dtype: for a GGUF base only: "float32", "bfloat16" or "float16"; None keeps the file's dtypes,
+                quantised weights as float32. See `converters.export.export_base`.
 
         Raises:
             ValueError: the model has no adapter, or no GGUF base and yet a `base_folder` or `base_dtype`.
