@@ -1,0 +1,24 @@
+"""LoRA and QLoRA fine-tuning of language models in JAX."""
+
+from importlib.metadata import version as _version
+
+from jaxlora.config import LoraConfig as LoraConfig
+from jaxlora.config import ModelConfig as ModelConfig
+from jaxlora.config import QuantConfig as QuantConfig
+from jaxlora.config import RopeConfig as RopeConfig
+from jaxlora.layers import BaseParam as BaseParam
+from jaxlora.layers import LoraParam as LoraParam
+from jaxlora.layers import TrainableParam as TrainableParam
+from jaxlora.loader import FastLanguageModel as FastLanguageModel
+from jaxlora.loader import LanguageModel as LanguageModel
+from jaxlora.lora import add_adapters as add_adapters
+from jaxlora.lora import partition as partition
+from jaxlora.loss import causal_lm_loss as causal_lm_loss
+from jaxlora.model import CausalLM as CausalLM
+from jaxlora.quant import QuantizedArray as QuantizedArray
+from jaxlora.sft import SFTConfig as SFTConfig
+from jaxlora.sft import SFTTrainer as SFTTrainer
+from jaxlora.train import TrainState as TrainState
+from jaxlora.train import make_train_step as make_train_step
+
+__version__ = _version("jaxlora")
