@@ -19,6 +19,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -92,7 +94,7 @@ class BitsandbytesSource:
         if name not in self._states:
             return self._source.read(name)
         array = self._read_quantised(name)
-        return array if _is_in_block(name) else np.asarray(quant.dequantize(array))
+        return array if _is_in_block(name) else np.asarray(quant.dequantize(jax.tree.map(jnp.asarray, array)))
 
     def _read_quantised(self, name: str) -> QuantizedArray:
         state, (rows, columns) = self._states[name], self.shape(name)

@@ -247,7 +247,9 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
         for name in linear.names():
             shapes[_key(name, "lora_A")] = (config.r, linear.node.in_features)
             shapes[_key(name, "lora_B")] = (linear.node.out_features, config.r)
-    problems = tensor_problems(shapes, {name: entry.shape for name, entry in file.entries.items()})
+    copies = _check_copies(targets, file)
+    found = {name: entry.shape for name, entry in file.entries.items() if name not in copies}
+    problems = tensor_problems(shapes, found)
     if problems:
         raise CheckpointError(
             f"{file.path}: the tensors do not fit an adapter of rank {config.r} on {options['target_modules']} of this "
@@ -299,6 +301,20 @@ def _read_config(model: CausalLM, options: Mapping[str, Any], path: Path) -> tup
         return lora.target_linears(model, wanted), config
     except (TypeError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_copies(targets: list[Named], file: SafetensorsFile) -> set[str]:
+    """The tensors that are copies of the base's weights: PEFT writes the head's beside an adapter on the head."""
+    heads = {f"base_model.model.{linear.name}.base_layer.weight": linear for linear in targets if not linear.layers}
+    copies = file.entries.keys() & heads.keys()
+    for name in copies:
+        weight = np.asarray(heads[name].node.weight.get_value())
+        if not np.array_equal(file.read(name).astype(weight.dtype), weight):
+            raise CheckpointError(
+                f"{file.path}: {name} is not the base model's: its vocabulary was changed or trained, which an adapter "
+                "cannot bring along here: merge it into its base with PEFT and load the result"
+            )
+    return copies
 
 
 def _open_weights(folder: Path) -> SafetensorsFile:
