@@ -27,12 +27,15 @@ Loss = Callable[[CausalLM, Batch, Any], tuple[Array, Array, dict[str, Array]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. step: int32, the number of updates made. key: the source of dropout."""
+    """Everything that a step changes. step: int32 [], the number of updates made. key: the source of dropout.
 
-    step: Array
-    trainable: nnx.State
+    As a pytree it may hold other leaves than arrays, such as their shapes or shardings.
+    """
+
+    step: Any
+    trainable: Any
     opt_state: Any
-    key: Array
+    key: Any
 
     @classmethod
     def create(cls, trainable: nnx.State, optimizer: optax.GradientTransformation, key: Any = None) -> TrainState:
