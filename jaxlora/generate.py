@@ -35,17 +35,18 @@ CACHE_BUCKET = 256
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw a token. `top_k` is part of the program, the rest are its arguments; None leaves a filter out.
+    """How to draw a token. `top_k` is part of the program, the rest are its arguments, float32 scalars; None leaves a
+    filter out.
 
     key: the seed, folded with the number of tokens drawn so far and with the row, so that a row's draws do not depend
     on the rows beside it, nor on the length of its padding.
     """
 
     key: Any
-    temperature: Float[Array, ""]
+    temperature: Any
     top_k: int | None = dataclasses.field(default=None, metadata={"static": True})
-    top_p: Float[Array, ""] | None = None
-    min_p: Float[Array, ""] | None = None
+    top_p: Any = None
+    min_p: Any = None
 
 
 def generate(

@@ -23,34 +23,33 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxlora import remat
+from jaxlora import quant, remat
 from jaxlora.config import ModelConfig, QuantConfig
 from jaxlora.kernels import api as kernels
 from jaxlora.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 from jaxlora.rope import apply_rope, rope_tables, segment_positions
 
 
-def _dataclass_pytree(cls):
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_dataclass_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer.
+    """Keys and values of the tokens seen so far, for every layer. (Any: a transformation may put what it likes in a
+    pytree.)
 
-    keys, values: for each run, for each place of its period, [repeats, B, K, S, H]: a head's keys lie together, as the
-    product with a query wants them. segment_ids: [B, S], 0 where nothing is. length: the number of places filled, the
-    same for every row, since prompts are padded on the left; the number 0, not an array, says while tracing that the
-    cache is empty, and so that the first tokens need to look at themselves only.
+    keys, values: for each run, for each place of its period, [repeats, B, S, K, H]. segment_ids: [B, S] int32, 0 where
+    nothing is. length: int32, the number of places filled, the same for every row, since prompts are padded on the
+    left. The number 0, not an array, says while tracing that the cache is empty: the first tokens look at themselves
+    only.
     """
 
-    keys: list[list[Array]]
-    values: list[list[Array]]
-    segment_ids: Array
-    length: Array | int
+    keys: list[list[Any]]
+    values: list[list[Any]]
+    segment_ids: Any
+    length: Any
 
 
-@_dataclass_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Context:
     """What every layer of one forward pass shares."""
 
@@ -59,6 +58,7 @@ class Context:
     query_segments: Array | None
     key_segments: Array | None
     offset: Array | int
+    mlp_tile: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def is_prefill(self) -> bool:
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         self.k_norm = make_norm(dim, "head_dim") if config.qk_norm else None
 
     def __call__(self, x, context: Context, keys: list, cache=None):
-        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, K, S, H], and
+        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
         returned with this call's tokens written at `context.offset`."""
         b, t, _ = x.shape
         q = self.q_proj(x, keys[0]).reshape(b, t, self.heads, self.head_dim)
@@ -90,13 +90,15 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+        q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
         if cache is not None:
             all_keys, all_values, layer = cache
             all_keys = _write_cache(all_keys, k, layer, context.offset)
             all_values = _write_cache(all_values, v, layer, context.offset)
             cache = (all_keys, all_values, layer)
             if not context.is_prefill:
-                k, v = _read_cache(all_keys, layer), _read_cache(all_values, layer)
+                k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)
+                v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False)
         out = kernels.attention(
             q,
             k,
@@ -107,19 +109,12 @@ class Attention(nnx.Module):
             key_segments=context.key_segments,
             offset=context.offset,
         )
-        out = checkpoint_name(out.reshape(b, t, self.heads * self.head_dim), "attention_output")
-        return self.o_proj(out, keys[3]), cache
+        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache
 
 
 def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) -> Array:
-    """`new` [B, T, K, H] put into [repeats, B, K, S, H] at one layer, from place `offset` on."""
-    new = new.swapaxes(1, 2)[None].astype(stacked.dtype)
-    return jax.lax.dynamic_update_slice(stacked, new, (layer, 0, 0, offset, 0))
-
-
-def _read_cache(stacked: Array, layer: Array) -> Array:
-    """One layer of [repeats, B, K, S, H] as [B, S, K, H]."""
-    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False).swapaxes(1, 2)
+    """`new` [B, T, K, H] put into [repeats, B, S, K, H] at one layer, from place `offset` on."""
+    return jax.lax.dynamic_update_slice(stacked, new[None].astype(stacked.dtype), (layer, 0, offset, 0, 0))
 
 
 class MLP(nnx.Module):
@@ -131,7 +126,18 @@ class MLP(nnx.Module):
         self.down_proj = make_linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"), config.mlp_bias)
         self.hidden_act = config.hidden_act
 
-    def __call__(self, x, keys: list):
+    def __call__(self, x, keys: list, tile: int | None = None):
+        """x [B, T, D] -> [B, T, D]; `tile` tokens at a time if given, see `remat`."""
+        if tile is None or x.shape[0] * x.shape[1] <= tile:
+            return self._forward(x, keys)
+        dense = quant.dense(self, x.dtype)  # once for all tiles
+
+        def one_tile(rows, index):
+            return dense._forward(rows, [None if key is None else jax.random.fold_in(key, index) for key in keys])
+
+        return remat.over_tiles(one_tile, x, tile)
+
+    def _forward(self, x, keys: list):
         gate = checkpoint_name(self.gate_proj(x, keys[0]), "gate")
         up = checkpoint_name(self.up_proj(x, keys[1]), "up")
         return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up, keys[2])
@@ -151,7 +157,7 @@ class DecoderLayer(nnx.Module):
         x = checkpoint_name(x, "layer_input")
         attended, cache = self.self_attn(self.input_layernorm(x), context, keys[:4], cache)
         x = checkpoint_name(x + attended, "residual")
-        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), cache
+        return x + self.mlp(self.post_attention_layernorm(x), keys[4:], context.mlp_tile), cache
 
 
 class Run(nnx.Module):
@@ -358,7 +364,7 @@ class CausalLM(nnx.Module):
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """An empty cache of `length` places a row, in the compute dtype unless another is given."""
-        shape = (batch, self.config.num_key_value_heads, length, self.config.head_dim)
+        shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
 
         def empty():
             return [
