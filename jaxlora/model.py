@@ -316,7 +316,8 @@ class CausalLM(nnx.Module):
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, self.config.max_position_embeddings, positions)
-        filled, context = None, Context(cos, sin, segment_ids, segment_ids, 0)
+        tile = remat.POLICIES[self.remat_policy].mlp_tile
+        filled, context = None, Context(cos, sin, segment_ids, segment_ids, 0, tile)
         if cache is not None:
             segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
             filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))

@@ -153,6 +153,15 @@ def dequantize(
     return function(q)
 
 
+def dense(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """A tree, such as a module, with every QuantizedArray in it dequantised: constants, which no gradient reaches."""
+
+    def one(leaf):
+        return lax.stop_gradient(dequantize(leaf, dtype)) if isinstance(leaf, QuantizedArray) else leaf
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+
+
 def matmul(x: Float[Array, "*batch in"], w: Float[Array, "out in"] | QuantizedArray) -> Float[Array, "*batch out"]:
     """x @ w.T for a dense or a quantised weight, in x's dtype with float32 sums.
 

@@ -4,6 +4,8 @@ Layout: q [B, T, N, H]; k, v [B, S, K, H], with N a multiple of K: query head n 
 stands at index `offset + t` of the keys. It sees key s when s <= offset + t, when they carry the same segment id,
 and, with a window w, when offset + t - s < w. The softmax is float32.
 
+The forms in jnp mark their result "attention_output" for `jax.checkpoint`; cuDNN's is kept by its primitive's name.
+
 Three forms:
 
 - `reference` keeps the [B, N, T, S] scores. It is the specification, and serves short sequences and decoding.
@@ -21,6 +23,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 MAX_SEGMENTS = 32
@@ -65,7 +68,7 @@ def attention_reference(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(b, t, n, h).astype(q.dtype)
+    return checkpoint_name(out.reshape(b, t, n, h).astype(q.dtype), "attention_output")
 
 
 def attention_chunked(
@@ -98,7 +101,7 @@ def attention_chunked(
         )
 
     out = jax.lax.map(one_chunk, (jnp.arange(chunks, dtype=jnp.int32), rows, marks))
-    return out.swapaxes(0, 1).reshape(b, chunks * chunk, n, h)[:, :t]
+    return checkpoint_name(out.swapaxes(0, 1).reshape(b, chunks * chunk, n, h)[:, :t], "attention_output")
 
 
 def attention_cudnn(
