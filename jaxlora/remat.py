@@ -75,7 +75,12 @@ def checkpoint(body: Callable, name: str) -> Callable:
     """Wrap the body of a scan over layers so that it keeps what the policy of this name says.
 
     `prevent_cse=False` is right inside a scan only: the loop itself keeps XLA from undoing the recomputation.
+
+    Raises:
+        ValueError: there is no policy of that name.
     """
+    if name not in POLICIES:
+        raise ValueError(f"remat policy {name!r} is not one of {', '.join(POLICIES)}")
     policy = POLICIES[name]
     if not policy.rematerialise:
         return body
