@@ -431,6 +431,8 @@ def load_model(
         for index, name in enumerate(parameter.names()):
             layer = index if parameter.layers else None
             value = _store(value, source.read(name), layer)
+        if shardings is not None:
+            value = jax.device_put(value, shardings)  # moves nothing, except a tensor that is not one of a stack
         parameter.node.set_value(value)
     return model
 
