@@ -1,7 +1,5 @@
 """LoRA and QLoRA fine-tuning of language models in JAX."""
 
-from importlib.metadata import version as _version
-
 from jaxlora.config import LoraConfig as LoraConfig
 from jaxlora.config import ModelConfig as ModelConfig
 from jaxlora.config import QuantConfig as QuantConfig
@@ -21,4 +19,4 @@ from jaxlora.sft import SFTTrainer as SFTTrainer
 from jaxlora.train import TrainState as TrainState
 from jaxlora.train import make_train_step as make_train_step
 
-__version__ = _version("jaxlora")
+__version__ = "0.1.0.dev0"
