@@ -2,7 +2,12 @@
 
 import dataclasses
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -266,8 +271,8 @@ def trl_run(theirs, start, out, tokenizer, rows, **options):
         for name, array in start.items():
             home(name).copy_(torch.tensor(array))
     args = trl.SFTConfig(
-        output_dir=str(out), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
-        save_strategy="no", train_sampling_strategy="sequential", **options,
+        output_dir=str(out), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        disable_tqdm=True, save_strategy="no", train_sampling_strategy="sequential", **options,
     )  # fmt: skip
     trainer = trl.SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
@@ -288,14 +293,14 @@ def test_a_run_is_trls(base, tokenizer, tmp_path):
     assert len(ours) == len(theirs) == 9  # 10 rows make 3 updates, the last one of a single micro-batch
     assert max(row["grad_norm"] for row in theirs) > 1.0  # clipped
     for a, b in zip(ours, theirs, strict=True):
-        assert a["loss"] == pytest.approx(float(b["loss"]), rel=1e-4)
-        assert a["grad_norm"] == pytest.approx(float(b["grad_norm"]), rel=1e-3)
-        assert a["learning_rate"] == pytest.approx(float(b["learning_rate"]), rel=1e-12)
+        assert a["loss"] == pytest.approx(float(b["loss"]), rel=2e-5)
+        assert a["grad_norm"] == pytest.approx(float(b["grad_norm"]), rel=1e-4)
+        assert a["learning_rate"] == b["learning_rate"]
         assert a["num_tokens"] == b["num_tokens"]
         if a["step"] % 3 == 0:  # within an epoch TRL counts micro-batches
             assert a["epoch"] == b["epoch"]
     for name, array in adapter_arrays(trainer.model).items():
-        np.testing.assert_allclose(array, adapter[name], rtol=1e-3, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(array, adapter[name], rtol=0, atol=2e-5, err_msg=name)
         assert np.abs(array - start[name]).max() > 1e-2
 
 
@@ -374,6 +379,32 @@ def read_checkpoint(trainer, out):
     extra["tally"].pop("seconds")
     state = dataclasses.replace(state, key=jax.random.key_data(state.key))
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)], extra
+
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from test_sft import NOISY, rows_of_ids, train
+train(sys.argv[1], Path(sys.argv[2]), rows_of_ids(20), resume=True, save_steps=1, logging_steps=4, **NOISY)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(base, straight, tmp_path):
+    """SIGKILL as soon as one more checkpoint is there, which is in the middle of whatever comes after it."""
+    trainer, rows, out = straight
+    command = [sys.executable, "-c", RUN, str(base[0]), str(tmp_path), str(Path(__file__).parent)]
+    for kill_at in (2, 5, None):
+        child = subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE)
+        while child.poll() is None and not (kill_at and (tmp_path / f"checkpoint-{kill_at}").exists()):
+            time.sleep(0.001)
+        if kill_at:
+            child.kill()
+        _, errors = child.communicate()
+        assert child.returncode == (-signal.SIGKILL if kill_at else 0), errors.decode()
+    assert read_checkpoint(trainer, tmp_path) == read_checkpoint(trainer, out)
+    assert without_times(read_metrics(tmp_path / "metrics.jsonl")) == without_times(rows)
 
 
 def test_the_seed_decides_every_bit(base, straight, tmp_path):
