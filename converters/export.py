@@ -61,7 +61,8 @@ class MergeReport:
     """What `save_merged` wrote and measured.
 
     folder, files: where, and the names of the weight files. merged_modules: weights with an adapter in them.
-    export_error, quantisation_gap: largest difference of two logits, see the head of this module; None if not measured.
+    export_error, quantisation_gap: largest difference of two logits, see the head of this module, and largest_logit to
+    hold them against; None if not measured.
     """
 
     folder: str
@@ -69,6 +70,7 @@ class MergeReport:
     merged_modules: int
     export_error: float | None
     quantisation_gap: float | None
+    largest_logit: float | None
 
 
 # ---- Sources ---------------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ class MergedSource:
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):  # what overflows is found on the next line
         array = array.astype(dtype)
-    if not np.isfinite(array.astype(np.float32)).all():
+    if not np.isfinite(array).all():
         raise ValueError(f"{name} has values that are infinite or no numbers in {dtype}, and was not written")
     return array
 
@@ -235,6 +237,7 @@ def save_merged(
         )
     source = _open_base(base, base_dtype)
     merged = MergedSource(source, model)
+    tensors = merged if base_dtype is None else CastSource(merged, base_dtype)
     hf_config = {key: value for key, value in model.hf_config.items() if key != "quantization_config"}
     hf_config = _with_dtype(hf_config, base_dtype)
     with staged(folder) as stage:
@@ -242,20 +245,21 @@ def save_merged(
             files = _write_shards(source, merged, stage)
             _copy_files(base, stage, tokenizer)
         else:
-            files = _write_tensors(merged, stage, max_shard_size)
+            files = _write_tensors(tensors, stage, max_shard_size)
             _write_gguf_files(GGUFSource(base), stage, tokenizer)
         _write_json(stage / "config.json", hf_config)
-        error, gap = _verify(model, merged, stage, hf_config) if verify else (None, None)
+        error, gap, largest = _verify(model, tensors, stage, hf_config) if verify else (None, None, None)
     report = MergeReport(
         folder=str(folder),
         files=tuple(files),
         merged_modules=len(merged.adapted),
         export_error=error,
         quantisation_gap=gap,
+        largest_logit=largest,
     )
     logger.info(
-        "%s: merged %d modules onto %s; export error %s, quantisation gap %s (largest difference of a logit)",
-        folder, report.merged_modules, base, error, gap,
+        "%s: merged %d modules onto %s; largest difference of a logit: export error %s, quantisation gap %s, of %s",
+        folder, report.merged_modules, base, error, gap, largest,
     )  # fmt: skip
     return report
 
@@ -270,9 +274,9 @@ def _check_method(save_method: str) -> None:
         raise ValueError(f'save_method {save_method!r} is not one of "merged_16bit", "lora"')
 
 
-def _open_base(base: Path, dtype: str | None) -> SafetensorsSource | GGUFSource | CastSource:
+def _open_base(base: Path, dtype: str | None) -> SafetensorsSource | GGUFSource:
     if base.suffix == ".gguf":
-        return GGUFSource(base) if dtype is None else CastSource(GGUFSource(base), dtype)
+        return GGUFSource(base)
     if dtype is not None:
         raise ValueError(
             f"base_dtype={dtype!r} is for a .gguf base; a tensor merged onto {base} keeps the dtype that it has there"
@@ -387,17 +391,20 @@ def _copy_files(base: Path, stage: Path, tokenizer: Any) -> None:
 # ---- Checking --------------------------------------------------------------------------------------------------------
 
 
-def _verify(model: CausalLM, merged: MergedSource, folder: Path, hf_config: Mapping[str, Any]) -> tuple[float, float]:
-    """(export error, quantisation gap) of a checkpoint in `folder`. One float32 model is alive at a time."""
+def _verify(
+    model: CausalLM, merged: TensorSource, folder: Path, hf_config: Mapping[str, Any]
+) -> tuple[float, float, float]:
+    """(export error, quantisation gap, largest logit) of a checkpoint; one float32 model is alive at a time."""
     ids = (7 * jnp.arange(_CHECKED_TOKENS, dtype=jnp.int32)[None] + 1) % model.config.vocab_size
     written_config = json.loads((folder / "config.json").read_text())
     written = np.asarray(load_model(SafetensorsSource(folder), written_config, dtype=jnp.float32)(ids))
     expected = np.asarray(load_model(merged, hf_config, dtype=jnp.float32)(ids))
     live = np.asarray(model(ids))
     error, gap = (float(np.abs(written - other).max()) for other in (expected, live))
-    if not error <= _LARGEST_EXPORT_ERROR * np.abs(expected).max():  # so that a NaN fails too
+    largest = float(np.abs(expected).max())
+    if not error <= _LARGEST_EXPORT_ERROR * largest:  # so that a NaN fails too
         raise RuntimeError(
-            f"the merged checkpoint, read back, differs by {error:.3g} in logits up to {np.abs(expected).max():.3g} "
-            "from what it should compute: nothing was saved. Please report this"
+            f"the merged checkpoint, read back, differs by {error:.3g} in logits up to {largest:.3g} from what it "
+            "should compute: nothing was saved. Please report this"
         )
-    return error, gap
+    return error, gap, largest
