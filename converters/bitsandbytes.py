@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxlora import quant
 from jaxlora.config import QuantConfig
-from jaxlora.converters.huggingface import CheckpointError, TensorSource
+from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
 from jaxlora.kernels.reference import ABSMAX_BLOCK, DYNAMIC_MAP, NF4, NF4_BLOCK
 from jaxlora.quant import QuantizedArray
 
@@ -56,7 +56,7 @@ class BitsandbytesSource:
         NotImplementedError: some projections of the blocks are quantised and others are not.
     """
 
-    def __init__(self, source: TensorSource, quantization_config: Mapping[str, Any]):
+    def __init__(self, source: SafetensorsSource, quantization_config: Mapping[str, Any]):
         self._source = source
         self._config = _check_config(quantization_config)
         stored = source.names()
@@ -175,7 +175,7 @@ def _check_config(config: Mapping[str, Any]) -> QuantConfig:
     return QuantConfig(scheme="nf4", double_quant=bool(config.get("bnb_4bit_use_double_quant", False)))
 
 
-def _read_state(source: TensorSource, name: str) -> dict[str, Any]:
+def _read_state(source: SafetensorsSource, name: str) -> dict[str, Any]:
     try:
         state = json.loads(np.asarray(source.read(name)).tobytes())
     except ValueError as error:

@@ -38,6 +38,7 @@ from jaxlora.converters.huggingface import (
 )
 from jaxlora.converters.staging import staged
 from jaxlora.model import CausalLM
+from jaxlora.quant import QuantizedArray
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class CastSource:
         return self._dtype
 
     def read(self, name: str) -> np.ndarray:
-        return _cast(self._source.read(name), self._dtype, name)
+        return _cast(_read(self._source, name), self._dtype, name)
 
 
 class MergedSource:
@@ -149,11 +150,18 @@ class MergedSource:
         return self._source.dtype(name)
 
     def read(self, name: str) -> np.ndarray:
-        weight = self._source.read(name)
+        weight = _read(self._source, name)
         if name not in self._deltas:
             return weight
         a, b, scaling = self._deltas[name]
         return _cast(weight.astype(np.float32) + scaling * (b @ a), self.dtype(name), name)
+
+
+def _read(source: TensorSource, name: str) -> np.ndarray:
+    tensor = source.read(name)
+    if isinstance(tensor, QuantizedArray):
+        raise CheckpointError(f"{name} is quantised, and only unquantised tensors are written: pass the 16-bit model")
+    return tensor
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -336,7 +344,7 @@ def _write_safetensors(source: TensorSource, names: Sequence[str], path: Path) -
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(np.ascontiguousarray(source.read(name)).tobytes())
+            file.write(np.ascontiguousarray(_read(source, name)).tobytes())
 
 
 def _holds(folder: Path, source: TensorSource) -> bool:
@@ -345,7 +353,7 @@ def _holds(folder: Path, source: TensorSource) -> bool:
         return False
     there = SafetensorsSource(folder)
     return set(there.names()) == set(source.names()) and all(
-        there.dtype(name) == source.dtype(name) and np.array_equal(there.read(name), source.read(name))
+        there.dtype(name) == source.dtype(name) and np.array_equal(there.read(name), _read(source, name))
         for name in there.names()
     )
 
