@@ -95,11 +95,18 @@ class Option:
         return " or ".join(names[kind] for kind in self.kinds)
 
 
+def _mapping(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
 _READERS: dict[type, Callable[[str], Any]] = {
     bool: lambda text: {"true": True, "false": False}[text.lower()],
     int: int,
     float: float,
-    dict: lambda text: dict(json.loads(text)),
+    dict: _mapping,
     type(None): lambda text: {"none": None}[text.lower()],
 }
 

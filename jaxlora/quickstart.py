@@ -32,6 +32,8 @@ TRAINING = dict(
 )
 
 
+MAX_NEW_TOKENS = 32  # the longest answer has 24
+
 LINES = """\
 from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer
 
@@ -144,7 +146,7 @@ def python_lines(*, training: Mapping[str, Any], files: Mapping[str, Any], **nam
     )
 
 
-def answers(model: LanguageModel, tokenizer: Any, rows: Sequence[Mapping], batch_size: int = 20) -> list[str]:
+def answers(model: LanguageModel, tokenizer: Any, rows: Sequence[Mapping], batch_size: int = 40) -> list[str]:
     """The model's replies to the conversations of `rows`, each without its last message. Greedy."""
     prompts = [
         tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -153,7 +155,7 @@ def answers(model: LanguageModel, tokenizer: Any, rows: Sequence[Mapping], batch
     replies = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        ids = model.generate(batch, max_new_tokens=48)
+        ids = model.generate(batch, max_new_tokens=MAX_NEW_TOKENS)
         replies += tokenizer.batch_decode(ids[:, max(map(len, batch)) :].tolist(), skip_special_tokens=True)
     return [reply.strip() for reply in replies]
 
