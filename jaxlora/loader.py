@@ -48,6 +48,11 @@ class LanguageModel(CausalLM):
     max_seq_length: int = 0
     lora_config: LoraConfig | None = None
 
+    @property
+    def writes_base(self) -> bool:
+        """Whether saving an adapter writes the base out as well: PEFT reads no GGUF file."""
+        return self.base_folder.endswith(".gguf")
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all), as PEFT counts them."""
         return lora.get_nb_trainable_parameters(self)
@@ -87,7 +92,7 @@ class LanguageModel(CausalLM):
         if self.lora_config is None:
             raise ValueError("the model has no adapter to save: call FastLanguageModel.get_peft_model first")
         base = self.name_or_path
-        if self.base_folder.endswith(".gguf"):
+        if self.writes_base:
             folder = Path(save_directory) / "base" if base_folder is None else base_folder
             base = str(export_base(GGUFSource(self.base_folder), folder, dtype=base_dtype))
         elif base_folder is not None or base_dtype is not None:

@@ -375,8 +375,12 @@ class SFTTrainer:
 
     def _save_adapter(self, model: CausalLM, folder: Path) -> None:
         # A bare CausalLM, which research code may have made in memory, has no base model for a PEFT file to name.
-        if hasattr(model, "save_pretrained"):
-            cast(Any, model).save_pretrained(folder, self.processing_class)
+        if not hasattr(model, "save_pretrained"):
+            return
+        saved = cast(Any, model)
+        # One base for all the checkpoints of a run, and not one in each.
+        shared = {"base_folder": Path(self.args.output_dir) / "base"} if saved.writes_base else {}
+        saved.save_pretrained(folder, self.processing_class, **shared)
 
     def _evaluate(self, graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
         if self.eval_rows is None:
