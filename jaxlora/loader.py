@@ -47,6 +47,12 @@ class LanguageModel(CausalLM):
     revision: str | None = None
     max_seq_length: int = 0
     lora_config: LoraConfig | None = None
+    _generation_config: str = "{}"  # text, because a graphdef's attributes must hash
+
+    @property
+    def generation_config(self) -> dict:
+        """The checkpoint's generation_config.json, {} if it has none: `generate` takes its stop tokens from here."""
+        return json.loads(self._generation_config)
 
     @property
     def writes_base(self) -> bool:
@@ -183,7 +189,8 @@ class FastLanguageModel:
             adapter, model_name, revision = path, peft.base_model_name(path), peft.base_model_revision(path)
             path = resolve_path(model_name, **{**hub, "revision": revision})
 
-        source, hf_config, tokenizer = _open(path)
+        checkpoint = _open(path)
+        source, hf_config, tokenizer = checkpoint.source, checkpoint.hf_config, checkpoint.tokenizer
         if rope_scaling is not None:
             hf_config = _with_rope_scaling(hf_config, rope_scaling)
         config = model_config(hf_config)
@@ -205,6 +212,7 @@ class FastLanguageModel:
         model.base_folder = str(path.resolve())
         model.name_or_path = model.base_folder if Path(model_name).expanduser().exists() else str(model_name)
         model.revision = revision
+        model._generation_config = json.dumps(checkpoint.generation_config)
         model.max_seq_length, model.remat_policy = window, policy
         if adapter is not None:
             model.lora_config = peft.load_adapter(model, adapter)
@@ -299,21 +307,40 @@ def resolve_dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _open(path: Path) -> tuple[TensorSource, dict, Any]:
-    """The tensors, config.json and tokenizer (or None) of a checkpoint."""
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """What a folder or a .gguf file holds; the tokenizer is None where there is none."""
+
+    source: TensorSource
+    hf_config: dict
+    generation_config: dict
+    tokenizer: Any
+
+
+def _open(path: Path) -> _Checkpoint:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file, and only .gguf files are models: name the folder that it lies in")
-        source = GGUFSource(path)
-        return source, source.config(), source.tokenizer()
+        gguf = GGUFSource(path)
+        return _Checkpoint(gguf, gguf.config(), gguf.generation_config(), gguf.tokenizer())
     config_file = path / "config.json"
     if not config_file.exists():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
-    hf_config = json.loads(config_file.read_text())
+    hf_config, generation_config = _read_json(config_file), _read_json(path / "generation_config.json")
     source: TensorSource = SafetensorsSource(path)
     if "quantization_config" in hf_config:
         source = BitsandbytesSource(source, hf_config["quantization_config"])
-    return source, hf_config, _tokenizer(path)
+    return _Checkpoint(source, hf_config, generation_config, _tokenizer(path))
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file; {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}): download or copy it again") from error
 
 
 def _tokenizer(folder: Path) -> Any:
