@@ -1,0 +1,145 @@
+"""Many devices: logical axis -> mesh axis, in one table, and the shardings that follow from it.
+
+The mesh has three axes. "data" splits the batch only. "fsdp" splits the batch, and every weight along its hidden
+dimension: a device holds a part, and gathers the rest of a layer when it comes to it. "tensor" splits the heads, the
+inner dimension of the MLP and the vocabulary.
+
+A Variable says the logical axes of its dimensions (`axes`), and that is all that the rest of the library knows of
+this. XLA puts in the communication.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxlora.quant import QuantizedArray
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Rules = Mapping[str, str | None]
+
+DEFAULT_RULES: Rules = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    "rank": None,
+    "head_dim": None,
+}
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of these sizes, of the first data * fsdp * tensor of `devices` (by default all of the process's).
+
+    Raises:
+        ValueError: a size below 1, or more devices asked for than there are.
+    """
+    sizes = (data, fsdp, tensor)
+    devices = jax.devices() if devices is None else devices
+    if min(sizes) < 1 or math.prod(sizes) > len(devices):
+        raise ValueError(
+            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} takes {math.prod(sizes)} devices, each size at least "
+            f"1; there are {len(devices)}"
+        )
+    return jax.make_mesh(
+        sizes, MESH_AXES, devices=devices[: math.prod(sizes)], axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def batch_sharding(mesh: Mesh, *, accumulated: bool = False) -> NamedSharding:
+    """Rows of a batch [B, T], or of micro-batches [A, B, T], split over "data" and "fsdp"; B must be a multiple of
+    both together."""
+    rows = ("data", "fsdp")
+    return NamedSharding(mesh, PartitionSpec(None, rows) if accumulated else PartitionSpec(rows))
+
+
+def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """The sharding of a Variable's value (an array, a shape, or a `QuantizedArray`), as a tree like the value.
+
+    A dimension that its mesh axis does not divide is whole on every device. A quantised matrix is split by rows, over
+    the mesh axes of both its dimensions, since a row is made of whole blocks of 64 and a column is not; where a block
+    crosses rows (in % 64 != 0) it is not split.
+
+    Raises:
+        ValueError: an axis that `rules` does not have.
+    """
+    unknown = [axis for axis in axes if axis is not None and axis not in rules]
+    if unknown:
+        raise ValueError(f"the sharding rules say nothing of the axis {unknown[0]!r}; they have {', '.join(rules)}")
+    split = [rules[axis] if axis is not None else None for axis in axes]
+    if isinstance(value, QuantizedArray):
+        *lead, rows, columns = split
+        by_row = value.codes.ndim == len(axes)
+        both = tuple(axis for axis in (rows, columns) if axis is not None) if by_row else ()
+
+        def place(leaf, is_by_row):
+            return _named(mesh, leaf.shape, [*lead, both] if is_by_row else lead)
+
+        return jax.tree.unflatten(
+            jax.tree.structure(value),
+            [place(leaf, leaf is value.codes or leaf is value.absmax) for leaf in jax.tree.leaves(value)],
+        )
+    return _named(mesh, value.shape, split)
+
+
+def _named(mesh: Mesh, shape: tuple[int, ...], split: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
+    """Split dimension i over `split[i]` where that divides it: over as many as do of several mesh axes."""
+    used: set[str] = set()
+    spec = []
+    for size, axes in zip(shape, split, strict=False):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        axes = [axis for axis in axes if axis not in used and mesh.shape[axis] > 1]
+        while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+            axes.pop()
+        used.update(axes)
+        spec.append(tuple(axes) or None)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """A tree like `tree` with a sharding in place of every array: that of its Variable's axes, or none.
+
+    `tree` is a model, one of the states that `partition` returns, or anything made of them: a whole `TrainState`, since
+    optax makes its moments in the shape of what it optimises. What is no Variable (a step counter, a key) is on every
+    device.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def of(node):
+        if not isinstance(node, nnx.Variable):
+            return replicated
+        value, axes = node.get_value(), node.get_metadata().get("axes", ())
+        dimensions = len(axes) if isinstance(value, QuantizedArray) else len(value.shape)
+        if dimensions != len(axes):  # a statistic of another shape, such as a row's mean
+            return node.replace(jax.tree.map(lambda _: replicated, value))
+        return node.replace(variable_sharding(value, axes, mesh, rules))
+
+    tree = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
+    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def shard(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """Put a model, in place, or a tree, as a copy, on the devices of a mesh as `shardings` says; returns it."""
+    if isinstance(tree, nnx.Module):
+        nnx.update(tree, shard(nnx.state(tree), mesh, rules))
+        return tree
+    return jax.device_put(tree, shardings(tree, mesh, rules))
+
+
+def placer(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Callable[[Any, Any], Any]:
+    """A `place` for `converters.huggingface.load_model`, which then loads every tensor straight into its shards."""
+
+    def place(parameter: Any, value: Any) -> Any:
+        return variable_sharding(value, parameter.node.get_metadata()["axes"], mesh, rules)
+
+    return place
