@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jaxlora.quant import QuantizedArray
 
 from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig, RopeConfig
 from jaxlora.layers import ACTIVATIONS
 from jaxlora.model import CausalLM, Named, named_nodes
+from jaxlora.quant import QuantizedArray
 
 Model = TypeVar("Model", bound=CausalLM)
 
@@ -271,21 +271,23 @@ class SafetensorsFile:
                 )
             try:
                 header = json.loads(file.read(length))
-            except ValueError as error:
-                raise CheckpointError(f"{path}: its safetensors header is not JSON ({error})") from error
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+                self.metadata: dict[str, str] = header.pop("__metadata__", {})
+                tensors = [(n, t["dtype"], tuple(t["shape"]), *t["data_offsets"]) for n, t in header.items()]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{path}: its safetensors header cannot be read ({error!r}): download or copy it again"
+                ) from error
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.header_length = 8 + length
         self.entries: dict[str, _Entry] = {}
-        for name, info in header.items():
-            start, end = info["data_offsets"]
-            dtype, shape = SAFETENSORS_DTYPES.get(info["dtype"]), tuple(info["shape"])
+        for name, stored, shape, start, end in tensors:
+            dtype = SAFETENSORS_DTYPES.get(stored)
             if dtype is None:
-                raise CheckpointError(f"{path}: tensor {name} has dtype {info['dtype']}, which is not supported")
+                raise CheckpointError(f"{path}: tensor {name} has dtype {stored}, which is not supported")
             if self.header_length + end > size:
                 raise CheckpointError(
-                    f"{path}: truncated: tensor {name} ends at byte {self.header_length + end:,}, the file at {size:,}: "
-                    "download or copy it again"
+                    f"{path}: truncated: tensor {name} ends at byte {self.header_length + end:,}, the file at "
+                    f"{size:,}: download or copy it again"
                 )
             if end - start != dtype.itemsize * math.prod(shape):
                 raise CheckpointError(f"{path}: tensor {name} of shape {shape} and {dtype} does not fill its bytes")
@@ -316,7 +318,12 @@ class SafetensorsSource:
     def _paths(self) -> list[Path]:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{index}: should be JSON with a weight_map from tensors to files ({error!r}): download it again"
+                ) from error
             missing = [shard for shard in shards if not (self.folder / shard).exists()]
             if missing:
                 raise FileNotFoundError(
@@ -328,8 +335,8 @@ class SafetensorsSource:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(pattern))
         if pickles:
             raise CheckpointError(
-                f"{self.folder} holds pickle weights only ({', '.join(pickles[:3])}), which can run code when read, and are "
-                "refused: convert them to safetensors, or take a revision of the repository that has them"
+                f"{self.folder} holds pickle weights only ({', '.join(pickles[:3])}), which can run code when read, "
+                "and are refused: convert them to safetensors, or take a revision of the repository that has them"
             )
         raise CheckpointError(
             f"{self.folder} is not a checkpoint: neither model.safetensors nor model.safetensors.index.json is there"
@@ -427,10 +434,12 @@ def load_model(
     for parameter in named_nodes(model, nnx.Variable):
         abstract = parameter.node.get_value()
         shardings = place(parameter, abstract) if place else None
-        value = _empty(abstract, shardings)
-        for index, name in enumerate(parameter.names()):
-            layer = index if parameter.layers else None
-            value = _store(value, source.read(name), layer)
+        if parameter.layers:
+            value = _empty(abstract, shardings)
+            for layer, name in enumerate(parameter.names()):
+                value = _store_layer(value, _fetch(source, name), layer)
+        else:
+            value = _like(abstract, _fetch(source, parameter.name))
         if shardings is not None:
             value = jax.device_put(value, shardings)  # moves nothing, except a tensor that is not one of a stack
         parameter.node.set_value(value)
@@ -443,23 +452,24 @@ def _empty(abstract: Any, shardings: Any) -> Any:
     return treedef.unflatten([jnp.zeros(a.shape, a.dtype, device=p) for a, p in zip(leaves, places, strict=True)])
 
 
-def _store(target: Any, tensor: np.ndarray | QuantizedArray, layer: int | None) -> Any:
-    """`target` with `tensor` in it, at `layer` of its stack; `target`'s buffers are given up for the result's."""
-    if isinstance(tensor, np.ndarray):
-        tensor = jnp.asarray(tensor)
-    return _store_layer(target, tensor, None if layer is None else jnp.int32(layer))
+def _fetch(source: TensorSource, name: str) -> Any:
+    tensor = source.read(name)
+    return jnp.asarray(tensor) if isinstance(tensor, np.ndarray) else tensor
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _store_layer(target, tensor, layer):
+def _like(target: Any, tensor: Any) -> Any:
+    """`tensor` quantised, or cast, as `target` is."""
     if isinstance(tensor, QuantizedArray):
         tensor = dataclasses.replace(tensor, dtype=target.dtype)  # the checkpoint's dtype gives way to the model's
     elif isinstance(target, QuantizedArray):
         tensor = quant.quantize(
             tensor, scheme=target.scheme, double_quant=target.nested_absmax is not None, dtype=target.dtype
         )
-    if layer is None:
-        return jax.tree.map(lambda old, new: new.astype(old.dtype), target, tensor)
-    return jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), layer, 0), target, tensor
-    )
+    return jax.tree.map(lambda old, new: new.astype(old.dtype), target, tensor)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _store_layer(target, tensor, layer):
+    """`target` with `tensor` at `layer` of its stack; `target`'s buffers are given up for the result's."""
+    tensor = _like(target, tensor)
+    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, layer, 0), target, tensor)
