@@ -7,6 +7,7 @@ from helpers import make_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 WORDS = "stop pad user assistant system one two three four five six seven eight nine ten".split()
+WORDS += "red blue green black white".split()
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} stop {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
