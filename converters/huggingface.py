@@ -437,9 +437,10 @@ def load_model(
         if parameter.layers:
             value = _empty(abstract, shardings)
             for layer, name in enumerate(parameter.names()):
-                value = _store_layer(value, _fetch(source, name), layer)
+                # Wait, because JAX would run ahead, and the tensors that it has yet to quantise would pile up.
+                value = jax.block_until_ready(_store_layer(value, _fetch(source, name), layer))
         else:
-            value = _like(abstract, _fetch(source, parameter.name))
+            value = jax.block_until_ready(_like(abstract, _fetch(source, parameter.name)))
         if shardings is not None:
             value = jax.device_put(value, shardings)  # moves nothing, except a tensor that is not one of a stack
         parameter.node.set_value(value)
