@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import jaxlora
 from jaxlora.converters.export import save_merged
-from jaxlora.data import load_rows
 from jaxlora.generate import generate
 from jaxlora.loader import FastLanguageModel, LanguageModel
 from jaxlora.options import (
@@ -33,6 +32,7 @@ from jaxlora.options import (
     unique,
 )
 from jaxlora.quickstart import quickstart
+from jaxlora.rows import load_rows
 from jaxlora.sft import SFTConfig, SFTTrainer
 
 LOAD = from_signature(FastLanguageModel.from_pretrained, skip=["model_name"])

@@ -8,18 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxlora.quant import QuantizedArray
 
 from jaxlora.config import LoraConfig
 from jaxlora.layers import AdapterScale, Linear, LoraParam
 from jaxlora.model import CausalLM, Named, named_nodes
+from jaxlora.quant import QuantizedArray
 
 
 def target_linears(model: CausalLM, target_modules: tuple[str, ...] | str) -> list[Named]:
     """The linears that a list of targets names, PEFT's way: a target is a module's path or a suffix of it at a dot.
 
-    "all-linear" is every linear of the blocks, not the head. A target such as "model.layers.3.mlp.up_proj" names one layer
-    of a stack, which needs adapters of unequal layers.
+    "all-linear" is every linear of the blocks, not the head. A target such as "model.layers.3.mlp.up_proj" names one
+    layer of a stack, which needs adapters of unequal layers.
 
     Raises:
         ValueError: a target matches nothing; names every target that exists.

@@ -29,12 +29,13 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxlora import checkpoint
-from jaxlora.data import BatchIterator, FixedRows, pack, pad, tokenize
+from jaxlora.batches import BatchIterator, FixedRows, pack, pad
 from jaxlora.lora import partition
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import CausalLM
 from jaxlora.optimizer import OptimizerName, Schedule, ScheduleName, make_optimizer, make_schedule
 from jaxlora.report import METRICS_FILE, PLOT_FILE, MetricsFile, Throughput, plot_loss, read_metrics
+from jaxlora.tokenization import tokenize
 from jaxlora.train import TrainState, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class SFTTrainer:
     Args:
         model: with adapters; `train` leaves them trained in it.
         args: options of the run.
-        train_dataset: whatever `data.load_rows` takes: paths, a list of dicts, a `datasets.Dataset`.
+        train_dataset: whatever `rows.load_rows` takes: paths, a list of dicts, a `datasets.Dataset`.
         eval_dataset: the same; evaluated as `args.eval_strategy` says.
         processing_class: the tokenizer. None is fine if rows have `input_ids`.
         formatting_func: makes the text of a row from its fields.
@@ -205,7 +206,8 @@ class SFTTrainer:
     Raises:
         OSError: `args.output_dir` cannot be written to.
         ValueError: a model without adapters, a `max_length` beyond the model's, or data that cannot be trained on:
-            empty, with other fields, with no supervised token (see `data.tokenize`), or ids beyond the vocabulary.
+            empty, with other fields, with no supervised token (see `tokenization.tokenize`), or ids beyond the
+            vocabulary.
     """
 
     def __init__(

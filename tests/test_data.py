@@ -12,7 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxlora.data import IGNORE, BatchIterator, Examples, Row, _best_fit_decreasing, load_rows, pack, pad, tokenize
+from jaxlora.batches import BatchIterator, _best_fit_decreasing, pack, pad
+from jaxlora.rows import Row, load_rows
+from jaxlora.tokenization import IGNORE, Examples, tokenize
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
