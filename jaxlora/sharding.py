@@ -36,7 +36,7 @@ DEFAULT_RULES: Rules = {
 }
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of these sizes, of the first data * fsdp * tensor of `devices` (by default all of the process's).
 
     Raises:
