@@ -1,8 +1,7 @@
-"""Hugging Face checkpoints: config.json -> `ModelConfig`, safetensors -> model, one tensor at a time.
+"""Hugging Face checkpoints: safetensors -> model, one tensor at a time (config.json is read in `families`).
 
-A family is one row of `FAMILIES`: how its config.json fills `ModelConfig`, and which of its tensors are not named as
-our parameters are. A tensor's expected shape comes from the abstract model, so a checkpoint that does not fit is
-reported whole (missing, unexpected and misshapen tensors in one error) before anything is read.
+A tensor's expected shape comes from the abstract model, so a checkpoint that does not fit is reported whole (missing,
+unexpected and misshapen tensors in one error) before anything is read.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import functools
 import json
 import math
 import mmap
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -25,190 +23,12 @@ import numpy as np
 from flax import nnx
 
 from jaxlora import quant
-from jaxlora.config import ModelConfig, QuantConfig, RopeConfig
-from jaxlora.layers import ACTIVATIONS
+from jaxlora.config import ModelConfig, QuantConfig
+from jaxlora.converters.families import CheckpointError, model_config
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.quant import QuantizedArray
 
 Model = TypeVar("Model", bound=CausalLM)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as it is; the message names the file, what was found, and the mend."""
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# config
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """How a model_type's config.json is read.
-
-    A flag is True, False, or the name of the config.json field that holds it. `defaults` are the values that
-    transformers assumes for fields which a config.json leaves out. `window` says which layers slide: "none", "all"
-    that have a `sliding_window`, or "upper", those from `max_window_layers` on where `use_sliding_window` is set.
-    """
-
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool | str = False
-    window: str = "none"
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        mlp_bias="mlp_bias",
-        defaults={"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    ),
-    "mistral": Family(
-        window="all",
-        defaults={
-            "vocab_size": 32000,
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-        },
-    ),
-    "qwen2": Family(
-        qkv_bias=True,
-        window="upper",
-        defaults={
-            "vocab_size": 151936,
-            "intermediate_size": 22016,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
-    ),
-    "qwen3": Family(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm=True,
-        window="upper",
-        defaults={
-            "vocab_size": 151936,
-            "intermediate_size": 22016,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
-    ),
-}
-
-_COMMON_DEFAULTS = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "head_dim": None,
-    "num_key_value_heads": None,
-}
-
-
-def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
-    """Read a config.json, in its older (`rope_theta`, `rope_scaling`) or newer form (`rope_parameters`).
-
-    Raises:
-        CheckpointError: no or an unknown `model_type`, rope type or activation; names the ones supported.
-    """
-    model_type = hf_config.get("model_type")
-    family = FAMILIES.get(str(model_type))
-    if family is None:
-        raise CheckpointError(
-            f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-        )
-    hf = {**_COMMON_DEFAULTS, **family.defaults, **hf_config}
-    if hf["hidden_act"] not in ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json: hidden_act {hf['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
-        )
-
-    def flag(value: bool | str) -> bool:
-        return bool(hf[value]) if isinstance(value, str) else value
-
-    layer_types = _layer_types(family, hf)
-    heads = hf["num_attention_heads"]
-    return ModelConfig(
-        model_type=str(model_type),
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_hidden_layers=hf["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=hf["num_key_value_heads"] or heads,
-        head_dim=hf["head_dim"] or hf["hidden_size"] // heads,
-        max_position_embeddings=hf["max_position_embeddings"],
-        rope=rope_config(hf),
-        layer_types=layer_types,
-        sliding_window=hf["sliding_window"] if "sliding_attention" in layer_types else None,
-        hidden_act=hf["hidden_act"],
-        rms_norm_eps=hf["rms_norm_eps"],
-        qkv_bias=flag(family.qkv_bias),
-        o_bias=flag(family.o_bias),
-        mlp_bias=flag(family.mlp_bias),
-        qk_norm=flag(family.qk_norm),
-        tie_word_embeddings=hf["tie_word_embeddings"],
-    )
-
-
-def _layer_types(family: Family, hf: Mapping[str, Any]) -> tuple[str, ...]:
-    layers, window = hf["num_hidden_layers"], hf["sliding_window"]
-    if family.window == "all" and window is not None:
-        return ("sliding_attention",) * layers
-    if family.window == "upper":
-        window = window if hf["use_sliding_window"] else None
-        if hf.get("layer_types") is not None:
-            return tuple(hf["layer_types"])
-        full = layers if window is None else min(hf["max_window_layers"], layers)
-        return ("full_attention",) * full + ("sliding_attention",) * (layers - full)
-    return ("full_attention",) * layers
-
-
-def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
-    """The rope fields of a config.json in either form."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    fields = {field.name for field in dataclasses.fields(RopeConfig)} - {"rope_type"}
-    unknown = sorted(set(rope) - fields)
-    if unknown:
-        warnings.warn(
-            f"config.json: rope fields {', '.join(unknown)} are not used by rope_type {rope_type!r}", stacklevel=3
-        )
-    known = {name: value for name, value in rope.items() if name in fields and value is not None}
-    known.setdefault("rope_theta", hf.get("rope_theta") or 10_000.0)
-    known.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
-    original = known.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
-    known["original_max_position_embeddings"] = original
-    if rope_type == "default":
-        known.pop("factor", None)
-    if rope_type == "yarn" and "factor" not in known and original:
-        known["factor"] = hf["max_position_embeddings"] / original
-    elif rope_type != "default" and "factor" not in known:
-        raise CheckpointError(f"config.json: rope_type {rope_type!r} needs a factor, and none is given")
-    try:
-        return RopeConfig(rope_type=rope_type, **known)
-    except ValueError as error:
-        raise CheckpointError(f"config.json: {error}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# tensors
 
 
 @runtime_checkable

@@ -1,15 +1,17 @@
 """Every option of the library that is not a training option, each with one home: frozen, keyword-only dataclasses.
 
-`ModelConfig` says what a decoder computes, in Hugging Face's field names, and nothing about where its weights lie.
-Where two families differ, the difference is a field here; the model never asks for a `model_type`.
+`ModelConfig` says what a decoder computes, in Hugging Face's field names where it has one. Where two families differ,
+the difference is a field here; the model never asks for a `model_type`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+NORMS = ("rms_norm", "layer_norm")
+QK_NORMS = ("head", "per_head", "projection")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -21,7 +23,9 @@ def _require(condition: bool, message: str) -> None:
 class RopeConfig:
     """Rotary position embedding, with Hugging Face's names for the fields of `rope_parameters`.
 
-    `None` means that the rope type does not use the field or computes its default from the others.
+    `None` means that the rope type does not use the field or computes its default from the others. `interleaved` makes
+    pairs of neighbouring entries (2 d, 2 d + 1), as GPT-J does, and not of the halves (d, d + rotary / 2). "longrope"
+    divides each frequency by an entry of `short_factor`, or of `long_factor` beyond the original window.
     """
 
     rope_type: str = "default"
@@ -37,10 +41,30 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    interleaved: bool = False
 
     def __post_init__(self):
         _require(self.rope_type in ROPE_TYPES, f"rope_type {self.rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
         _require(self.factor >= 1.0, f"rope factor must be at least 1, found {self.factor}")
+        if self.rope_type == "longrope":
+            _require(
+                self.short_factor is not None and self.long_factor is not None,
+                "rope_type 'longrope' needs short_factor and long_factor",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """What the attention of one layer does and that of another may not.
+
+    sliding_window: number of tokens, itself included, that a token attends to; None for all before it. rope: None for
+    no positions (NoPE, arXiv:2305.19466).
+    """
+
+    sliding_window: int | None
+    rope: RopeConfig | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +72,26 @@ class ModelConfig:
     """What a decoder-only transformer computes.
 
     Shapes: hidden states are [batch, sequence, hidden_size]; queries have `num_attention_heads` heads of `head_dim`,
-    keys and values `num_key_value_heads`. `layer_types` names each layer's attention, one of `LAYER_TYPES`.
+    keys and values `num_key_value_heads`. The defaults are a Llama's.
+
+    Attention
+      layer_types: each layer's attention, one of `LAYER_TYPES`; sliding_rope: the rope of sliding layers where it is
+        not `rope`; nope_layers: indices of layers without positions.
+      attention_multiplier: what scores are multiplied by; None for head_dim ** -0.5.
+      attn_logit_softcapping: scores become cap * tanh(scores / cap).
+      qk_norm: None, or a norm of queries and keys: "head", over each head with one weight [head_dim]; "per_head", over
+        each head with a weight [heads, head_dim]; "projection", over all heads together.
+      fused_qkv: one linear `qkv_proj` for queries, keys and values, in this order.
+    MLP
+      gated_mlp: down(act(gate(x)) * up(x)), or down(act(up(x))); fused_gate_up: one linear `gate_up_proj` for both.
+    Norms and residuals
+      norm: one of `NORMS`; norm_bias: they have a bias; norm_offset: what is added to their weights (Gemma: 1).
+      pre_norm, post_norm: attention and MLP have a norm before them, after them.
+      parallel_block: attention and MLP read the same normed input, and both are added at once.
+      embedding_multiplier, residual_multiplier, logit_scale: factors on the embeddings, on what attention and MLP add
+        to the residual, on the logits. final_logit_softcapping: logits become cap * tanh(logits / cap).
+
+    tensor_names: (part of a parameter's path here, what the checkpoint calls it), for `model.named_nodes`.
     """
 
     model_type: str
@@ -60,16 +103,38 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rope: RopeConfig
+    tie_word_embeddings: bool = False
+
     layer_types: tuple[str, ...]
     sliding_window: int | None = None
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
+    rope: RopeConfig
+    sliding_rope: RopeConfig | None = None
+    nope_layers: tuple[int, ...] = ()
+    attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
     qkv_bias: bool = False
     o_bias: bool = False
+    qk_norm: str | None = None
+    fused_qkv: bool = False
+
+    hidden_act: str = "silu"
     mlp_bias: bool = False
-    qk_norm: bool = False
-    tie_word_embeddings: bool = False
+    gated_mlp: bool = True
+    fused_gate_up: bool = False
+
+    norm: str = "rms_norm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    pre_norm: bool = True
+    post_norm: bool = False
+    parallel_block: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_scale: float = 1.0
+    final_logit_softcapping: float | None = None
+
+    tensor_names: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         _require(
@@ -87,10 +152,33 @@ class ModelConfig:
             self.sliding_window is not None or "sliding_attention" not in self.layer_types,
             "layer_types asks for sliding attention, but sliding_window is not set",
         )
+        _require(self.norm in NORMS, f"norm {self.norm!r} is not one of {', '.join(NORMS)}")
+        _require(
+            self.qk_norm is None or self.qk_norm in QK_NORMS,
+            f"qk_norm {self.qk_norm!r} is not None or one of {', '.join(QK_NORMS)}",
+        )
+        _require(
+            self.gated_mlp or not self.fused_gate_up, "fused_gate_up fuses a gate, and gated_mlp says there is none"
+        )
 
-    def window(self, layer_type: str) -> int | None:
-        """Number of tokens, itself included, that a token of this kind of layer attends to; None for all before it."""
-        return self.sliding_window if layer_type == "sliding_attention" else None
+    def layer(self, index: int) -> LayerConfig:
+        """What layer `index` does that another may not."""
+        sliding = self.layer_types[index] == "sliding_attention"
+        rope = self.sliding_rope if sliding and self.sliding_rope is not None else self.rope
+        return LayerConfig(
+            sliding_window=self.sliding_window if sliding else None, rope=None if index in self.nope_layers else rope
+        )
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """Every layer's `layer`; like layers are one object, which makes them quick to compare."""
+        seen: dict[LayerConfig, LayerConfig] = {}
+        return tuple(seen.setdefault(layer, layer) for layer in map(self.layer, range(self.num_hidden_layers)))
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The distinct ropes of the layers."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,15 +109,46 @@ class Embedding(nnx.Module):
         return jnp.take(self.weight.get_value(), ids, axis=0)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis, the statistics in float32 (arXiv:1910.07467)."""
+class Norm(nnx.Module):
+    """A norm over the last axis, the statistics in float32:  normalised * (offset + weight) + bias.
 
-    def __init__(self, features: int, *, eps: float, dtype: Any, axis: str, stack: int | None = None):
-        shape, axes = ((stack, features), ("layers", axis)) if stack is not None else ((features,), (axis,))
-        self.weight = base_param(jnp.ones(shape, dtype), axes)
-        self.eps = eps
+    "rms_norm" divides by the root of the mean square (arXiv:1910.07467), "layer_norm" by the standard deviation after
+    taking off the mean (arXiv:1607.06450). `shape` is the weight's: [features], or more axes that broadcast, such as
+    [heads, head_dim]. An rms_norm without offset rounds to x's dtype before it multiplies, as Llama does.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        kind: str,
+        eps: float,
+        dtype: Any,
+        axes: tuple[str, ...],
+        bias: bool = False,
+        offset: float = 0.0,
+        stack: int | None = None,
+    ):
+        lead, lead_axes = ((stack,), ("layers",)) if stack is not None else ((), ())
+        self.kind, self.eps, self.offset = kind, eps, offset
+        self.weight = base_param(jnp.full((*lead, *shape), 1.0 - offset, dtype), (*lead_axes, *axes))
+        self.bias = base_param(jnp.zeros((*lead, *shape), dtype), (*lead_axes, *axes)) if bias else None
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        wide = x.astype(jnp.float32)
+        wide, weight = x.astype(jnp.float32), self.weight.get_value()
+        if self.kind == "layer_norm":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.weight.get_value().astype(x.dtype)
+        if self.kind == "rms_norm" and self.offset == 0.0 and self.bias is None:
+            return normed.astype(x.dtype) * weight.astype(x.dtype)
+        out = normed * (weight.astype(jnp.float32) + self.offset)
+        if self.bias is not None:
+            out = out + self.bias.get_value().astype(jnp.float32)
+        return out.astype(x.dtype)
+
+
+class Identity(nnx.Module):
+    """What stands where a family has no norm."""
+
+    def __call__(self, x: Array) -> Array:
+        return x

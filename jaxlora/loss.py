@@ -42,5 +42,6 @@ def causal_lm_loss(
     hidden, _ = model.hidden_states(batch["input_ids"], batch.get("positions"), segment_ids, key=key)
     labels = shift_labels(batch["labels"], segment_ids).reshape(-1)
     rows, weight = model.head_product(hidden.reshape(-1, hidden.shape[-1]))
-    total = linear_cross_entropy(rows, weight, labels, chunk_length(rows.shape[0], weight.shape[0]))
+    chunk = chunk_length(rows.shape[0], weight.shape[0])
+    total = linear_cross_entropy(rows, weight, labels, chunk, model.config.final_logit_softcapping)
     return total, jnp.sum(labels != IGNORE_INDEX).astype(jnp.float32), {}

@@ -6,6 +6,9 @@ axis of that length, and scans over it. A Llama is one run of period 1; a model 
 two runs; one that alternates is one run of period 2. So the program's size, and the time to compile it, do not grow
 with the depth.
 
+What families do differently is said by `ModelConfig`. Module names are those of Llama's checkpoints (and GLM-4's, where
+Llama has none); `config.tensor_names` has what other families call them.
+
 Shapes: B batch, T tokens of this call, S places of the cache, D hidden size, N and K query and key heads, H head dim.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -24,9 +27,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import quant, remat
-from jaxlora.config import ModelConfig, QuantConfig
+from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.kernels import api as kernels
-from jaxlora.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm
 from jaxlora.rope import apply_rope, rope_tables, segment_positions
 
 
@@ -51,10 +54,9 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer of one forward pass shares."""
+    """What every layer of one forward pass shares. rotary: cos and sin [B, T, pairs] of each of `config.ropes`."""
 
-    cos: Array
-    sin: Array
+    rotary: list[tuple[Any, Any]]
     query_segments: Array | None
     key_segments: Array | None
     offset: Array | int
@@ -67,29 +69,55 @@ class Context:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
 
-    def __init__(self, config: ModelConfig, layer_type: str, make_linear, make_norm):
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    def __init__(self, config: ModelConfig, layer: LayerConfig, make_linear, make_norm):
+        width, dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
-        self.window = config.window(layer_type)
-        self.q_proj = make_linear(config.hidden_size, heads * dim, ("heads", "embed"), config.qkv_bias)
-        self.k_proj = make_linear(config.hidden_size, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
-        self.v_proj = make_linear(config.hidden_size, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
-        self.o_proj = make_linear(heads * dim, config.hidden_size, ("embed", "heads"), config.o_bias)
-        self.q_norm = make_norm(dim, "head_dim") if config.qk_norm else None
-        self.k_norm = make_norm(dim, "head_dim") if config.qk_norm else None
+        self.window, self.softcap = layer.sliding_window, config.attn_logit_softcapping
+        self.rope, self.interleaved = None, False
+        if layer.rope is not None:
+            self.rope, self.interleaved = config.ropes.index(layer.rope), layer.rope.interleaved
+        self.scale = dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        self.fused_qkv, self.qk_norm = config.fused_qkv, config.qk_norm
+        if config.fused_qkv:
+            self.qkv_proj = make_linear(width, (heads + 2 * kv_heads) * dim, ("heads", "embed"), config.qkv_bias)
+        else:
+            self.q_proj = make_linear(width, heads * dim, ("heads", "embed"), config.qkv_bias)
+            self.k_proj = make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
+            self.v_proj = make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
+        self.o_proj = make_linear(heads * dim, width, ("embed", "heads"), config.o_bias)
+        self.q_norm, self.k_norm = Identity(), Identity()
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = make_norm((dim,), ("head_dim",)), make_norm((dim,), ("head_dim",))
+        elif config.qk_norm == "per_head":
+            self.q_norm = make_norm((heads, dim), ("heads", "head_dim"))
+            self.k_norm = make_norm((kv_heads, dim), ("kv_heads", "head_dim"))
+        elif config.qk_norm == "projection":
+            self.q_norm = make_norm((heads * dim,), ("heads",))
+            self.k_norm = make_norm((kv_heads * dim,), ("kv_heads",))
+
+    def _project(self, x, keys: list):
+        """Queries [B, T, N H], and keys and values [B, T, K H]."""
+        if self.fused_qkv:
+            n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
+            return jnp.split(self.qkv_proj(x, keys[0]), [n, n + k], axis=-1)
+        return self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
 
     def __call__(self, x, context: Context, keys: list, cache=None):
         """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
         returned with this call's tokens written at `context.offset`."""
         b, t, _ = x.shape
-        q = self.q_proj(x, keys[0]).reshape(b, t, self.heads, self.head_dim)
-        k = self.k_proj(x, keys[1]).reshape(b, t, self.kv_heads, self.head_dim)
-        v = self.v_proj(x, keys[2]).reshape(b, t, self.kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self._project(x, keys)
+        if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+        q, k, v = (y.reshape(b, t, -1, self.head_dim) for y in (q, k, v))
+        if self.qk_norm != "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            cos, sin = context.rotary[self.rope]
+            q, k = (apply_rope(y, cos, sin, interleaved=self.interleaved) for y in (q, k))
         q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
         if cache is not None:
             all_keys, all_values, layer = cache
@@ -103,8 +131,9 @@ class Attention(nnx.Module):
             q,
             k,
             v,
-            scale=self.head_dim**-0.5,
+            scale=self.scale,
             window=self.window,
+            softcap=self.softcap,
             query_segments=context.query_segments,
             key_segments=context.key_segments,
             offset=context.offset,
@@ -118,13 +147,17 @@ def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) 
 
 
 class MLP(nnx.Module):
-    """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
+    """down(act(gate(x)) * up(x)) (arXiv:2002.05202), or without a gate down(act(up(x)))."""
 
     def __init__(self, config: ModelConfig, make_linear):
-        self.gate_proj = make_linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"), config.mlp_bias)
-        self.up_proj = make_linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"), config.mlp_bias)
-        self.down_proj = make_linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"), config.mlp_bias)
-        self.hidden_act = config.hidden_act
+        width, inner, axes, bias = config.hidden_size, config.intermediate_size, ("mlp", "embed"), config.mlp_bias
+        self.gated, self.fused, self.hidden_act = config.gated_mlp, config.fused_gate_up, config.hidden_act
+        if self.fused:
+            self.gate_up_proj = make_linear(width, 2 * inner, axes, bias)
+        else:
+            self.gate_proj = make_linear(width, inner, axes, bias) if self.gated else None
+            self.up_proj = make_linear(width, inner, axes, bias)
+        self.down_proj = make_linear(inner, width, ("embed", "mlp"), bias)
 
     def __call__(self, x, keys: list, tile: int | None = None):
         """x [B, T, D] -> [B, T, D]; `tile` tokens at a time if given, see `remat`."""
@@ -138,35 +171,53 @@ class MLP(nnx.Module):
         return remat.over_tiles(one_tile, x, tile)
 
     def _forward(self, x, keys: list):
-        gate = checkpoint_name(self.gate_proj(x, keys[0]), "gate")
-        up = checkpoint_name(self.up_proj(x, keys[1]), "up")
-        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up, keys[2])
+        act = ACTIVATIONS[self.hidden_act]
+        if not self.gated:
+            return self.down_proj(act(checkpoint_name(self.up_proj(x, keys[1]), "up")), keys[2])
+        if self.fused:
+            gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        return self.down_proj(act(gate) * up, keys[2])
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with post norms, x + norm(f(norm(x))).
 
-    def __init__(self, config: ModelConfig, layer_type: str, make_linear, make_norm):
-        self.input_layernorm = make_norm(config.hidden_size, "embed")
-        self.self_attn = Attention(config, layer_type, make_linear, make_norm)
-        self.post_attention_layernorm = make_norm(config.hidden_size, "embed")
+    In a parallel block (PaLM, arXiv:2204.02311 section 2) the MLP reads what attention read.
+    """
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, make_linear, make_norm):
+        def norm(wanted: bool):
+            return make_norm((config.hidden_size,), ("embed",)) if wanted else Identity()
+
+        self.parallel, self.multiplier = config.parallel_block, config.residual_multiplier
+        self.input_layernorm = norm(config.pre_norm)
+        self.self_attn = Attention(config, layer, make_linear, make_norm)
+        self.post_self_attn_layernorm = norm(config.post_norm)
+        self.post_attention_layernorm = norm(config.pre_norm and not config.parallel_block)  # it stands before the MLP
         self.mlp = MLP(config, make_linear)
+        self.post_mlp_layernorm = norm(config.post_norm)
 
     def __call__(self, x, context: Context, key=None, cache=None):
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
         x = checkpoint_name(x, "layer_input")
-        attended, cache = self.self_attn(self.input_layernorm(x), context, keys[:4], cache)
-        x = checkpoint_name(x + attended, "residual")
-        return x + self.mlp(self.post_attention_layernorm(x), keys[4:], context.mlp_tile), cache
+        normed = self.input_layernorm(x)
+        attended, cache = self.self_attn(normed, context, keys[:4], cache)
+        x = checkpoint_name(x + self.multiplier * self.post_self_attn_layernorm(attended), "residual")
+        normed = normed if self.parallel else self.post_attention_layernorm(x)
+        out = self.mlp(normed, keys[4:], context.mlp_tile)
+        return x + self.multiplier * self.post_mlp_layernorm(out), cache
 
 
 class Run(nnx.Module):
     """`repeats` times a period of layers; layer `start + r * period + j` is slice r of `period[j]`."""
 
-    def __init__(self, config: ModelConfig, layer_types: tuple[str, ...], start: int, repeats: int, make):
+    def __init__(self, config: ModelConfig, period: tuple[LayerConfig, ...], start: int, repeats: int, make):
         self.start, self.repeats = start, repeats
         linear, norm = functools.partial(make.linear, stack=repeats), functools.partial(make.norm, stack=repeats)
-        self.period = nnx.List([DecoderLayer(config, kind, linear, norm) for kind in layer_types])
+        self.period = nnx.List([DecoderLayer(config, layer, linear, norm) for layer in period])
 
     def layers_of(self, place: int) -> tuple[int, ...]:
         """The model's layer indices that `period[place]` holds, in the order of its leading axis."""
@@ -202,12 +253,12 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, make):
         self.embed_tokens = make.embedding(config.vocab_size, config.hidden_size)
         self.layers = nnx.List(
-            [Run(config, kinds, start, repeats, make) for start, kinds, repeats in layer_runs(config.layer_types)]
+            [Run(config, period, start, repeats, make) for start, period, repeats in layer_runs(config.layers)]
         )
-        self.norm = make.norm(config.hidden_size, "embed")
+        self.norm = make.norm((config.hidden_size,), ("embed",))
 
 
-def layer_runs(layer_types: tuple[str, ...]) -> list[tuple[int, tuple[str, ...], int]]:
+def layer_runs(layer_types: tuple[Hashable, ...]) -> list[tuple[int, tuple[Any, ...], int]]:
     """Cut a list of layer kinds into runs (start, kinds of one period, repeats) with as few layers to compile as
     possible.
 
@@ -237,9 +288,9 @@ def layer_runs(layer_types: tuple[str, ...]) -> list[tuple[int, tuple[str, ...],
 class _Make:
     """Builds the layers of one model: what they share is said once."""
 
+    config: ModelConfig
     dtype: Any
     rngs: nnx.Rngs
-    eps: float
     quant_config: QuantConfig | None
 
     def linear(self, d_in, d_out, axes, bias, stack=None):
@@ -248,8 +299,11 @@ class _Make:
             quant_config=self.quant_config if stack is not None else None,
         )  # fmt: skip
 
-    def norm(self, features, axis, stack=None):
-        return RMSNorm(features, eps=self.eps, dtype=self.dtype, axis=axis, stack=stack)
+    def norm(self, shape, axes, stack=None):
+        return Norm(
+            shape, axes=axes, kind=self.config.norm, eps=self.config.norm_eps, bias=self.config.norm_bias,
+            offset=self.config.norm_offset, dtype=self.dtype, stack=stack,
+        )  # fmt: skip
 
     def embedding(self, rows, features):
         return Embedding(rows, features, dtype=self.dtype, rngs=self.rngs)
@@ -272,7 +326,7 @@ class CausalLM(nnx.Module):
         rngs: nnx.Rngs,
         hf_config: dict | None = None,
     ):
-        make = _Make(dtype=dtype, rngs=rngs, eps=config.rms_norm_eps, quant_config=quant_config)
+        make = _Make(config=config, dtype=dtype, rngs=rngs, quant_config=quant_config)
         self.config, self.dtype, self.quant_config = config, jnp.dtype(dtype), quant_config
         self._hf_config = json.dumps(hf_config or {})  # text, because a graphdef's attributes must hash
         self.remat_policy = "none"
@@ -315,17 +369,18 @@ class CausalLM(nnx.Module):
             positions = segment_positions(segment_ids)
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, self.config.max_position_embeddings, positions)
+        head_dim, native = self.config.head_dim, self.config.max_position_embeddings
+        rotary = [rope_tables(rope, head_dim, native, positions) for rope in self.config.ropes]
         tile = remat.POLICIES[self.remat_policy].mlp_tile
-        filled, context = None, Context(cos, sin, segment_ids, segment_ids, 0, tile)
+        filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile)
         if cache is not None:
             segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
             filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
-            context = Context(cos, sin, segment_ids, filled, cache.length)
+            context = Context(rotary, segment_ids, filled, cache.length)
             if context.is_prefill:
                 context = dataclasses.replace(context, key_segments=segment_ids)
 
-        x = self.model.embed_tokens(input_ids).astype(self.dtype)
+        x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
         new_keys, new_values = [], []
         for i, run in enumerate(self.model.layers):
             run_cache = None if cache is None else (cache.keys[i], cache.values[i])
@@ -339,10 +394,11 @@ class CausalLM(nnx.Module):
         return x, KVCache(new_keys, new_values, filled, jnp.asarray(cache.length + input_ids.shape[1], jnp.int32))
 
     def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
-        """Rows and a matrix [vocab, E] whose product is the logits of these hidden states.
+        """Rows and a matrix [vocab, E] whose product is the logits of these hidden states, before their softcap.
 
         An adapter on the head joins by concatenation: [x, s x A^T] [W, B]^T = x W^T + s (x A^T) B^T.
         """
+        hidden = hidden * self.config.logit_scale
         head = self.lm_head
         if head is None:
             return hidden, self.model.embed_tokens.weight.get_value().astype(hidden.dtype)
@@ -361,6 +417,9 @@ class CausalLM(nnx.Module):
         """Logits of hidden states, float32."""
         rows, weight = self.head_product(hidden.reshape(-1, hidden.shape[-1]))
         logits = jnp.einsum("ne,ve->nv", rows, weight, preferred_element_type=jnp.float32)
+        cap = self.config.final_logit_softcapping
+        if cap is not None:
+            logits = cap * jnp.tanh(logits / cap)
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
@@ -401,13 +460,19 @@ class Named:
 def named_nodes(model: CausalLM, kind: type) -> Iterator[Named]:
     """Every Variable or Module of this type, in the order of the layers, under its checkpoint name.
 
-    The path model.layers.0.period.0.mlp.up_proj becomes model.layers.{}.mlp.up_proj.
+    The path model.layers.0.period.0.mlp.up_proj becomes model.layers.{}.mlp.up_proj, and each of its parts what
+    `config.tensor_names` says.
     """
+    names = dict(model.config.tensor_names)
+
+    def checkpoint_name_of(*parts) -> str:
+        return ".".join(names.get(str(part), str(part)) for part in parts)
+
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, kind):
             continue
         if path[:2] == ("model", "layers") and len(path) > 4:
             run = model.model.layers[path[2]]
-            yield Named(".".join(("model.layers.{}", *map(str, path[5:]))), run.layers_of(path[4]), node)
+            yield Named(checkpoint_name_of("model", "layers", "{}", *path[5:]), run.layers_of(path[4]), node)
         else:
-            yield Named(".".join(map(str, path)), (), node)
+            yield Named(checkpoint_name_of(*path), (), node)

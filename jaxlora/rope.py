@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) and the ways to stretch it.
 
-Pair d of a head, made of its entries d and d + rotary/2, turns by the angle `position * inv_freq[d]`. Every rope
-type is a way to compute `inv_freq`; "dynamic" also looks at the longest position in the batch. Frequencies and
-angles are float32, since bfloat16 cannot count to 257.
+Pair d of a head, made of its entries d and d + rotary / 2 (or 2 d and 2 d + 1: `interleaved`), turns by the angle
+`position * inv_freq[d]`. Every rope type is a way to compute `inv_freq`; "dynamic" and "longrope" also look at the
+longest position in the batch. Frequencies and angles are float32, since bfloat16 cannot count to 257.
 """
 
 from __future__ import annotations
@@ -66,12 +66,28 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
+def _longrope(rope: RopeConfig, dim: int, native: int, length: Array) -> Array:
+    """LongRoPE (arXiv:2402.13753): a divisor for each pair, of one list within the original window, else of another."""
+    beyond = length > (rope.original_max_position_embeddings or native)
+    divisors = jnp.where(
+        beyond, jnp.asarray(rope.long_factor, jnp.float32), jnp.asarray(rope.short_factor, jnp.float32)
+    )
+    return _default(rope.rope_theta, dim) / divisors
+
+
+def _longrope_attention_factor(rope: RopeConfig, native: int) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    original = rope.original_max_position_embeddings or native
+    return 1.0 if rope.factor <= 1.0 else math.sqrt(1 + math.log(rope.factor) / math.log(original))
+
+
 def rope_frequencies(
     rope: RopeConfig, head_dim: int, max_position_embeddings: int, length: int | Int[Array, ""]
 ) -> tuple[Float[Array, " pairs"], float]:
     """Frequencies [rotary / 2] in radians per position, and the factor on cos and sin.
 
-    `length` is the longest position in the batch plus one; only "dynamic" reads it.
+    `length` is the longest position in the batch plus one; only "dynamic" and "longrope" read it.
     """
     dim = int(head_dim * rope.partial_rotary_factor)
     if rope.rope_type == "dynamic":
@@ -80,6 +96,9 @@ def rope_frequencies(
         return _llama3(rope, dim, max_position_embeddings), 1.0
     if rope.rope_type == "yarn":
         return _yarn(rope, dim, max_position_embeddings), _yarn_attention_factor(rope)
+    if rope.rope_type == "longrope":
+        frequencies = _longrope(rope, dim, max_position_embeddings, jnp.asarray(length))
+        return frequencies, _longrope_attention_factor(rope, max_position_embeddings)
     return _default(rope.rope_theta, dim) / rope.factor, 1.0  # "default" has factor 1, "linear" its own
 
 
@@ -93,15 +112,21 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "b t heads head_dim"], cos: Float[Array, "b t pairs"], sin: Float[Array, "b t pairs"]
+    x: Float[Array, "b t heads head_dim"],
+    cos: Float[Array, "b t pairs"],
+    sin: Float[Array, "b t pairs"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "b t heads head_dim"]:
     """Turn the first 2 * pairs entries of each head; the rest passes through."""
     pairs = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)
+    rotary, rest = jnp.split(x, [2 * pairs], axis=-1)
+    rotary = rotary.astype(jnp.float32)
+    first, second = (rotary[..., 0::2], rotary[..., 1::2]) if interleaved else jnp.split(rotary, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    together = jnp.stack(turned, axis=-1).reshape(rotary.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([together.astype(x.dtype), rest], axis=-1)
 
 
 def segment_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:

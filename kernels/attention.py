@@ -2,7 +2,8 @@
 
 Layout: q [B, T, N, H]; k, v [B, S, K, H], with N a multiple of K: query head n reads key head n // (N / K). Query t
 stands at index `offset + t` of the keys. It sees key s when s <= offset + t, when they carry the same segment id,
-and, with a window w, when offset + t - s < w. The softmax is float32.
+and, with a window w, when offset + t - s < w. The softmax is float32. With a softcap c the scores, scaled and before
+the mask, become c * tanh(scores / c) (Gemma 2, arXiv:2408.00118).
 
 The forms in jnp mark their result "attention_output" for `jax.checkpoint`; cuDNN's is kept by its primitive's name.
 
@@ -55,6 +56,7 @@ def attention_reference(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -64,6 +66,8 @@ def attention_reference(
     kv = k.shape[2]
     grouped = q.reshape(b, t, kv, n // kv, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     mask = attention_mask(query_segments, key_segments, (t, k.shape[1]), offset, window)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -78,6 +82,7 @@ def attention_chunked(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -97,7 +102,7 @@ def attention_chunked(
         index, q, marks = inputs
         start = offset + index * chunk
         return attention_reference(
-            q, k, v, scale=scale, window=window, query_segments=marks, key_segments=keys, offset=start
+            q, k, v, scale=scale, window=window, softcap=softcap, query_segments=marks, key_segments=keys, offset=start
         )
 
     out = jax.lax.map(one_chunk, (jnp.arange(chunks, dtype=jnp.int32), rows, marks))
@@ -111,6 +116,7 @@ def attention_cudnn(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -118,10 +124,11 @@ def attention_cudnn(
     """cuDNN's flash attention.
 
     Raises:
-        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, or queries that are not the
-        keys'
-            own tokens (decoding).
+        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, a softcap, or queries that are
+            not the keys' own tokens (decoding).
     """
+    if softcap is not None:
+        raise NotImplementedError("cuDNN attention has no softcap on the scores")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, found {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 256:

@@ -38,9 +38,11 @@ _SHAPE = dict(
 
 
 def _case(model_type: str, **fields: Any) -> tuple[str, dict[str, Any]]:
-    # Qwen2's config.json files leave head_dim out.
-    shape = {k: v for k, v in _SHAPE.items() if model_type != "qwen2" or k != "head_dim"}
+    shape = {k: v for k, v in _SHAPE.items() if model_type not in _WITHOUT_HEAD_DIM or k != "head_dim"}
     return model_type, {**shape, **fields}
+
+
+_WITHOUT_HEAD_DIM = ("qwen2", "cohere2")  # whose config.json files leave it out
 
 
 def _rope(rope_type: str, **fields: Any) -> dict[str, Any]:
@@ -97,6 +99,15 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-yarn-factor": _case(
         "qwen3",
         rope_parameters=_rope("yarn", factor=2.0, original_max_position_embeddings=32, attention_factor=1.3),
+    ),
+    "gemma": _case("gemma", attention_bias=True, hidden_act="gelu"),
+    "gemma2": _case(
+        "gemma2",
+        attention_bias=True,
+        sliding_window=5,
+        query_pre_attn_scalar=7,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
     ),
 }
 

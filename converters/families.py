@@ -1,0 +1,294 @@
+"""config.json -> `ModelConfig`: every supported `model_type` is one row of `FAMILIES`."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Any
+
+from jaxlora.config import ModelConfig, RopeConfig
+from jaxlora.layers import ACTIVATIONS
+
+Json = Mapping[str, Any]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as it is; the message names the file, what was found, and the mend."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a model_type's config.json and tensors are read.
+
+    fields: `ModelConfig` fields that differ from a Llama's: a value, or a function that finds it in config.json (with
+    `defaults` filled in). defaults: what transformers assumes for fields that a config.json leaves out.
+    tensor_names: {part of a parameter's path in `jaxlora.model`: what checkpoints of the family call it}.
+    """
+
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Json = dataclasses.field(default_factory=dict)
+    tensor_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+# ---- Rope ------------------------------------------------------------------------------------------------------------
+
+
+def rope_config(hf: Json) -> RopeConfig:
+    """The rope fields of a config.json in its older (`rope_theta`, `rope_scaling`) or newer form (`rope_parameters`).
+
+    Raises:
+        CheckpointError: an unknown rope type, or one without the fields that it needs.
+    """
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    if "short_factor" in rope and rope_type in ("su", "yarn"):  # what the first Phi-3 files call it
+        rope_type = "longrope"
+    fields = {field.name for field in dataclasses.fields(RopeConfig)} - {"rope_type", "interleaved"}
+    unknown = sorted(set(rope) - fields)
+    if unknown:
+        warnings.warn(
+            f"config.json: rope fields {', '.join(unknown)} are not used by rope_type {rope_type!r}", stacklevel=3
+        )
+    known = {name: value for name, value in rope.items() if name in fields and value is not None}
+    known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    known.setdefault("rope_theta", hf.get("rope_theta") or 10_000.0)
+    known.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
+    original = hf.get("original_max_position_embeddings") or known.get("original_max_position_embeddings")
+    known["original_max_position_embeddings"] = original
+    if rope_type == "default":
+        known.pop("factor", None)
+    if rope_type in ("yarn", "longrope") and "factor" not in known and original:
+        known["factor"] = hf["max_position_embeddings"] / original
+    elif rope_type != "default" and "factor" not in known:
+        raise CheckpointError(f"config.json: rope_type {rope_type!r} needs a factor, and none is given")
+    try:
+        return RopeConfig(rope_type=rope_type, **known)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+
+
+def _interleaved_rope(hf: Json) -> RopeConfig:
+    return dataclasses.replace(rope_config(hf), interleaved=True)
+
+
+def _global_rope(hf: Json) -> RopeConfig:
+    rope = hf.get("rope_parameters") or {}
+    return rope_config({**hf, "rope_parameters": rope.get("full_attention", rope)})
+
+
+def _local_rope(hf: Json) -> RopeConfig:
+    rope = (hf.get("rope_parameters") or {}).get("sliding_attention")
+    return rope_config({**hf, "rope_parameters": rope, "rope_scaling": None, "rope_theta": hf["rope_local_base_freq"]})
+
+
+# ---- Which layers slide, and which have no positions -----------------------------------------------------------------
+
+
+def _layer_types(slides: Callable[[Json, int], bool]) -> Callable[[Json], tuple[str, ...]]:
+    """`layer_types` as config.json gives it, or else by a rule for each layer."""
+
+    def read(hf: Json) -> tuple[str, ...]:
+        if hf.get("layer_types") is not None:
+            return tuple(hf["layer_types"])
+        kinds = ("full_attention", "sliding_attention")
+        return tuple(kinds[bool(slides(hf, i))] for i in range(hf["num_hidden_layers"]))
+
+    return read
+
+
+def _full(hf: Json) -> tuple[str, ...]:
+    return ("full_attention",) * hf["num_hidden_layers"]
+
+
+def _sliding(hf: Json) -> tuple[str, ...]:
+    kind = "full_attention" if hf["sliding_window"] is None else "sliding_attention"
+    return (kind,) * hf["num_hidden_layers"]
+
+
+_upper_slide = _layer_types(
+    lambda hf, i: hf["use_sliding_window"] and hf["sliding_window"] is not None and i >= hf["max_window_layers"]
+)
+_pattern = _layer_types(lambda hf, i: (i + 1) % hf["sliding_window_pattern"] != 0)
+_nope_slide = _layer_types(
+    lambda hf, i: hf["use_sliding_window"] and hf["sliding_window"] is not None and i in _nope_layers(hf)
+)
+
+
+def _nope_layers(hf: Json) -> tuple[int, ...]:
+    layers = range(hf["num_hidden_layers"])
+    given = hf["no_rope_layers"]  # 1 for a layer that has rope
+    if given is not None:
+        return tuple(i for i in layers if not given[i])
+    return tuple(i for i in layers if (i + 1) % hf["no_rope_layer_interval"] == 0)
+
+
+def _full_are_nope(hf: Json) -> tuple[int, ...]:
+    return tuple(i for i, kind in enumerate(_pattern(hf)) if kind == "full_attention")
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+
+def _same(*names: str) -> dict[str, Callable[[Json], Any]]:
+    """`ModelConfig` fields that config.json has under the same name."""
+    return {name: itemgetter(name) for name in names}
+
+
+# What every family reads, unless its row says otherwise.
+_FIELDS: Mapping[str, Any] = {
+    **_same(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "hidden_act",
+    ),
+    "num_key_value_heads": lambda hf: hf["num_key_value_heads"] or hf["num_attention_heads"],
+    "head_dim": lambda hf: hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"],
+    "norm_eps": itemgetter("rms_norm_eps"),
+    "rope": rope_config,
+    "layer_types": _full,
+    "sliding_window": itemgetter("sliding_window"),
+}
+_DEFAULTS: Json = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+}
+
+_ATTENTION_BIAS = {"qkv_bias": itemgetter("attention_bias"), "o_bias": itemgetter("attention_bias")}
+
+_GEMMA = {
+    **_ATTENTION_BIAS,
+    "norm_offset": 1.0,
+    "embedding_multiplier": lambda hf: hf["hidden_size"] ** 0.5,
+}
+_GEMMA_2 = {
+    **_GEMMA,
+    **_same("attn_logit_softcapping", "final_logit_softcapping"),
+    "hidden_act": itemgetter("hidden_activation"),
+    "attention_multiplier": lambda hf: hf["query_pre_attn_scalar"] ** -0.5,
+    "layer_types": _pattern,
+    "post_norm": True,
+}
+_GEMMA_2_NAMES = {
+    "post_self_attn_layernorm": "post_attention_layernorm",
+    "post_attention_layernorm": "pre_feedforward_layernorm",
+    "post_mlp_layernorm": "post_feedforward_layernorm",
+}
+_GEMMA_2_DEFAULTS = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 2,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        fields={**_ATTENTION_BIAS, **_same("mlp_bias")},
+        defaults={"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    ),
+    "mistral": Family(
+        fields={"layer_types": _sliding},
+        defaults={
+            "vocab_size": 32000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family(
+        fields={"qkv_bias": True, "layer_types": _upper_slide},
+        defaults={
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    "qwen3": Family(
+        fields={**_ATTENTION_BIAS, "qk_norm": "head", "layer_types": _upper_slide},
+        defaults={
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    "gemma": Family(
+        # The first files say "gelu" and mean its approximation, as transformers knows too.
+        fields={
+            **_GEMMA,
+            "hidden_act": lambda hf: {"gelu": "gelu_pytorch_tanh"}.get(hf["hidden_act"], hf["hidden_act"]),
+        },
+        defaults={
+            "vocab_size": 256000,
+            "hidden_size": 3072,
+            "intermediate_size": 24576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma2": Family(fields=_GEMMA_2, defaults=_GEMMA_2_DEFAULTS, tensor_names=_GEMMA_2_NAMES),
+}
+
+
+def model_config(hf_config: Json) -> ModelConfig:
+    """Read a config.json.
+
+    Raises:
+        CheckpointError: no or an unknown `model_type`, rope type or activation; names the ones supported.
+    """
+    model_type = hf_config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    hf = {**_DEFAULTS, **family.defaults, **hf_config}
+    rows = {**_FIELDS, **family.fields}
+    fields = {name: value(hf) if callable(value) else value for name, value in rows.items()}
+    if fields["hidden_act"] not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        )
+    if "sliding_attention" not in fields["layer_types"]:
+        fields["sliding_window"] = None
+    return ModelConfig(model_type=str(model_type), tensor_names=tuple(family.tensor_names.items()), **fields)
