@@ -209,6 +209,26 @@ _GEMMA_2_DEFAULTS = {
     "attn_logit_softcapping": 50.0,
 }
 
+_COHERE = {
+    **_ATTENTION_BIAS,
+    **_same("logit_scale"),
+    "norm": "layer_norm",
+    "norm_eps": itemgetter("layer_norm_eps"),
+    "parallel_block": True,
+    "rope": _interleaved_rope,
+}
+_COHERE_DEFAULTS = {
+    "vocab_size": 256000,
+    "hidden_size": 8192,
+    "intermediate_size": 22528,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+}
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         fields={**_ATTENTION_BIAS, **_same("mlp_bias")},
@@ -267,6 +287,160 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "gemma2": Family(fields=_GEMMA_2, defaults=_GEMMA_2_DEFAULTS, tensor_names=_GEMMA_2_NAMES),
+    "gemma3_text": Family(
+        fields={
+            **_GEMMA_2,
+            "attn_logit_softcapping": None,  # config.json has the field, transformers does not read it
+            "qk_norm": "head",
+            "rope": _global_rope,
+            "sliding_rope": _local_rope,
+        },
+        defaults={
+            **_GEMMA_2_DEFAULTS,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+        },
+        tensor_names=_GEMMA_2_NAMES,
+    ),
+    "granite": Family(
+        fields={
+            **_ATTENTION_BIAS,
+            **_same("mlp_bias", "attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+            "logit_scale": lambda hf: 1 / hf["logits_scaling"],
+        },
+        defaults={
+            "vocab_size": 32000,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 2048,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "olmo2": Family(
+        fields={**_ATTENTION_BIAS, "qk_norm": "projection", "pre_norm": False, "post_norm": True},
+        defaults={
+            "vocab_size": 50304,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+        },
+        tensor_names={
+            "post_self_attn_layernorm": "post_attention_layernorm",
+            "post_mlp_layernorm": "post_feedforward_layernorm",
+        },
+    ),
+    "smollm3": Family(
+        fields={**_ATTENTION_BIAS, **_same("mlp_bias"), "layer_types": _nope_slide, "nope_layers": _nope_layers},
+        defaults={
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "rope_theta": 2_000_000.0,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+    ),
+    "cohere": Family(
+        fields={**_COHERE, "qk_norm": lambda hf: "per_head" if hf["use_qk_norm"] else None},
+        defaults={**_COHERE_DEFAULTS, "rope_theta": 500_000.0, "use_qk_norm": False},
+    ),
+    "cohere2": Family(
+        fields={**_COHERE, "layer_types": _pattern, "nope_layers": _full_are_nope},
+        defaults={**_COHERE_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "phi3": Family(
+        fields={"layer_types": _sliding, "fused_qkv": True, "fused_gate_up": True},
+        defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "starcoder2": Family(
+        fields={
+            **{field: itemgetter("use_bias") for field in ("qkv_bias", "o_bias", "mlp_bias")},
+            "layer_types": _sliding,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "norm_eps": itemgetter("norm_epsilon"),
+            "gated_mlp": False,
+        },
+        defaults={
+            "vocab_size": 49152,
+            "hidden_size": 3072,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 2,
+            "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+        tensor_names={"up_proj": "c_fc", "down_proj": "c_proj"},
+    ),
+    "glm4": Family(
+        fields={
+            "qkv_bias": itemgetter("attention_bias"),
+            "rope": _interleaved_rope,
+            "post_norm": True,
+            "fused_gate_up": True,
+        },
+        defaults={
+            "vocab_size": 151552,
+            "intermediate_size": 13696,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1.5625e-7,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+        },
+    ),
+    "seed_oss": Family(
+        fields={
+            "qkv_bias": itemgetter("attention_bias"),
+            "o_bias": itemgetter("attention_out_bias"),
+            **_same("mlp_bias"),
+        },
+        defaults={
+            "vocab_size": 155136,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 80,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+        },
+    ),
+    "ministral": Family(
+        fields={"layer_types": _layer_types(lambda hf, i: hf["sliding_window"] is not None)},
+        defaults={
+            "vocab_size": 32000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
 }
 
 

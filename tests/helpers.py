@@ -109,9 +109,88 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
+    "gemma3_text": _case(
+        "gemma3_text",
+        num_hidden_layers=5,
+        sliding_window=5,
+        query_pre_attn_scalar=7,
+        attention_bias=True,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] + ["sliding_attention"] * 2,
+        rope_parameters=dict(
+            sliding_attention=_rope("default"), full_attention=dict(rope_type="linear", factor=3.0, rope_theta=90000.0)
+        ),
+    ),
+    "gemma3_text-old": _case(
+        "gemma3_text",
+        sliding_window=5,
+        sliding_window_pattern=2,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        tie_word_embeddings=False,
+    ),
+    "granite": _case(
+        "granite",
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.7,
+        logits_scaling=5.0,
+    ),
+    "olmo2": _case("olmo2", attention_bias=True, rms_norm_eps=1e-3),
+    "smollm3": _case(
+        "smollm3",
+        no_rope_layers=[1, 0, 1],
+        use_sliding_window=True,
+        sliding_window=5,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "smollm3-interval": _case("smollm3", no_rope_layer_interval=2, tie_word_embeddings=False),
+    "cohere": _case("cohere", use_qk_norm=True, attention_bias=True, logit_scale=0.3, layer_norm_eps=1e-3),
+    "cohere-untied": _case("cohere", tie_word_embeddings=False, num_key_value_heads=6),
+    "cohere2": _case(
+        "cohere2", num_hidden_layers=5, sliding_window=5, sliding_window_pattern=3, attention_bias=True, logit_scale=0.3
+    ),
+    "phi3": _case("phi3", sliding_window=5, original_max_position_embeddings=64),
+    "phi3-partial": _case(
+        "phi3", tie_word_embeddings=True, rope_parameters=_rope("default", partial_rotary_factor=0.6)
+    ),
+    "phi3-longrope": _case(
+        "phi3",
+        num_attention_heads=6,
+        head_dim=8,
+        original_max_position_embeddings=16,
+        rope_parameters=_rope("longrope", short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.5, 2.0, 3.0, 4.0]),
+    ),
+    "starcoder2": _case("starcoder2", sliding_window=5, norm_epsilon=1e-3),
+    "starcoder2-plain": _case("starcoder2", use_bias=False, tie_word_embeddings=False),
+    "glm4": _case("glm4", rms_norm_eps=1e-3),
+    "glm4-plain": _case(
+        "glm4",
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rope_parameters=_rope("default", partial_rotary_factor=0.8),
+    ),
+    "seed_oss": _case("seed_oss", attention_out_bias=True, mlp_bias=True, attention_dropout=0.0, residual_dropout=0.0),
+    "seed_oss-plain": _case(
+        "seed_oss", attention_bias=False, tie_word_embeddings=True, attention_dropout=0.0, residual_dropout=0.0
+    ),
+    "ministral": _case(
+        "ministral", sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "ministral-full": _case(
+        "ministral", sliding_window=4, layer_types=["full_attention"] * 3, tie_word_embeddings=True
+    ),
 }
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# One row for each of the families whose layers do something else.
+DENSE = (
+    "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3", "cohere", "cohere2", "phi3", "starcoder2", "glm4",
+    "seed_oss", "ministral",
+)  # fmt: skip
 
 
 def torch_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -17,6 +17,7 @@ from helpers import TINY, load_folder, make_checkpoint, make_pair, random_ids, r
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from jaxlora.config import QuantConfig
+from jaxlora.converters.families import FAMILIES
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, load_model, model_config
 from jaxlora.layers import BaseParam
@@ -97,20 +98,37 @@ def test_a_tied_head_that_is_stored_all_the_same_is_ignored(tmp_path):
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 
+def first_of(config, *names):
+    return next(value for value in (getattr(config, name, None) for name in names) if value is not None)
+
+
+def assert_same_settings(ours, theirs):
+    """Our `ModelConfig` says what transformers' configuration says, defaults included."""
+    for field in (
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings",
+    ):  # fmt: skip
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.hidden_act == first_of(theirs, "hidden_activation", "hidden_act")
+    assert ours.norm_eps == first_of(theirs, "rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    ropes = theirs.rope_parameters
+    for layer_type, rope in (("full_attention", ours.rope), ("sliding_attention", ours.sliding_rope or ours.rope)):
+        expected = ropes.get(layer_type, ropes)
+        assert (rope.rope_type, rope.rope_theta) == (expected["rope_type"], expected["rope_theta"])
+        assert rope.partial_rotary_factor == expected.get("partial_rotary_factor", 1.0)
+    if getattr(theirs, "layer_types", None):
+        assert list(ours.layer_types) == theirs.layer_types
+    if "sliding_attention" in ours.layer_types:
+        assert ours.sliding_window == theirs.sliding_window
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_config_equals_transformers(name, tmp_path):
     theirs = torch_model(name).config
     theirs.save_pretrained(tmp_path)
     ours = model_config(json.loads((tmp_path / "config.json").read_text()))
-    for field in (
-        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
-    ):  # fmt: skip
-        assert getattr(ours, field) == getattr(theirs, field), field
-    assert ours.rope.rope_type == theirs.rope_parameters["rope_type"]
-    assert ours.rope.rope_theta == theirs.rope_parameters["rope_theta"]
-    if getattr(theirs, "layer_types", None):
-        assert list(ours.layer_types) == theirs.layer_types
+    assert_same_settings(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["llama-linear", "mistral-yarn", "qwen2", "qwen3-yarn-mscale", "llama-llama3"])
@@ -125,26 +143,16 @@ def test_both_forms_of_the_rope_fields_are_one(name):
     assert model_config(older) == model_config(oldest) == model_config(newer)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_fields_left_out_have_the_defaults_of_transformers(model_type):
-    theirs = transformers.AutoConfig.for_model(model_type)
-    ours = model_config({"model_type": model_type})
-    for field in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
-    ):  # fmt: skip
-        assert getattr(ours, field) == getattr(theirs, field), field
-    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-    assert ours.head_dim == head_dim
-    assert ours.rope.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.window(ours.layer_types[0]) == (theirs.sliding_window if model_type == "mistral" else None)
+    assert_same_settings(model_config({"model_type": model_type}), transformers.AutoConfig.for_model(model_type))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model_type="gpt2"), "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"),
-        (dict(model_type=None), "model_type None is not supported; supported are llama"),
+        (dict(model_type="gpt2"), "model_type 'gpt2' is not supported; supported are cohere, cohere2, gemma"),
+        (dict(model_type=None), "model_type None is not supported; supported are cohere"),
         (dict(hidden_act="swishy"), "hidden_act 'swishy' is not supported; supported are silu, gelu"),
         (dict(rope_scaling={"rope_type": "spiral", "factor": 2.0}), "rope_type 'spiral' is not one of default, linear"),
         (dict(rope_scaling={"type": "linear"}), "rope_type 'linear' needs a factor, and none is given"),

@@ -8,7 +8,7 @@ import transformers
 from helpers import TINY, relative_error, torch_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from jaxlora.config import RopeConfig
+from jaxlora.config import ROPE_TYPES, RopeConfig
 from jaxlora.converters.huggingface import model_config
 from jaxlora.rope import apply_rope, rope_frequencies, rope_tables, segment_positions
 
@@ -25,12 +25,17 @@ ROPES = {
     "yarn-attention-factor": dict(rope_type="yarn", factor=4.0, attention_factor=0.8, **ORIGINAL),
     "yarn-mscale": dict(rope_type="yarn", factor=40.0, mscale=1.0, mscale_all_dim=0.707, **ORIGINAL),
     "yarn-mscale-zero": dict(rope_type="yarn", factor=40.0, mscale=0.0, mscale_all_dim=0.707, **ORIGINAL),
+    "longrope": dict(rope_type="longrope", factor=4.0, **ORIGINAL),
+    "longrope-attention-factor": dict(rope_type="longrope", factor=4.0, attention_factor=1.5, **ORIGINAL),
     "yarn-narrow": dict(rope_type="yarn", factor=4.0, beta_fast=1.0, beta_slow=1.0, **ORIGINAL),
 }
 
 
 def configs(rope, head_dim, theta=10_000.0):
     """The same model as transformers' configuration and as ours."""
+    if rope["rope_type"] == "longrope":
+        pairs = np.arange(head_dim // 2)
+        rope = dict(rope, short_factor=(1 + pairs / 50).tolist(), long_factor=(1.5 + pairs / 7).tolist())
     fields = dict(
         vocab_size=8, hidden_size=4 * head_dim, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
         head_dim=head_dim, max_position_embeddings=512, rope_parameters=dict(rope, rope_theta=theta),
@@ -72,8 +77,8 @@ def test_dynamic_scaling_leaves_the_native_window_alone():
 
 
 def test_every_rope_type_has_a_tiny_model():
-    types = {(torch_model(name).config.rope_parameters or {})["rope_type"] for name in TINY}
-    assert types == {"default", "linear", "dynamic", "yarn", "llama3"}
+    types = {model_config(torch_model(name).config.to_dict()).rope.rope_type for name in TINY}
+    assert types == set(ROPE_TYPES)
 
 
 def test_apply_rope_equals_transformers():

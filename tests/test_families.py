@@ -1,0 +1,180 @@
+"""What single families do, and the shapes of real models: no memory is taken, and every count is the published one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from helpers import DENSE, adapter_matrices, load_folder, make_checkpoint, random_ids, relative_error
+
+from jaxlora.config import LoraConfig, QuantConfig
+from jaxlora.converters.export import save_merged
+from jaxlora.converters.families import FAMILIES
+from jaxlora.converters.huggingface import model_config, parameter_shapes
+from jaxlora.layers import Linear
+from jaxlora.lora import add_adapters, delta_weight
+from jaxlora.model import CausalLM, named_nodes
+from jaxlora.quant import dequantize
+
+# The largest model of each family, and how many weights its makers say it has; embeddings that are tied count once.
+REAL = {
+    "Llama-3.3-70B": (
+        dict(model_type="llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+             num_attention_heads=64, num_key_value_heads=8),
+        70_553_706_496,
+    ),
+    "Qwen3-32B": (
+        dict(model_type="qwen3", vocab_size=151936, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
+             num_attention_heads=64, num_key_value_heads=8, head_dim=128),
+        32_762_123_264,
+    ),
+    "gemma-7b": (dict(model_type="gemma"), 8_537_680_896),
+    "gemma-2-27b": (
+        dict(model_type="gemma2", hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
+             num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144),
+        27_227_128_320,
+    ),
+    # Less the vision tower's 416,866,032 and its projector's 6,194,304.
+    "gemma-3-27b, text": (
+        dict(model_type="gemma3_text", hidden_size=5376, intermediate_size=21504, num_hidden_layers=62,
+             num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168),
+        27_432_406_640 - 416_866_032 - 6_194_304,
+    ),
+    "granite-3.1-8b": (
+        dict(model_type="granite", vocab_size=49155, intermediate_size=12800, num_hidden_layers=40,
+             num_key_value_heads=8, tie_word_embeddings=True),
+        8_170_848_256,
+    ),
+    "OLMo-2-32B": (
+        dict(model_type="olmo2", vocab_size=100352, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+             num_attention_heads=40, num_key_value_heads=8),
+        32_234_279_936,
+    ),
+    "SmolLM3-3B": (dict(model_type="smollm3"), 3_075_098_624),
+    "c4ai-command-r-v01": (dict(model_type="cohere"), 34_980_831_232),
+    "c4ai-command-r-plus": (
+        dict(model_type="cohere", hidden_size=12288, intermediate_size=33792, num_hidden_layers=64,
+             num_attention_heads=96, num_key_value_heads=8, use_qk_norm=True),
+        103_810_674_688,
+    ),
+    "c4ai-command-a": (
+        dict(model_type="cohere2", hidden_size=12288, intermediate_size=36864, num_hidden_layers=64,
+             num_attention_heads=96, num_key_value_heads=8),
+        111_057_580_032,
+    ),
+    "Phi-3-medium": (
+        dict(model_type="phi3", hidden_size=5120, intermediate_size=17920, num_hidden_layers=40,
+             num_attention_heads=40, num_key_value_heads=10),
+        13_960_238_080,
+    ),
+    "starcoder2-15b": (
+        dict(model_type="starcoder2", hidden_size=6144, intermediate_size=24576, num_hidden_layers=40,
+             num_attention_heads=48, num_key_value_heads=4, tie_word_embeddings=False),
+        15_957_889_024,
+    ),
+    "GLM-4-32B-0414": (
+        dict(model_type="glm4", hidden_size=6144, intermediate_size=23040, num_hidden_layers=61,
+             num_attention_heads=48, attention_bias=False),
+        32_566_081_536,
+    ),
+    "Seed-OSS-36B": (dict(model_type="seed_oss", hidden_size=5120), 36_151_104_512),
+    "Ministral-8B": (
+        dict(model_type="ministral", vocab_size=131072, intermediate_size=12288, num_hidden_layers=36, head_dim=128),
+        8_019_808_256,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_shapes_have_the_published_number_of_weights(name):
+    fields, published = REAL[name]
+    config = model_config(fields)
+    model = nnx.eval_shape(lambda: CausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    found = {name: shape for parameter, shape in parameter_shapes(model) for name in parameter.names()}
+    assert sum(int(np.prod(shape)) for shape in found.values()) == published
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
+    expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    assert found == expected
+
+
+def test_every_family_has_a_tiny_model_and_a_real_one():
+    assert {fields["model_type"] for fields, _ in REAL.values()} >= FAMILIES.keys() - {"mistral", "qwen2"}
+    assert set(DENSE) | {"llama", "mistral", "qwen2", "qwen3"} == FAMILIES.keys()
+
+
+@jax.jit
+def dequantized(stack):
+    return jax.vmap(lambda weight: dequantize(weight, jnp.float32))(stack)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_merged_and_quantised_weights_in_transformers(name, tmp_path):
+    """A merged export loads and computes the same; so does the base with our NF4 weights, dequantised, in it."""
+    theirs = make_checkpoint(name, tmp_path / "base")
+    ids = random_ids(2, 14)
+    quantised = load_folder(tmp_path / "base", quant_config=QuantConfig())
+    ours = load_folder(tmp_path / "base")
+    add_adapters(ours, LoraConfig(r=3, lora_alpha=5), jax.random.key(0))
+    for linear in named_nodes(ours, Linear):
+        if linear.node.lora_B is not None:
+            b = linear.node.lora_B
+            b.set_value(jax.random.normal(jax.random.key(len(linear.name)), b.get_value().shape) * 0.1)
+    report = save_merged(ours, tmp_path / "merged", base=tmp_path / "base", verify=False)
+    assert len(adapter_matrices(ours)) == 2 * report.merged_modules
+
+    def logits_of(model):
+        with torch.no_grad():
+            return model(torch.tensor(ids).long()).logits
+
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert relative_error(ours(jnp.asarray(ids)), logits_of(merged)) < 2e-5
+
+    weights, changed = theirs.state_dict(), merged.state_dict()
+    for linear in named_nodes(ours, Linear):
+        for i, module in enumerate(linear.names()):
+            if linear.layers:
+                difference = changed[f"{module}.weight"] - weights[f"{module}.weight"]
+                assert relative_error(delta_weight(linear.node, i), difference) < 1e-4
+    with torch.no_grad():
+        for linear in named_nodes(quantised, Linear):
+            if linear.layers:
+                dense = dequantized(linear.node.weight.get_value())
+                for module, weight in zip(linear.names(), dense, strict=True):
+                    theirs.get_submodule(module).weight.copy_(torch.tensor(np.asarray(weight)))
+    assert relative_error(quantised(jnp.asarray(ids)), logits_of(theirs)) < 1e-4
+
+
+def test_gemma3_in_the_form_of_its_published_files():
+    """sliding_window_pattern, rope_theta and rope_local_base_freq, where newer files have layer_types and two ropes."""
+    published = dict(
+        model_type="gemma3_text", num_hidden_layers=12, rope_theta=500_000.0, rope_local_base_freq=7_000.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0}, sliding_window_pattern=6, sliding_window=512,
+    )  # fmt: skip
+    theirs = transformers.AutoConfig.for_model(**published)
+    found = model_config(published)
+    assert found == model_config(theirs.to_dict())
+    assert found.layer(4).rope == found.sliding_rope != found.rope == found.layer(5).rope
+    assert (found.rope.factor, found.rope.rope_theta, found.sliding_rope.rope_theta) == (8.0, 500_000.0, 7_000.0)
+    assert [layer.sliding_window for layer in found.layers] == ([512] * 5 + [None]) * 2
+
+
+def test_longrope_by_its_older_names():
+    rope = dict(type="longrope", short_factor=[1.0] * 48, long_factor=[2.0] * 48)
+    config = dict(model_type="phi3", max_position_embeddings=131072, rope_scaling=rope)
+    found = model_config(config)
+    assert found == model_config(transformers.AutoConfig.for_model(**config).to_dict())
+    assert (found.rope.rope_type, found.rope.factor, found.rope.long_factor) == ("longrope", 32.0, (2.0,) * 48)
+    for older in ("su", "yarn"):
+        assert model_config({**config, "rope_scaling": {**rope, "type": older}}) == found
+
+
+def test_layers_without_positions(tmp_path):
+    make_checkpoint("smollm3", tmp_path)
+    model = load_folder(tmp_path)
+    assert [layer.rope is None for layer in model.config.layers] == [False, True, False]
+    assert [layer.self_attn.rope for run in model.model.layers for layer in run.period] == [0, None, 0]
