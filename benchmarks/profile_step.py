@@ -43,10 +43,9 @@ def main(arguments: list[str]) -> None:
                 run()
         with gzip.open(glob.glob(f"{folder}/**/perfetto_trace.json.gz", recursive=True)[0]) as file:
             events = json.load(file)["traceEvents"]
-    tracks = {
-        (e.get("pid"), e.get("tid")): e["args"]["name"] for e in events if e.get("ph") == "M" and e["name"] == "thread_name"
-    }
-    processes = {e.get("pid"): e["args"]["name"] for e in events if e.get("ph") == "M" and e["name"] == "process_name"}
+    metadata = [event for event in events if event.get("ph") == "M"]
+    tracks = {(e.get("pid"), e.get("tid")): e["args"]["name"] for e in metadata if e["name"] == "thread_name"}
+    processes = {e.get("pid"): e["args"]["name"] for e in metadata if e["name"] == "process_name"}
     kinds, names = collections.Counter(), collections.Counter()
     for event in events:
         track = tracks.get((event.get("pid"), event.get("tid")), "")
