@@ -7,7 +7,9 @@ bucket changes no logits but in their last bits.
 
 Rotary scaling of the type "dynamic" grows its frequencies with the longest position of the batch, whereas keys that are
 already in the cache keep the frequencies they were written with. That is what transformers does, and it means that
-beyond the native window generating differs slightly from one pass over the finished text.
+beyond the native window generating differs slightly from one pass over the finished text. "longrope" takes its long
+factors from the first token on if the cache reaches beyond the original window; transformers computes all keys anew
+where the text crosses it.
 
 Shapes: B rows, T prompt tokens, S places of the cache, V vocabulary, E stop tokens.
 """

@@ -370,7 +370,8 @@ class CausalLM(nnx.Module):
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         head_dim, native = self.config.head_dim, self.config.max_position_embeddings
-        rotary = [rope_tables(rope, head_dim, native, positions) for rope in self.config.ropes]
+        places = None if cache is None else cache.segment_ids.shape[1]
+        rotary = [rope_tables(rope, head_dim, native, positions, places) for rope in self.config.ropes]
         tile = remat.POLICIES[self.remat_policy].mlp_tile
         filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile)
         if cache is not None:

@@ -103,10 +103,19 @@ def rope_frequencies(
 
 
 def rope_tables(
-    rope: RopeConfig, head_dim: int, max_position_embeddings: int, positions: Int[Array, "b t"]
+    rope: RopeConfig,
+    head_dim: int,
+    max_position_embeddings: int,
+    positions: Int[Array, "b t"],
+    cache_length: int | None = None,
 ) -> tuple[Float[Array, "b t pairs"], Float[Array, "b t pairs"]]:
-    """cos and sin [B, T, rotary / 2] in float32 at these positions."""
-    inv_freq, factor = rope_frequencies(rope, head_dim, max_position_embeddings, positions.max() + 1)
+    """cos and sin [B, T, rotary / 2] in float32 at these positions.
+
+    With a cache of `cache_length` places, "longrope" chooses its list by what the cache can hold, so that all of its
+    keys have the same frequencies.
+    """
+    length = cache_length if cache_length is not None and rope.rope_type == "longrope" else positions.max() + 1
+    inv_freq, factor = rope_frequencies(rope, head_dim, max_position_embeddings, length)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

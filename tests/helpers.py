@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,14 @@ DENSE = (
     "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3", "cohere", "cohere2", "phi3", "starcoder2", "glm4",
     "seed_oss", "ministral",
 )  # fmt: skip
+
+# Further rows of these families; their tests beyond the first comparison of logits are slow ones.
+_VARIANTS = tuple(name for name in TINY if name.split("-")[0] in DENSE and name not in DENSE)
+
+
+def with_slow_variants(names: Iterable[str]) -> list[Any]:
+    """Parameters for a test, of which the second and later rows of a family of `DENSE` are marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in names]
 
 
 def torch_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -11,7 +11,17 @@ import scipy.stats
 import torch
 import transformers
 from flax import nnx
-from helpers import TINY, VOCAB, load_folder, make_checkpoint, make_pair, random_ids, relative_error, smollm2_path
+from helpers import (
+    TINY,
+    VOCAB,
+    load_folder,
+    make_checkpoint,
+    make_pair,
+    random_ids,
+    relative_error,
+    smollm2_path,
+    with_slow_variants,
+)
 
 from jaxlora import lora
 from jaxlora.config import LoraConfig, QuantConfig
@@ -56,16 +66,17 @@ def llama(tmp_path_factory):
 # ---- against the references ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", with_slow_variants(TINY))
 def test_greedy_tokens_equal_transformers_and_teacher_forcing(name, tmp_path):
     theirs, model = make_pair(name, tmp_path)
     ids, mask = left_padded()
-    expected = reference(theirs, ids, mask, eos_token_id=VOCAB)  # never drawn, so every row is as long as it can be
     options = dict(max_new_tokens=NEW, eos_token_id=VOCAB, pad_token_id=1)
     found = generate(with_window(model), ids, attention_mask=mask, **options)
     assert found.dtype == jnp.int32
     assert found.shape == (3, 10 + NEW)
-    np.testing.assert_array_equal(found, expected)
+    if model.config.rope.rope_type != "longrope":  # which transformers begins with short factors, and we with long ones
+        # The stop token is never drawn, so every row is as long as it can be.
+        np.testing.assert_array_equal(found, reference(theirs, ids, mask, eos_token_id=VOCAB))
     if model.config.rope.rope_type != "dynamic":  # whose cached keys keep older frequencies
         segments = np.pad(mask, ((0, 0), (0, NEW)), constant_values=1)
         logits = np.asarray(model(found, segment_ids=jnp.asarray(segments)))

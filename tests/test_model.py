@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import FAMILIES, TINY, VOCAB, make_pair, random_ids, relative_error, torch_model
+from helpers import DENSE, FAMILIES, TINY, VOCAB, make_pair, random_ids, relative_error, torch_model
 
 import jaxlora.model
 from jaxlora.config import QuantConfig
@@ -52,7 +52,7 @@ def test_logits_at_given_positions_equal_transformers(name, tmp_path):
     assert relative_error(ours(jnp.asarray(ids)), expected) > 1e-3  # positions mattered
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [*PACKED, *DENSE])
 def test_packed_documents_are_separate_documents(name, tmp_path):
     theirs, ours = make_pair(name, tmp_path)
     lengths = (7, 1, 12, 9)

@@ -1,5 +1,7 @@
 """The training step: the updates of PEFT and torch's AdamW, and what must change nothing does change nothing."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from flax import nnx
 from helpers import (
+    DENSE,
     FAMILIES,
     VOCAB,
     adapter_matrices,
@@ -99,8 +102,13 @@ def train(model, optimizer, batches, loss=causal_lm_loss, key=None):
 # ---- against PEFT ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [padded, packed])
-@pytest.mark.parametrize("name", [*FAMILIES, "qwen2-windows"])
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        *itertools.product([*FAMILIES, "qwen2-windows"], [padded, packed]),
+        *((name, packed) for name in DENSE),
+    ],
+)
 def test_four_steps_equal_peft(name, layout, tmp_path):
     theirs, ours = make_pair(name, tmp_path)
     with_adapters(ours)
