@@ -1,4 +1,4 @@
-"""Models as Hugging Face checkpoints: a base with its adapter merged, or a GGUF file's model as it is.
+"""Models as Hugging Face checkpoints: a base with its adapter merged, a GGUF file's model, or one fully trained.
 
 A merge goes onto the weights of the original checkpoint, not onto their 4-bit form, one tensor at a time:
 
@@ -23,8 +23,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxlora import lora
@@ -37,7 +39,8 @@ from jaxlora.converters.huggingface import (
     load_model,
 )
 from jaxlora.converters.staging import staged
-from jaxlora.model import CausalLM
+from jaxlora.layers import BaseParam, LoraParam, TrainableParam
+from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import QuantizedArray
 
 logger = logging.getLogger(__name__)
@@ -157,6 +160,34 @@ class MergedSource:
         return _cast(weight.astype(np.float32) + scaling * (b @ a), self.dtype(name), name)
 
 
+class ModelSource:
+    """The weights of a model in memory, without adapters, under their checkpoint names: a `TensorSource`."""
+
+    def __init__(self, model: CausalLM):
+        self._values = {}
+        for parameter in named_nodes(model, nnx.Variable):
+            if isinstance(parameter.node, BaseParam | TrainableParam) and not isinstance(parameter.node, LoraParam):
+                value = parameter.node.get_value()
+                for layer, name in enumerate(parameter.names()):
+                    self._values[name] = (value, layer if parameter.layers else None)
+
+    def names(self) -> list[str]:
+        return list(self._values)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        value, layer = self._values[name]
+        return value.shape if layer is None or isinstance(value, QuantizedArray) else value.shape[1:]
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._values[name][0].dtype)
+
+    def read(self, name: str) -> np.ndarray | QuantizedArray:
+        value, layer = self._values[name]
+        if isinstance(value, QuantizedArray):
+            return value if layer is None else jax.tree.map(lambda field: field[layer], value)
+        return np.asarray(value if layer is None else value[layer])
+
+
 def _read(source: TensorSource, name: str) -> np.ndarray:
     tensor = source.read(name)
     if isinstance(tensor, QuantizedArray):
@@ -270,6 +301,42 @@ def save_merged(
         folder, report.merged_modules, base, error, gap, largest,
     )  # fmt: skip
     return report
+
+
+def save_model(
+    model: CausalLM,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    generation_config: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write the weights of a model as they are in memory as a Hugging Face checkpoint; returns the folder.
+
+    Args:
+        tokenizer: is saved too.
+        generation_config: what generation_config.json holds; none is written if it is empty.
+        dtype: of the weights in the file; None keeps the one that they have.
+        max_shard_size: bytes, or a text such as "5GB"; beyond it the weights are cut into several files.
+
+    Raises:
+        CheckpointError: a weight is quantised.
+        ValueError: the folder holds other weights, or a value does not fit `dtype`.
+        OSError: the folder cannot be written to.
+    """
+    folder, source = Path(folder), ModelSource(model)
+    (name, *_) = source.names()
+    dtype = (source.dtype(name) if dtype is None else jnp.dtype(dtype)).name
+    hf_config = {key: value for key, value in model.hf_config.items() if key != "quantization_config"}
+    with staged(folder) as stage:
+        _write_tensors(CastSource(source, dtype), stage, max_shard_size)
+        _write_json(stage / "config.json", _with_dtype(hf_config, dtype))
+        if generation_config:
+            _write_json(stage / "generation_config.json", generation_config)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+    return folder
 
 
 def _check_method(save_method: str) -> None:

@@ -23,7 +23,7 @@ from jaxlora import lora, remat
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters import peft
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
-from jaxlora.converters.export import MergeReport, export_base, save_merged
+from jaxlora.converters.export import MergeReport, export_base, save_merged, save_model
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, TensorSource, load_model, model_config
 from jaxlora.generate import generate
@@ -39,7 +39,7 @@ class LanguageModel(CausalLM):
 
     name_or_path: what `from_pretrained` was given for the base model; base_folder: where its files lie (a folder, or a
     .gguf file), "" for a model made in memory; max_seq_length: the window in tokens; lora_config: the adapter's, or
-    None. revision: of the base model on the hub, None for its newest.
+    None. revision: of the base model on the hub, None for its newest. full_finetuning: whether every weight learns.
     """
 
     name_or_path: str = ""
@@ -47,6 +47,7 @@ class LanguageModel(CausalLM):
     revision: str | None = None
     max_seq_length: int = 0
     lora_config: LoraConfig | None = None
+    full_finetuning: bool = False
     _generation_config: str = "{}"  # text, because a graphdef's attributes must hash
 
     @property
@@ -57,7 +58,7 @@ class LanguageModel(CausalLM):
     @property
     def writes_base(self) -> bool:
         """Whether saving an adapter writes the base out as well: PEFT reads no GGUF file."""
-        return self.base_folder.endswith(".gguf")
+        return self.base_folder.endswith(".gguf") and not self.full_finetuning
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all), as PEFT counts them."""
@@ -86,15 +87,24 @@ class LanguageModel(CausalLM):
         well: once, as a Hugging Face checkpoint in `base_folder`, by default the folder "base" in `save_directory`. A
         later save that names the same `base_folder` finds it there.
 
+        With full fine-tuning there is no adapter, and the whole model is written as a Hugging Face checkpoint, every
+        weight in the dtype that it is trained in; see `converters.export.save_model`.
+
         Args:
             base_folder: for a GGUF base only: where it is written to.
             base_dtype: for a GGUF base only: "float32", "bfloat16" or "float16"; None keeps the file's dtypes,
                 quantised weights as float32. See `converters.export.export_base`.
 
         Raises:
-            ValueError: the model has no adapter, or no GGUF base and yet a `base_folder` or `base_dtype`.
+            ValueError: the model has no adapter and was not fully fine-tuned, or it has no GGUF base and yet a
+                `base_folder` or `base_dtype`.
             OSError: a folder cannot be written to.
         """
+        if self.full_finetuning:
+            if base_folder is not None or base_dtype is not None:
+                raise ValueError("base_folder and base_dtype are for adapters, and this model is fully fine-tuned")
+            save_model(self, save_directory, tokenizer, generation_config=self.generation_config)
+            return
         if self.lora_config is None:
             raise ValueError("the model has no adapter to save: call FastLanguageModel.get_peft_model first")
         base = self.name_or_path
@@ -116,6 +126,9 @@ class LanguageModel(CausalLM):
     ) -> MergeReport | None:
         """Write the model with its adapter merged as a Hugging Face checkpoint; see `converters.export.save_merged`.
 
+        A fully fine-tuned model has nothing to merge: "merged_16bit" writes it as `save_pretrained` does, float32
+        weights rounded to the model's compute dtype.
+
         Args:
             save_method: "merged_16bit", or "lora" for `save_pretrained`, which takes its own options and returns None.
             base: the checkpoint to merge onto, a folder, a .gguf file or an id; by default the one that was loaded. A
@@ -124,6 +137,13 @@ class LanguageModel(CausalLM):
         Raises:
             ValueError: the model was made in memory, and no `base` is given; and see `save_merged`.
         """
+        if self.full_finetuning:
+            if save_method != "merged_16bit" or base is not None:
+                raise ValueError('a fully fine-tuned model has no adapter: save_method must be "merged_16bit", no base')
+            save_model(
+                self, save_directory, tokenizer, dtype=self.dtype, generation_config=self.generation_config, **options
+            )
+            return None
         if save_method == "lora":
             return self.save_pretrained(save_directory, tokenizer, **options)
         path = resolve_path(base) if base is not None else Path(self.base_folder)
@@ -142,12 +162,14 @@ class FastLanguageModel:
         dtype: Any = None,
         load_in_4bit: bool | None = None,
         load_in_16bit: bool = False,
+        full_finetuning: bool = False,
         *,
         token: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         rope_scaling: dict | None = None,
+        float32_mixed_precision: bool | None = None,
         use_gradient_checkpointing: bool | str = "unsloth",
     ) -> tuple[LanguageModel, Any]:
         """Load a model and its tokenizer.
@@ -163,11 +185,15 @@ class FastLanguageModel:
                 None is bfloat16 on a GPU that has it, float16 on one that has not, and float32 on the CPU.
             load_in_4bit: NF4 with double quantisation; what happens unless another mode is asked for.
             load_in_16bit: no quantisation.
+            full_finetuning: every weight learns, and none is quantised; `get_peft_model` then has no effect.
             token: for a private Hugging Face repository, by default the one that `hf auth login` stored.
             revision: branch, tag or commit of the Hugging Face repository.
             cache_dir: where downloads lie, by default Hugging Face's cache.
             local_files_only: never ask the network.
             rope_scaling: replaces the checkpoint's rope scaling, in the form of config.json: {"rope_type": ..., ...}.
+            float32_mixed_precision: with full_finetuning, True keeps the weights and the optimizer state in float32
+                while the model computes in `dtype`. None and False keep them in `dtype`, half the memory at a somewhat
+                higher loss; but float16 weights cannot be trained, and are float32 all the same.
             use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "attention", True or
                 "full", "unsloth" or "offload"; see `remat`.
 
@@ -178,9 +204,19 @@ class FastLanguageModel:
             FileNotFoundError: no such folder or file; CheckpointError: it cannot be read as a supported model.
             ValueError: two modes at once, an unknown dtype, a window that the rope does not reach.
         """
-        if load_in_4bit and load_in_16bit:
-            raise ValueError("load_in_4bit=True and load_in_16bit=True are both given: choose one")
-        load_in_4bit = not load_in_16bit if load_in_4bit is None else load_in_4bit
+        modes = dict(load_in_4bit=load_in_4bit, load_in_16bit=load_in_16bit, full_finetuning=full_finetuning)
+        if len(chosen := [name for name, value in modes.items() if value]) > 1:
+            raise ValueError(f"{'=True and '.join(chosen)}=True are both given: choose one")
+        load_in_4bit = not chosen if load_in_4bit is None else load_in_4bit
+        if float32_mixed_precision is not None and not full_finetuning:
+            raise ValueError("float32_mixed_precision is for full_finetuning=True: adapters are float32 always")
+        compute_dtype = resolve_dtype(dtype)
+        is_master = full_finetuning and (bool(float32_mixed_precision) or compute_dtype == jnp.float16)
+        if float32_mixed_precision is False and is_master:
+            raise ValueError(
+                "float32_mixed_precision=False with float16: the updates of float16 weights would be lost. Leave it "
+                "out for float32 weights, or pass dtype='bfloat16'"
+            )
         policy = remat.resolve(use_gradient_checkpointing)
         hub = dict(token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
         path = resolve_path(model_name, **hub)
@@ -188,6 +224,11 @@ class FastLanguageModel:
         if (path / "adapter_config.json").exists():
             adapter, model_name, revision = path, peft.base_model_name(path), peft.base_model_revision(path)
             path = resolve_path(model_name, **{**hub, "revision": revision})
+            if full_finetuning:
+                raise ValueError(
+                    f"{adapter} is an adapter, and full_finetuning=True trains no adapters: merge it with "
+                    "save_pretrained_merged and load the result"
+                )
 
         checkpoint = _open(path)
         source, hf_config, tokenizer = checkpoint.source, checkpoint.hf_config, checkpoint.tokenizer
@@ -197,17 +238,20 @@ class FastLanguageModel:
         window = _check_window(config, max_seq_length)
         prequantised = source.quant_config() if isinstance(source, BitsandbytesSource) else None
         if prequantised is not None and not load_in_4bit:
-            raise ValueError(
-                f"{path} holds 4-bit weights: load it without load_in_16bit=True, or load the 16-bit model"
-            )
+            asked = f"{chosen[0]}=True" if chosen else "load_in_4bit=False"
+            raise ValueError(f"{path} holds 4-bit weights: load it without {asked}, or load the 16-bit model")
         model = load_model(
             source,
             hf_config,
-            dtype=resolve_dtype(dtype),
+            dtype=jnp.float32 if is_master else compute_dtype,
             quant_config=prequantised or (QuantConfig() if load_in_4bit else None),
             config=config,
             cls=LanguageModel,
         )
+        model.dtype = compute_dtype  # every layer casts its weights to what it is given
+        if full_finetuning:
+            lora.unfreeze(model)
+            model.full_finetuning = True
         # Absolute where it is a path: an adapter that names it may be loaded from anywhere.
         model.base_folder = str(path.resolve())
         model.name_or_path = model.base_folder if Path(model_name).expanduser().exists() else str(model_name)
@@ -251,6 +295,9 @@ class FastLanguageModel:
             TypeError: `r` is not an integer, or the model has adapters with other settings.
             ValueError: a rank below 1, or a target that matches nothing (the message lists the names that exist).
         """
+        if model.full_finetuning:
+            warnings.warn("full fine-tuning is on, so get_peft_model has no effect", stacklevel=2)
+            return model
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         config = LoraConfig(
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, target_modules=targets

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlora.config import LoraConfig
-from jaxlora.layers import AdapterScale, Linear, LoraParam
+from jaxlora.layers import AdapterScale, BaseParam, Linear, LoraParam, TrainableParam
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.quant import QuantizedArray
 
@@ -95,6 +95,23 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     `trainable` holds just what learns, and is what to differentiate and to hand to an optimizer.
     """
     return nnx.split(model, nnx.Param, ...)
+
+
+def unfreeze(model: CausalLM) -> None:
+    """Let every weight of the checkpoint learn, in place: each BaseParam becomes a TrainableParam of the same value.
+
+    A head that is tied to the embedding stays tied, since it has no parameter of its own.
+
+    Raises:
+        ValueError: a weight is quantised, and its codes cannot learn.
+    """
+    # Whole, before anything changes: a Variable that is replaced below must not be met again.
+    modules = [(module, vars(module)) for _, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
+    frozen = [(m, name, v) for m, attributes in modules for name, v in attributes.items() if isinstance(v, BaseParam)]
+    if any(isinstance(v.get_value(), QuantizedArray) for _, _, v in frozen):
+        raise ValueError("a quantised model cannot learn as a whole: load it with full_finetuning=True")
+    for module, name, variable in frozen:
+        setattr(module, name, TrainableParam(variable.get_value(), axes=variable.get_metadata()["axes"]))
 
 
 def _size(value: Any) -> int:

@@ -228,7 +228,7 @@ class SFTTrainer:
         if not jax.tree.leaves(partition(model)[1]):
             raise ValueError(
                 "the model has nothing to train: put adapters on it first, with "
-                "model = FastLanguageModel.get_peft_model(model)"
+                "model = FastLanguageModel.get_peft_model(model), or load it with full_finetuning=True"
             )
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset, and none is given")
