@@ -73,6 +73,16 @@ class Option:
                     continue
         raise OptionError(f"{self.name}: expected {self.expected}, found {text!r}")
 
+    def parse_list(self, texts: Sequence[str]) -> list[Any]:
+        """The values that several texts stand for.
+
+        Raises:
+            OptionError: one of them is not of the kind that the list holds.
+        """
+        kind = next(kind for kind in _members(self.annotation) if _plain(kind) is list)
+        element = dataclasses.replace(self, annotation=get_args(kind)[0])
+        return [element.parse(text) for text in texts]
+
     def check(self, value: Any) -> Any:
         """A value out of a YAML file, as the Python API wants it. YAML reads 1e-4 as a string, so strings are parsed.
 
@@ -150,7 +160,7 @@ def from_signature(function: Callable, skip: Iterable[str] = ()) -> list[Option]
             name=name,
             annotation=hints[name],
             default=REQUIRED if parameter.default is parameter.empty else parameter.default,
-            help=docs[name],
+            help=docs.get(name, ""),
         )
         for name, parameter in inspect.signature(function).parameters.items()
         if name not in skip and parameter.kind is not parameter.VAR_KEYWORD
@@ -192,7 +202,7 @@ def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option]) -> 
         common: dict[str, Any] = dict(
             dest=option.name,
             default=argparse.SUPPRESS,
-            help=f"{option.help[0].upper()}{option.help[1:]} ({default})".replace("%", "%%"),
+            help=f"{option.help[:1].upper()}{option.help[1:]} ({default})".replace("%", "%%"),
         )
         if set(option.kinds) <= {bool, type(None)}:
             parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, **common)
@@ -232,7 +242,11 @@ def gather(options: Sequence[Option], given: Mapping[str, Any], config: str | Pa
     values = _read_config(Path(config), known) if config is not None else {}
     for name, value in given.items():
         if name in known:
-            values[name] = known[name].parse(value) if isinstance(value, str) else value
+            option = known[name]
+            if isinstance(value, list):
+                values[name] = option.parse_list(value)
+            else:
+                values[name] = option.parse(value) if isinstance(value, str) else value
     missing = [option.flag for option in options if option.default is REQUIRED and option.name not in values]
     if missing:
         raise OptionError(f"{', '.join(missing)} must be given")

