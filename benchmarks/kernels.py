@@ -59,7 +59,7 @@ def implementations():
     for config in CONFIGS:
 
         def configured(q, config=config):
-            fields = q.codes, q.absmax, q.nested_absmax, q.nested_offset
+            fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
             return nf4.dequantize_nf4(*fields, shape=q.shape, dtype=jnp.bfloat16, config=config)
 
         yield "triton", config, configured

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+QUANT_SCHEMES = ("nf4", "int8", "fp8", "fp8_block")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 NORMS = ("rms_norm", "layer_norm")
 QK_NORMS = ("head", "per_head", "projection")
@@ -183,13 +184,19 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How frozen block projections are stored: NF4 in blocks of 64, double quantised (QLoRA, arXiv:2305.14314)."""
+    """How frozen block projections are stored; `quant.QuantizedArray` says what a scheme is.
+
+    "nf4" is that of QLoRA (arXiv:2305.14314), in blocks of 64, and the only one that `double_quant` is for.
+    """
 
     scheme: str = "nf4"
     double_quant: bool = True
 
     def __post_init__(self):
-        _require(self.scheme == "nf4", f"quantisation scheme {self.scheme!r} is not one of nf4")
+        _require(
+            self.scheme in QUANT_SCHEMES,
+            f"quantisation scheme {self.scheme!r} is not one of {', '.join(QUANT_SCHEMES)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,10 @@ from jaxlora.converters.bitsandbytes import BitsandbytesSource
 from jaxlora.converters.export import MergeReport, export_base, save_merged, save_model
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, TensorSource, load_model, model_config
+from jaxlora.converters.scaled import ScaledSource
 from jaxlora.generate import generate
 from jaxlora.model import CausalLM
+from jaxlora.quant import Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +163,9 @@ class FastLanguageModel:
         max_seq_length: int | None = None,
         dtype: Any = None,
         load_in_4bit: bool | None = None,
+        load_in_8bit: bool = False,
         load_in_16bit: bool = False,
+        load_in_fp8: bool | Literal["block"] = False,
         full_finetuning: bool = False,
         *,
         token: str | None = None,
@@ -184,7 +188,9 @@ class FastLanguageModel:
             dtype: compute dtype and dtype of the weights that are not quantised, as a jnp or torch dtype or its name.
                 None is bfloat16 on a GPU that has it, float16 on one that has not, and float32 on the CPU.
             load_in_4bit: NF4 with double quantisation; what happens unless another mode is asked for.
+            load_in_8bit: int8 with a scale for each row, as in bitsandbytes' Linear8bitLt.
             load_in_16bit: no quantisation.
+            load_in_fp8: float8 (e4m3): True with a scale for each row, "block" for each block of 128 x 128.
             full_finetuning: every weight learns, and none is quantised; `get_peft_model` then has no effect.
             token: for a private Hugging Face repository, by default the one that `hf auth login` stored.
             revision: branch, tag or commit of the Hugging Face repository.
@@ -204,10 +210,13 @@ class FastLanguageModel:
             FileNotFoundError: no such folder or file; CheckpointError: it cannot be read as a supported model.
             ValueError: two modes at once, an unknown dtype, a window that the rope does not reach.
         """
-        modes = dict(load_in_4bit=load_in_4bit, load_in_16bit=load_in_16bit, full_finetuning=full_finetuning)
-        if len(chosen := [name for name, value in modes.items() if value]) > 1:
-            raise ValueError(f"{'=True and '.join(chosen)}=True are both given: choose one")
-        load_in_4bit = not chosen if load_in_4bit is None else load_in_4bit
+        mode = _choose_mode(
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            load_in_16bit=load_in_16bit,
+            load_in_fp8=load_in_fp8,
+            full_finetuning=full_finetuning,
+        )
         if float32_mixed_precision is not None and not full_finetuning:
             raise ValueError("float32_mixed_precision is for full_finetuning=True: adapters are float32 always")
         compute_dtype = resolve_dtype(dtype)
@@ -236,15 +245,20 @@ class FastLanguageModel:
             hf_config = _with_rope_scaling(hf_config, rope_scaling)
         config = model_config(hf_config)
         window = _check_window(config, max_seq_length)
-        prequantised = source.quant_config() if isinstance(source, BitsandbytesSource) else None
-        if prequantised is not None and not load_in_4bit:
-            asked = f"{chosen[0]}=True" if chosen else "load_in_4bit=False"
-            raise ValueError(f"{path} holds 4-bit weights: load it without {asked}, or load the 16-bit model")
+        quant_config = QuantConfig(scheme=mode.scheme) if mode.scheme else None
+        if isinstance(source, BitsandbytesSource | ScaledSource):
+            stored = source.quant_config()
+            if mode.asked and mode.scheme != stored.scheme:
+                raise ValueError(
+                    f"{path} holds weights quantised as {stored.scheme}: load it without {mode.asked}, or load the "
+                    "16-bit model"
+                )
+            quant_config = stored
         model = load_model(
             source,
             hf_config,
             dtype=jnp.float32 if is_master else compute_dtype,
-            quant_config=prequantised or (QuantConfig() if load_in_4bit else None),
+            quant_config=quant_config,
             config=config,
             cls=LanguageModel,
         )
@@ -316,6 +330,29 @@ class FastLanguageModel:
         return model
 
 
+class _Mode(NamedTuple):
+    """How weights are held. scheme: of a QuantConfig, None for unquantised; asked: the argument that said so, or ""."""
+
+    scheme: Scheme | None
+    asked: str
+
+
+def _choose_mode(**modes: Any) -> _Mode:
+    """The one mode that the arguments of `from_pretrained` ask for, 4-bit if they ask for none."""
+    if modes["load_in_fp8"] not in (False, True, "block"):
+        raise ValueError(f'load_in_fp8 must be False, True (rows) or "block", found {modes["load_in_fp8"]!r}')
+    asked = [f"{name}={value!r}" for name, value in modes.items() if value]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} are both given: choose one")
+    if not asked:
+        return _Mode("nf4", "") if modes["load_in_4bit"] is None else _Mode(None, "load_in_4bit=False")
+    schemes: dict[str, Scheme | None] = {
+        "load_in_4bit=True": "nf4", "load_in_8bit=True": "int8", "load_in_fp8=True": "fp8",
+        "load_in_fp8='block'": "fp8_block",
+    }  # fmt: skip
+    return _Mode(schemes.get(asked[0]), asked[0])
+
+
 def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> bool:
     """Whether both name the same modules, in whatever words, and agree in all else."""
     names = [{linear.name for linear in lora.target_linears(model, c.target_modules)} for c in (ours, theirs)]
@@ -376,7 +413,9 @@ def _open(path: Path) -> _Checkpoint:
     hf_config, generation_config = _read_json(config_file), _read_json(path / "generation_config.json")
     source: TensorSource = SafetensorsSource(path)
     if "quantization_config" in hf_config:
-        source = BitsandbytesSource(source, hf_config["quantization_config"])
+        quantization = hf_config["quantization_config"]
+        is_scaled = quantization.get("quant_method") in ("fp8", "fbgemm_fp8") or quantization.get("load_in_8bit")
+        source = (ScaledSource if is_scaled else BitsandbytesSource)(source, quantization)
     return _Checkpoint(source, hf_config, generation_config, _tokenizer(path))
 
 

@@ -13,8 +13,11 @@ from jaxtyping import Array, Float
 
 from jaxlora.kernels import api, reference
 
-Scheme = Literal["nf4"]
+Scheme = Literal["nf4", "int8", "fp8", "fp8_block"]
 Implementation = Literal["triton", "reference"] | None
+
+FP8_BLOCK = 128
+FP8_MAX = 448.0  # the largest float8_e4m3fn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,29 +29,39 @@ class QuantizedArray:
     * `shape` is (out, in): that of ONE matrix, whatever the fields are stacked by.
     * Every field has the same leading dimensions, `leading`; () for a single matrix. `lax.scan` and indexing with
       `jax.tree.map` take them off all fields at once, and `shape` stays true.
-    * The fields are those of bitsandbytes, element for element: two codes a byte with the earlier in the high nibble,
-      in row-major order; an absmax for 64 consecutive elements; a nested absmax for 256 consecutive absmaxes.
-    * If in % 64 == 0, no block crosses a row: `codes` is [..., out, in // 2] and `absmax` [..., out, in // 64], so both
-      can be sharded by row. Otherwise they are flat: [..., ceil(n / 2)] and [..., ceil(n / 64)].
-    * With double quantisation `absmax` is uint8, `nested_absmax` is float32 [..., ceil(blocks / 256)], `nested_offset`
-      is float32 [...]. Without it `absmax` is float32 and both others are None. Nested blocks run across rows, so
-      `nested_absmax` (4 bytes for 16384 weights) is replicated where the others are sharded.
+    * `codes` and `scales` can be sharded by row, unless `codes` is flat. The nested fields are None, or replicated.
+
+    "nf4", 4.127 or 4.5 bits a weight, the fields of bitsandbytes' Linear4bit, element for element:
+
+    * Two codes a byte with the earlier in the high nibble, in row-major order; a scale, the absmax, for 64 consecutive
+      elements; a nested absmax for 256 consecutive absmaxes.
+    * If in % 64 == 0, no block crosses a row: `codes` is [..., out, in // 2] and `scales` [..., out, in // 64].
+      Otherwise they are flat: [..., ceil(n / 2)] and [..., ceil(n / 64)].
+    * With double quantisation `scales` is uint8, `nested_absmax` is float32 [..., ceil(blocks / 256)], `nested_offset`
+      is float32 [...]. Without it `scales` is float32 and both others are None. Nested blocks run across rows.
+
+    "int8", 8 bits, those of bitsandbytes' Linear8bitLt: `codes` int8 [..., out, in] (its CB); `scales` float32
+    [..., out, 1], a row's absmax (its SCB); a weight is code * scale / 127.
+
+    "fp8" and "fp8_block", 8 bits: `codes` float8_e4m3fn [..., out, in]; `scales` float32, [..., out, 1] for a row each,
+    or [..., ceil(out / 128), ceil(in / 128)] for a block of 128 x 128 each; a weight is code * scale. These are
+    fbgemm's weight_scale and fine-grained fp8's weight_scale_inv.
 
     Inside a transformation the fields may be tracers, shapes or placeholders, so they are typed Any and nothing is
     checked on construction.
 
     Attributes:
-      codes: uint8.
-      absmax: uint8 or float32.
-      nested_absmax: float32 or None.
-      nested_offset: float32 or None.
+      codes: uint8, int8 or float8_e4m3fn.
+      scales: what codes are multiplied by: float32, or uint8 codes of that.
+      nested_absmax: float32; None but with double quantisation.
+      nested_offset: float32; None but with double quantisation.
       shape: (out, in).
       dtype: what `dequantize` returns unless told otherwise: the dtype that was quantised.
       scheme: a key of the table of schemes.
     """
 
     codes: Any
-    absmax: Any
+    scales: Any
     nested_absmax: Any
     nested_offset: Any
     shape: tuple[int, int]
@@ -63,7 +76,8 @@ class QuantizedArray:
     @property
     def leading(self) -> tuple[int, ...]:
         """The dimensions that the matrices are stacked by."""
-        return self.codes.shape[: -2 if _by_row(self.shape) else -1]
+        is_flat = self.scheme == "nf4" and not _by_row(self.shape)
+        return self.codes.shape[: -1 if is_flat else -2]
 
     @property
     def size(self) -> int:
@@ -78,7 +92,7 @@ class QuantizedArray:
 
 jax.tree_util.register_dataclass(
     QuantizedArray,
-    data_fields=["codes", "absmax", "nested_absmax", "nested_offset"],
+    data_fields=["codes", "scales", "nested_absmax", "nested_offset"],
     meta_fields=["shape", "dtype", "scheme"],
 )
 
@@ -106,12 +120,58 @@ def _quantize_nf4(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype
 
 
 def _dequantize_nf4(q: QuantizedArray, dtype: np.dtype, implementation: Implementation) -> Float[Array, "out in"]:
-    fields = q.codes, q.absmax, q.nested_absmax, q.nested_offset
+    fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
     return api.dequantize_nf4(*fields, shape=q.shape, dtype=dtype, implementation=implementation)
+
+
+def _quantize_int8(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype) -> QuantizedArray:
+    w = w.astype(jnp.float16).astype(jnp.float32)  # bitsandbytes quantises float16 and nothing else
+    absmax = jnp.max(jnp.abs(w), axis=1, keepdims=True)
+    codes = jnp.round(w * (127.0 * (1.0 / jnp.where(absmax > 0, absmax, 1.0)))).astype(jnp.int8)  # rounds as in torch
+    return QuantizedArray(codes, absmax, None, None, w.shape, dtype, "int8")
+
+
+def _dequantize_int8(q: QuantizedArray, dtype: np.dtype, implementation: Implementation) -> Float[Array, "out in"]:
+    return (q.codes.astype(jnp.float32) * q.scales * jnp.float32(1 / 127)).astype(dtype)
+
+
+def _quantize_fp8(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype) -> QuantizedArray:
+    w = w.astype(jnp.float32)
+    codes, scales = _to_fp8(w, jnp.max(jnp.abs(w), axis=1, keepdims=True))
+    return QuantizedArray(codes, scales, None, None, w.shape, dtype, "fp8")
+
+
+def _quantize_fp8_block(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype) -> QuantizedArray:
+    rows, columns = w.shape
+    w = jnp.pad(w.astype(jnp.float32), ((0, -rows % FP8_BLOCK), (0, -columns % FP8_BLOCK)))
+    blocks = w.reshape(w.shape[0] // FP8_BLOCK, FP8_BLOCK, w.shape[1] // FP8_BLOCK, FP8_BLOCK)
+    codes, scales = _to_fp8(blocks, jnp.max(jnp.abs(blocks), axis=(1, 3), keepdims=True))
+    return QuantizedArray(
+        codes.reshape(w.shape)[:rows, :columns], scales[:, 0, :, 0], None, None, (rows, columns), dtype, "fp8_block"
+    )
+
+
+def _to_fp8(w: Float[Array, "*shape"], absmax: Float[Array, "*ones"]) -> tuple[Array, Array]:
+    """(codes, scales), so that the largest weight becomes the largest float8_e4m3fn, 448."""
+    # Rounded as in torch, which divides a number by a tensor so, and so to the bit as transformers does.
+    inverse = jnp.where(absmax > 0, FP8_MAX * (1.0 / jnp.where(absmax > 0, absmax, 1.0)), 1.0)
+    return jnp.clip(w * inverse, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn), 1.0 / inverse
+
+
+def _dequantize_fp8(q: QuantizedArray, dtype: np.dtype, implementation: Implementation) -> Float[Array, "out in"]:
+    scales = q.scales
+    if q.scheme == "fp8_block":
+        (rows, columns), (r, c) = q.shape, scales.shape
+        wide = jnp.broadcast_to(scales[:, None, :, None], (r, FP8_BLOCK, c, FP8_BLOCK))
+        scales = wide.reshape(r * FP8_BLOCK, c * FP8_BLOCK)[:rows, :columns]
+    return (q.codes.astype(jnp.float32) * scales).astype(dtype)
 
 
 _SCHEMES: dict[str, _Functions] = {
     "nf4": _Functions(_quantize_nf4, _dequantize_nf4),
+    "int8": _Functions(_quantize_int8, _dequantize_int8),
+    "fp8": _Functions(_quantize_fp8, _dequantize_fp8),
+    "fp8_block": _Functions(_quantize_fp8_block, _dequantize_fp8),
 }
 
 
@@ -126,8 +186,8 @@ def quantize(
 
     Args:
       w: float32, bfloat16 or float16.
-      scheme: "nf4".
-      double_quant: quantise the blocks' absmaxes to 8 bits as well: 4.127 bits a weight in place of 4.5.
+      scheme: "nf4", "int8", "fp8" or "fp8_block"; see `QuantizedArray`.
+      double_quant: for "nf4" only: quantise the blocks' absmaxes to 8 bits as well: 4.127 bits a weight, not 4.5.
       dtype: what it dequantises to; w's own if None.
 
     Raises:

@@ -66,7 +66,7 @@ def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules:
 
     A dimension that its mesh axis does not divide is whole on every device. A quantised matrix is split by rows, over
     the mesh axes of both its dimensions, since a row is made of whole blocks of 64 and a column is not; where a block
-    crosses rows (in % 64 != 0) it is not split.
+    crosses rows (NF4 with in % 64 != 0) it is not split.
 
     Raises:
         ValueError: an axis that `rules` does not have.
@@ -85,7 +85,7 @@ def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules:
 
         return jax.tree.unflatten(
             jax.tree.structure(value),
-            [place(leaf, leaf is value.codes or leaf is value.absmax) for leaf in jax.tree.leaves(value)],
+            [place(leaf, leaf is value.codes or leaf is value.scales) for leaf in jax.tree.leaves(value)],
         )
     return _named(mesh, value.shape, split)
 

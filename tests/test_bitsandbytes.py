@@ -99,7 +99,7 @@ def test_logits_and_codes_are_bitsandbytes(tmp_path, monkeypatch, double_quant, 
     assert isinstance(ours, QuantizedArray)
     assert ours.shape == source.shape(PROJECTION) == tuple(weight.quant_state.shape)
     assert np.array_equal(ours.codes.reshape(-1), weight.data.numpy().reshape(-1))
-    assert np.array_equal(ours.absmax.reshape(-1), weight.quant_state.absmax.numpy())
+    assert np.array_equal(ours.scales.reshape(-1), weight.quant_state.absmax.numpy())
     if double_quant:
         assert np.array_equal(ours.nested_absmax, weight.quant_state.state2.absmax.numpy())
         assert ours.nested_offset == weight.quant_state.offset.numpy()
@@ -126,7 +126,7 @@ def test_quantised_here_or_there_is_the_same(tmp_path):
     ours, theirs = load_folder(tmp_path / "base", quant_config=QuantConfig(double_quant=False)), load(tmp_path / "bnb")
     for a, b in zip(lora.target_linears(ours, "all-linear"), lora.target_linears(theirs, "all-linear"), strict=True):
         a, b = a.node.weight.get_value(), b.node.weight.get_value()
-        assert np.array_equal(a.codes, b.codes) and np.array_equal(a.absmax, b.absmax)
+        assert np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales)
 
 
 def test_a_quantised_head_is_read_dequantised(tmp_path):

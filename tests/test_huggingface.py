@@ -71,7 +71,7 @@ def test_block_projections_are_quantised_from_the_files_dtype(dtype, tmp_path):
         for layer, name in enumerate(parameter.names()):
             quantised.add(name.split(".", 3)[3])
             whole = quantize(jnp.asarray(expected[name].float().numpy()).astype(str(dtype).removeprefix("torch.")))
-            for field in ("codes", "absmax", "nested_absmax", "nested_offset"):
+            for field in ("codes", "scales", "nested_absmax", "nested_offset"):
                 np.testing.assert_array_equal(getattr(value, field)[layer], getattr(whole, field))
     attention, mlp = ("q", "k", "v", "o"), ("gate", "up", "down")
     assert quantised == {f"self_attn.{p}_proj.weight" for p in attention} | {f"mlp.{p}_proj.weight" for p in mlp}

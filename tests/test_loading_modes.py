@@ -1,7 +1,9 @@
 """How `from_pretrained` holds the weights: all of them learning, 8-bit, fp8, float16."""
 
 import json
+from types import SimpleNamespace
 
+import bitsandbytes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,13 @@ import torch
 import transformers
 from flax import nnx
 from helpers import make_checkpoint, random_ids, relative_error
+from safetensors.torch import load_file, save_file
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer
-from jaxlora.converters.huggingface import SafetensorsSource
+from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer, quant
+from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
 from jaxlora.layers import BaseParam, TrainableParam
+from jaxlora.loader import _choose_mode
 from jaxlora.lora import partition, unfreeze
 from jaxlora.model import named_nodes
 from jaxlora.optimizer import make_optimizer
@@ -195,3 +200,204 @@ def test_full_finetuning_with_what_does_not_go_with_it(tmp_path):
         load(tmp_path / "adapter", full_finetuning=True)
     with pytest.raises(ValueError, match="has no adapter: save_method must be"):
         load(base, full_finetuning=True).save_pretrained_merged(tmp_path / "merged", save_method="lora")
+
+
+# ---- int8 and fp8 ----------------------------------------------------------------------------------------------------
+
+MODES = {
+    "int8": {"load_in_8bit": True},
+    "fp8": {"load_in_fp8": True},
+    "fp8_block": {"load_in_fp8": "block"},
+}
+# Every linear is whole blocks of 128 x 128, since transformers leaves others unquantised.
+WIDE = dict(
+    hidden_size=128, intermediate_size=256, head_dim=32, num_attention_heads=4, num_key_value_heads=4,
+    num_hidden_layers=2,
+)  # fmt: skip
+
+
+def transformers_fp8(w, block):
+    """(codes, scales) of a torch weight, by transformers."""
+    config = transformers.FineGrainedFP8Config(weight_block_size=block)
+    made = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"x.weight": w})
+    return made["x.weight"], made["x.weight_scale_inv"]
+
+
+def bytes_of(array):
+    return np.asarray(array).view(np.uint8)
+
+
+def torch_bytes(tensor):
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(96, 128), (10, 70), (1, 33)])
+def test_int8_is_bitsandbytes_to_the_bit(shape, dtype):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    w[0, :3] = torch.tensor([0.0, 3.0, -3.0])
+    layer = bitsandbytes.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False)
+    layer.weight = bitsandbytes.nn.Int8Params(w.clone(), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu")
+    ours = jax.jit(lambda w: quant.quantize(w, scheme="int8"))(jnp.asarray(w.float().numpy()).astype(str(dtype)[6:]))
+    assert np.array_equal(ours.codes, layer.weight.CB.numpy())
+    assert np.array_equal(bytes_of(ours.scales[:, 0]), torch_bytes(layer.weight.SCB))
+    expected = bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB)
+    assert np.array_equal(quant.dequantize(ours, jnp.float32), expected.numpy())
+
+
+@pytest.mark.parametrize("scheme, block", [("fp8", (1, 256)), ("fp8_block", (128, 128))])
+def test_fp8_is_transformers_to_the_bit(scheme, block):
+    w = torch.randn((384, 256), generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 1, 384)[:, None]
+    w[128:256, :128] = 0  # a block of zeros
+    codes, scales = transformers_fp8(w, block)
+    ours = jax.jit(lambda w: quant.quantize(w, scheme=scheme))(jnp.asarray(w.numpy()))
+    assert np.array_equal(bytes_of(ours.codes), torch_bytes(codes))
+    assert np.array_equal(ours.scales, scales.numpy())
+    wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    assert np.array_equal(quant.dequantize(ours), (codes.float() * wide).numpy())
+
+
+@pytest.mark.parametrize("scheme", MODES)
+@pytest.mark.parametrize("shape", [(96, 128), (130, 257), (3, 33)])
+def test_what_eight_bits_lose(scheme, shape, key):
+    w = jax.random.normal(key, (2, *shape), jnp.float32).at[0, 0].set(0)  # a row of zeros
+    q = jax.jit(lambda w: quant.quantize(w, scheme=scheme, dtype=jnp.bfloat16))(w)
+    assert (q.shape, q.leading, q.dtype, q.size) == (shape, (2,), jnp.bfloat16, w.size)
+    assert q.nbytes < 1.2 * w.size + 64
+    back = quant.dequantize(q, jnp.float32)
+    assert not np.any(np.asarray(back[0, 0]))
+    # Half a code of a row's largest in int8, which rounds to float16 first; half of the last of four bits in fp8.
+    bound = jnp.max(jnp.abs(w), axis=2, keepdims=True) / 254 if scheme == "int8" else jnp.abs(w) / 16
+    assert np.all(np.abs(back - w) <= 1.02 * bound + jnp.abs(w) / 2048 + 1e-4)
+    for i in range(2):
+        np.testing.assert_array_equal(back[i], quant.dequantize(quant.quantize(w[i], scheme=scheme)))
+
+
+@pytest.mark.parametrize("scheme", MODES)
+def test_the_product_keeps_the_packed_weight_and_nothing_else(scheme, key):
+    w, x = jax.random.normal(key, (96, 160)), jax.random.normal(key, (5, 160))
+    q = quant.quantize(w, scheme=scheme)
+    y, pullback = jax.vjp(lambda x: quant.matmul(x, q), x)
+    kept = jax.tree.leaves(pullback)
+    assert sum(leaf.nbytes for leaf in kept) <= q.nbytes
+    dense = quant.dequantize(q)
+    np.testing.assert_allclose(y, x @ dense.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pullback(y)[0], y @ dense, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", MODES)
+def test_loading_quantises_and_trains_adapters(scheme, tmp_path):
+    theirs = make_checkpoint("llama", tmp_path, **WIDE)
+    model = load(tmp_path, **MODES[scheme])
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "proj" in name:
+                q = quant.quantize(jnp.asarray(parameter.numpy()), scheme=scheme)
+                parameter.copy_(torch.tensor(np.asarray(quant.dequantize(q))))
+        ids = jnp.asarray(random_ids(2, 9))
+        assert relative_error(model(ids), theirs(torch.tensor(np.asarray(ids)).long()).logits) < 5e-5
+    weight = model.model.layers[0].period[0].mlp.up_proj.weight.get_value()
+    assert isinstance(weight, quant.QuantizedArray) and weight.scheme == scheme
+    assert not isinstance(model.lm_head.weight.get_value(), quant.QuantizedArray)
+    FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "down_proj"])
+    losses, _ = train(model, make_optimizer("adamw", constant(1e-2)), [batch_of(0)] * 4)
+    assert losses[-1] < losses[0]
+
+
+def quantised_on_disk(folder, scheme, **fields):
+    """The tiny model of `folder`/base as an fp8 checkpoint in `folder`/fp8, with transformers' own codes."""
+    model = make_checkpoint("llama", folder / "base", **{**WIDE, **fields})
+    tensors = {}
+    for name, value in load_file(folder / "base" / "model.safetensors").items():
+        tensors[name] = value
+        if "proj" in name:
+            suffix, block = ("_scale", (1, value.shape[1])) if scheme == "fp8" else ("_scale_inv", (128, 128))
+            tensors[name], tensors[name + suffix] = transformers_fp8(value, block)
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config["quantization_config"] = (
+        transformers.FbgemmFp8Config() if scheme == "fp8" else transformers.FineGrainedFP8Config()
+    ).to_dict()
+    (folder / "fp8").mkdir()
+    save_file(tensors, folder / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    (folder / "fp8" / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def test_a_fine_grained_fp8_checkpoint(tmp_path):
+    quantised_on_disk(tmp_path, "fp8_block")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", quantization_config=transformers.FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    )
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids).long()).logits
+    for options in ({}, {"load_in_fp8": "block"}):
+        assert relative_error(load(tmp_path / "fp8", **options)(jnp.asarray(ids)), expected) < 5e-5
+    here = load(tmp_path / "base", load_in_fp8="block")
+    assert np.array_equal(here(jnp.asarray(ids)), load(tmp_path / "fp8")(jnp.asarray(ids)))
+    with pytest.raises(ValueError, match="quantised as fp8_block: load it without load_in_4bit=True"):
+        load(tmp_path / "fp8", load_in_4bit=True)
+    with pytest.raises(ValueError, match="quantised as fp8_block: load it without full_finetuning=True"):
+        load(tmp_path / "fp8", full_finetuning=True)
+
+
+def test_an_fbgemm_fp8_checkpoint(tmp_path):
+    quantised_on_disk(tmp_path, "fp8")
+    ids = jnp.asarray(random_ids(2, 9))
+    expected = load(tmp_path / "base", load_in_fp8=True)(ids)
+    assert np.array_equal(load(tmp_path / "fp8")(ids), expected)
+
+
+def test_an_int8_checkpoint_of_transformers(tmp_path):
+    make_checkpoint("llama", tmp_path / "base", **WIDE)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base",
+        quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
+        dtype=torch.float16,
+        device_map="cpu",
+    )
+    theirs.save_pretrained(tmp_path / "int8")
+    model = load(tmp_path / "int8")
+    found = dict(theirs.named_parameters())
+    held = model.model.layers[0].period[0].mlp.down_proj.weight.get_value()
+    for layer in range(2):
+        weight = found[f"model.layers.{layer}.mlp.down_proj.weight"]
+        assert np.array_equal(held.codes[layer], weight.data.numpy())
+        assert np.array_equal(held.scales[layer, :, 0], weight.SCB.numpy())
+    ids = jnp.asarray(random_ids(2, 9))
+    # Its other tensors are float16.
+    assert relative_error(model(ids), load(tmp_path / "base", load_in_8bit=True)(ids)) < 1e-2
+    with pytest.raises(ValueError, match="quantised as int8: load it without load_in_16bit=True"):
+        load(tmp_path / "int8", load_in_16bit=True)
+
+
+def test_broken_eight_bit_checkpoints(tmp_path):
+    quantised_on_disk(tmp_path, "fp8_block")
+    file, name = tmp_path / "fp8" / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    whole = load_file(file)
+    for change, error, message in [
+        ({f"{name}_scale_inv": None}, CheckpointError, f"{name}_scale_inv is missing"),
+        ({f"{name}_scale_inv": torch.ones(2, 2)}, CheckpointError, r"float32 \[2, 2\], expected float32 \[1, 2\]"),
+        ({name: torch.ones(128, 256)}, NotImplementedError, f"leaves 1 projections unquantised .{name}"),
+    ]:
+        tensors = {key: value for key, value in {**whole, **change}.items() if value is not None}
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(error, match=message):
+            load(tmp_path / "fp8")
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    for quantization, message in [
+        ({**config["quantization_config"], "weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]"),
+        ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
+    ]:
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "fp8")
+
+
+def test_two_modes_or_an_unknown_one(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    with pytest.raises(ValueError, match="load_in_8bit=True and load_in_fp8='block' are both given"):
+        load(tmp_path, load_in_8bit=True, load_in_fp8="block")
+    with pytest.raises(ValueError, match="load_in_fp8 must be False, True .rows. or .block., found 'rows'"):
+        _choose_mode(**dict.fromkeys(("load_in_4bit", "load_in_8bit", "load_in_16bit"), False), load_in_fp8="rows")

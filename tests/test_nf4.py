@@ -191,7 +191,7 @@ def test_real_weights():
         absmax, nested, _ = reference.quantize_absmax(reference.quantize_nf4(jnp.asarray(w))[1], offset)
         _assert_same_bits(absmax, state.absmax)
         _assert_same_bits(nested, state.state2.absmax)
-        q = quant.QuantizedArray(q.codes, absmax.reshape(q.absmax.shape), nested, offset, q.shape, q.dtype)
+        q = quant.QuantizedArray(q.codes, absmax.reshape(q.scales.shape), nested, offset, q.shape, q.dtype)
         _assert_same_bits(quant.dequantize(q), _dequantize_bnb(codes, state, jnp.float32))
 
 
@@ -219,9 +219,9 @@ def test_layout_and_layers(shape, double_quant, key):
     assert (q.nested_absmax is None) == (q.nested_offset is None) == (not double_quant)
     n = shape[0] * shape[1]
     if shape[1] % 64:
-        assert (q.codes.shape, q.absmax.shape) == ((4, -(-n // 2)), (4, -(-n // 64)))
+        assert (q.codes.shape, q.scales.shape) == ((4, -(-n // 2)), (4, -(-n // 64)))
     else:
-        assert (q.codes.shape, q.absmax.shape) == ((4, shape[0], shape[1] // 2), (4, shape[0], shape[1] // 64))
+        assert (q.codes.shape, q.scales.shape) == ((4, shape[0], shape[1] // 2), (4, shape[0], shape[1] // 64))
 
     def take(carry, layer):
         assert layer.leading == () and layer.shape == shape
@@ -373,7 +373,7 @@ def test_the_permutations_of_the_kernel(word):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_equals_the_reference(lookup, double_quant, shape, dtype, key):
     q = quant.quantize(jax.random.normal(key, shape), double_quant=double_quant)
-    arrays = q.codes, q.absmax, q.nested_absmax, q.nested_offset
+    arrays = q.codes, q.scales, q.nested_absmax, q.nested_offset
     got = nf4.dequantize_nf4(*arrays, shape=shape, dtype=dtype, config=nf4.Config(lookup=lookup))
     np.testing.assert_array_equal(got, reference.dequantize_nf4(*arrays, shape=shape, dtype=dtype))
 

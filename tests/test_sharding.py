@@ -110,7 +110,7 @@ def test_a_quantised_weight_is_split_by_whole_rows(rows, columns, spec):
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     weight = quantize(jax.random.normal(jax.random.key(0), (3, rows, columns)))
     places = sharding.variable_sharding(weight, ("layers", "mlp", "embed"), mesh)
-    assert places.codes.spec == places.absmax.spec == spec
+    assert places.codes.spec == places.scales.spec == spec
     assert places.nested_absmax.spec == places.nested_offset.spec == PartitionSpec()
     placed = jax.device_put(weight, places)
     unpack = jax.jit(dequantize)
