@@ -24,12 +24,13 @@ class Family:
 
     fields: `ModelConfig` fields that differ from a Llama's: a value, or a function that finds it in config.json (with
     `defaults` filled in). defaults: what transformers assumes for fields that a config.json leaves out.
-    tensor_names: {part of a parameter's path in `jaxlora.model`: what checkpoints of the family call it}.
+    tensor_names: {part of a parameter's path in `jaxlora.model`: what checkpoints of the family call it}, or a function
+    that finds it in config.json.
     """
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Json = dataclasses.field(default_factory=dict)
-    tensor_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tensor_names: Mapping[str, str] | Callable[[Json], Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
 
 # ---- Rope ------------------------------------------------------------------------------------------------------------
@@ -229,6 +230,43 @@ _COHERE_DEFAULTS = {
     "tie_word_embeddings": True,
 }
 
+
+def _falcon_parallel(hf: Json) -> bool:
+    return hf["new_decoder_architecture"] or hf["parallel_attn"]
+
+
+def _falcon_norms(hf: Json) -> int:
+    return 1 if not hf["new_decoder_architecture"] else hf["num_ln_in_parallel_attn"] or 2
+
+
+def _falcon_kv_heads(hf: Json) -> int:
+    if not hf["new_decoder_architecture"] and hf["multi_query"]:
+        return 1
+    return hf["num_kv_heads"] or hf["num_attention_heads"]
+
+
+def _falcon_rope(hf: Json) -> RopeConfig:
+    if hf["alibi"]:
+        raise CheckpointError("config.json: a falcon with alibi (falcon-rw) is not supported yet, only those with rope")
+    return rope_config(hf)
+
+
+def _falcon_names(hf: Json) -> dict[str, str]:
+    two = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
+    return {
+        "model": "transformer",
+        "embed_tokens": "word_embeddings",
+        "layers": "h",
+        "norm": "ln_f",
+        "self_attn": "self_attention",
+        "qkv_proj": "query_key_value",
+        "o_proj": "dense",
+        "up_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+        **(two if _falcon_norms(hf) == 2 else {}),
+    }
+
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         fields={**_ATTENTION_BIAS, **_same("mlp_bias")},
@@ -360,7 +398,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={**_COHERE_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4},
     ),
     "phi3": Family(
-        fields={"layer_types": _sliding, "fused_qkv": True, "fused_gate_up": True},
+        fields={"layer_types": _sliding, "fused_qkv": "concatenated", "fused_gate_up": True},
         defaults={
             "vocab_size": 32064,
             "hidden_size": 3072,
@@ -431,6 +469,40 @@ FAMILIES: Mapping[str, Family] = {
             "attention_out_bias": False,
         },
     ),
+    "falcon": Family(
+        fields={
+            **{field: itemgetter("bias") for field in ("qkv_bias", "o_bias", "mlp_bias")},
+            "intermediate_size": lambda hf: hf["ffn_hidden_size"] or 4 * hf["hidden_size"],
+            "num_key_value_heads": _falcon_kv_heads,
+            "rope": _falcon_rope,
+            "fused_qkv": "grouped",
+            "gated_mlp": False,
+            "hidden_act": itemgetter("activation"),
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "norm_eps": itemgetter("layer_norm_epsilon"),
+            "parallel_block": _falcon_parallel,
+            "num_ln_in_parallel_attn": _falcon_norms,
+        },
+        defaults={
+            "vocab_size": 65024,
+            "hidden_size": 4544,
+            "num_attention_heads": 71,
+            "num_kv_heads": None,
+            "ffn_hidden_size": None,
+            "max_position_embeddings": 2048,
+            "activation": "gelu",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "alibi": False,
+            "bias": False,
+            "multi_query": True,
+            "parallel_attn": True,
+            "new_decoder_architecture": False,
+            "num_ln_in_parallel_attn": None,
+        },
+        tensor_names=_falcon_names,
+    ),
     "ministral": Family(
         fields={"layer_types": _layer_types(lambda hf, i: hf["sliding_window"] is not None)},
         defaults={
@@ -465,4 +537,5 @@ def model_config(hf_config: Json) -> ModelConfig:
         )
     if "sliding_attention" not in fields["layer_types"]:
         fields["sliding_window"] = None
-    return ModelConfig(model_type=str(model_type), tensor_names=tuple(family.tensor_names.items()), **fields)
+    names = family.tensor_names(hf) if callable(family.tensor_names) else family.tensor_names
+    return ModelConfig(model_type=str(model_type), tensor_names=tuple(names.items()), **fields)

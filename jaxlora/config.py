@@ -13,6 +13,7 @@ QUANT_SCHEMES = ("nf4", "int8", "fp8", "fp8_block")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 NORMS = ("rms_norm", "layer_norm")
 QK_NORMS = ("head", "per_head", "projection")
+FUSED_QKV = ("concatenated", "grouped")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -82,13 +83,15 @@ class ModelConfig:
       attn_logit_softcapping: scores become cap * tanh(scores / cap).
       qk_norm: None, or a norm of queries and keys: "head", over each head with one weight [head_dim]; "per_head", over
         each head with a weight [heads, head_dim]; "projection", over all heads together.
-      fused_qkv: one linear `qkv_proj` for queries, keys and values, in this order.
+      fused_qkv: None, or one linear `qkv_proj` for queries, keys and values, whose outputs are "concatenated" in this
+        order, or "grouped": for each key head its queries, its key, its value.
     MLP
       gated_mlp: down(act(gate(x)) * up(x)), or down(act(up(x))); fused_gate_up: one linear `gate_up_proj` for both.
     Norms and residuals
       norm: one of `NORMS`; norm_bias: they have a bias; norm_offset: what is added to their weights (Gemma: 1).
       pre_norm, post_norm: attention and MLP have a norm before them, after them.
-      parallel_block: attention and MLP read the same normed input, and both are added at once.
+      parallel_block: attention and MLP read the same input, and both are added at once; num_ln_in_parallel_attn: they
+        share a norm (1), or each has its own (2).
       embedding_multiplier, residual_multiplier, logit_scale: factors on the embeddings, on what attention and MLP add
         to the residual, on the logits. final_logit_softcapping: logits become cap * tanh(logits / cap).
 
@@ -116,7 +119,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: str | None = None
-    fused_qkv: bool = False
+    fused_qkv: str | None = None
 
     hidden_act: str = "silu"
     mlp_bias: bool = False
@@ -130,6 +133,7 @@ class ModelConfig:
     pre_norm: bool = True
     post_norm: bool = False
     parallel_block: bool = False
+    num_ln_in_parallel_attn: int = 1
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logit_scale: float = 1.0

@@ -81,7 +81,7 @@ class Attention(nnx.Module):
             self.rope, self.interleaved = config.ropes.index(layer.rope), layer.rope.interleaved
         self.scale = dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.fused_qkv, self.qk_norm = config.fused_qkv, config.qk_norm
-        if config.fused_qkv:
+        if config.fused_qkv is not None:
             self.qkv_proj = make_linear(width, (heads + 2 * kv_heads) * dim, ("heads", "embed"), config.qkv_bias)
         else:
             self.q_proj = make_linear(width, heads * dim, ("heads", "embed"), config.qkv_bias)
@@ -100,7 +100,10 @@ class Attention(nnx.Module):
 
     def _project(self, x, keys: list):
         """Queries [B, T, N H], and keys and values [B, T, K H]."""
-        if self.fused_qkv:
+        if self.fused_qkv == "grouped":
+            qkv = self.qkv_proj(x, keys[0]).reshape(*x.shape[:2], self.kv_heads, -1, self.head_dim)
+            return [part.reshape(*x.shape[:2], -1) for part in (qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :])]
+        if self.fused_qkv == "concatenated":
             n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
             return jnp.split(self.qkv_proj(x, keys[0]), [n, n + k], axis=-1)
         return self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
@@ -185,7 +188,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with post norms, x + norm(f(norm(x))).
 
-    In a parallel block (PaLM, arXiv:2204.02311 section 2) the MLP reads what attention read.
+    In a parallel block (PaLM, arXiv:2204.02311 section 2) the MLP reads x too, through attention's norm or its own.
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, make_linear, make_norm):
@@ -193,10 +196,11 @@ class DecoderLayer(nnx.Module):
             return make_norm((config.hidden_size,), ("embed",)) if wanted else Identity()
 
         self.parallel, self.multiplier = config.parallel_block, config.residual_multiplier
+        self.shared_norm = config.parallel_block and config.num_ln_in_parallel_attn == 1
         self.input_layernorm = norm(config.pre_norm)
         self.self_attn = Attention(config, layer, make_linear, make_norm)
         self.post_self_attn_layernorm = norm(config.post_norm)
-        self.post_attention_layernorm = norm(config.pre_norm and not config.parallel_block)  # it stands before the MLP
+        self.post_attention_layernorm = norm(config.pre_norm and not self.shared_norm)  # it stands before the MLP
         self.mlp = MLP(config, make_linear)
         self.post_mlp_layernorm = norm(config.post_norm)
 
@@ -205,10 +209,11 @@ class DecoderLayer(nnx.Module):
         x = checkpoint_name(x, "layer_input")
         normed = self.input_layernorm(x)
         attended, cache = self.self_attn(normed, context, keys[:4], cache)
-        x = checkpoint_name(x + self.multiplier * self.post_self_attn_layernorm(attended), "residual")
-        normed = normed if self.parallel else self.post_attention_layernorm(x)
+        residual = checkpoint_name(x + self.multiplier * self.post_self_attn_layernorm(attended), "residual")
+        if not self.shared_norm:
+            normed = self.post_attention_layernorm(x if self.parallel else residual)
         out = self.mlp(normed, keys[4:], context.mlp_tile)
-        return x + self.multiplier * self.post_mlp_layernorm(out), cache
+        return residual + self.multiplier * self.post_mlp_layernorm(out), cache
 
 
 class Run(nnx.Module):

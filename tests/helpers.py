@@ -43,7 +43,7 @@ def _case(model_type: str, **fields: Any) -> tuple[str, dict[str, Any]]:
     return model_type, {**shape, **fields}
 
 
-_WITHOUT_HEAD_DIM = ("qwen2", "cohere2")  # whose config.json files leave it out
+_WITHOUT_HEAD_DIM = ("qwen2", "cohere2", "falcon")  # whose config.json files leave it out
 
 
 def _rope(rope_type: str, **fields: Any) -> dict[str, Any]:
@@ -177,6 +177,12 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss-plain": _case(
         "seed_oss", attention_bias=False, tie_word_embeddings=True, attention_dropout=0.0, residual_dropout=0.0
     ),
+    "falcon": _case("falcon", bias=True, layer_norm_epsilon=1e-3),  # as 7b, one key head
+    "falcon-40b": _case(
+        "falcon", new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=70, tie_word_embeddings=False
+    ),
+    "falcon-11b": _case("falcon", new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1),
+    "falcon-sequential": _case("falcon", multi_query=False, parallel_attn=False, bias=True),
     "ministral": _case(
         "ministral", sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
@@ -190,16 +196,17 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # One row for each of the families whose layers do something else.
 DENSE = (
     "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3", "cohere", "cohere2", "phi3", "starcoder2", "glm4",
-    "seed_oss", "ministral",
+    "seed_oss", "falcon", "ministral",
 )  # fmt: skip
 
-# Further rows of these families; their tests beyond the first comparison of logits are slow ones.
-_VARIANTS = tuple(name for name in TINY if name.split("-")[0] in DENSE and name not in DENSE)
+# Rows whose parts are those of other rows: what takes long is tested on them with the slow tests.
+_COMPOSED = ("gemma", "smollm3", "cohere2", "seed_oss", "ministral")
 
 
-def with_slow_variants(names: Iterable[str]) -> list[Any]:
-    """Parameters for a test, of which the second and later rows of a family of `DENSE` are marked slow."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in names]
+def marked(names: Iterable[str]) -> list[tuple[str, Any]]:
+    """(name, pytest's marks): slow for second rows of a family of `DENSE`, and for those of like parts."""
+    second = [name for name in TINY if name.split("-")[0] in DENSE and name not in DENSE]
+    return [(name, pytest.mark.slow if name in second or name in _COMPOSED else ()) for name in names]
 
 
 def torch_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -215,7 +222,7 @@ def torch_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            if "norm" in path:
+            if "norm" in path or "ln_" in path:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.2, generator=generator)

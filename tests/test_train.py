@@ -17,6 +17,7 @@ from helpers import (
     load_folder,
     make_checkpoint,
     make_pair,
+    marked,
     peft_parameters,
     peft_twin,
     randomise_adapters,
@@ -106,16 +107,18 @@ def train(model, optimizer, batches, loss=causal_lm_loss, key=None):
     "name, layout",
     [
         *itertools.product([*FAMILIES, "qwen2-windows"], [padded, packed]),
-        *((name, packed) for name in DENSE),
+        *(pytest.param(name, packed, marks=marks) for name, marks in marked(DENSE)),
     ],
 )
 def test_four_steps_equal_peft(name, layout, tmp_path):
+    # Where logits are scaled down some gradients are 1e-8, mostly rounding, which Adam would blow up to whole steps.
+    eps = 1e-5 if name in DENSE else 1e-8
     theirs, ours = make_pair(name, tmp_path)
     with_adapters(ours)
     start = adapter_matrices(ours)
     twin = peft_twin(theirs, ours, LORA).train()
     torch_optimizer = torch.optim.AdamW(
-        [p for p in twin.parameters() if p.requires_grad], lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1
+        [p for p in twin.parameters() if p.requires_grad], lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1, eps=eps
     )
     expected = []
     for seed in range(4):
@@ -126,7 +129,7 @@ def test_four_steps_equal_peft(name, layout, tmp_path):
         loss.backward()
         torch_optimizer.step()
 
-    optimizer = optax.adamw(3e-3, b1=0.9, b2=0.99, weight_decay=0.1)
+    optimizer = optax.adamw(3e-3, b1=0.9, b2=0.99, weight_decay=0.1, eps=eps)
     losses, state = train(ours, optimizer, [layout(documents(seed)) for seed in range(4)])
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert state.step == 4
