@@ -432,6 +432,20 @@ FAMILIES: Mapping[str, Family] = {
         },
         tensor_names={"up_proj": "c_fc", "down_proj": "c_proj"},
     ),
+    "glm": Family(
+        fields={"qkv_bias": itemgetter("attention_bias"), "rope": _interleaved_rope, "fused_gate_up": True},
+        defaults={
+            "vocab_size": 151552,
+            "intermediate_size": 13696,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1.5625e-7,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+        },
+    ),
     "glm4": Family(
         fields={
             "qkv_bias": itemgetter("attention_bias"),

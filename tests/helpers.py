@@ -166,6 +166,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "starcoder2": _case("starcoder2", sliding_window=5, norm_epsilon=1e-3),
     "starcoder2-plain": _case("starcoder2", use_bias=False, tie_word_embeddings=False),
+    "glm": _case("glm", rms_norm_eps=1e-3),
+    "glm-plain": _case("glm", attention_bias=False, tie_word_embeddings=True, num_key_value_heads=3),
     "glm4": _case("glm4", rms_norm_eps=1e-3),
     "glm4-plain": _case(
         "glm4",
@@ -195,8 +197,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # One row for each of the families whose layers do something else.
 DENSE = (
-    "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3", "cohere", "cohere2", "phi3", "starcoder2", "glm4",
-    "seed_oss", "falcon", "ministral",
+    "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3", "cohere", "cohere2", "phi3", "starcoder2", "glm",
+    "glm4", "seed_oss", "falcon", "ministral",
 )  # fmt: skip
 
 # Rows whose parts are those of other rows: what takes long is tested on them with the slow tests.

@@ -74,6 +74,7 @@ REAL = {
              num_attention_heads=48, num_key_value_heads=4, tie_word_embeddings=False),
         15_957_889_024,
     ),
+    "glm-4-9b-chat-hf": (dict(model_type="glm"), 9_399_951_360),
     "GLM-4-32B-0414": (
         dict(model_type="glm4", hidden_size=6144, intermediate_size=23040, num_hidden_layers=61,
              num_attention_heads=48, attention_bias=False),
