@@ -125,10 +125,11 @@ def _dequantize_nf4(q: QuantizedArray, dtype: np.dtype, implementation: Implemen
 
 
 def _quantize_int8(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype) -> QuantizedArray:
+    rows, columns = w.shape
     w = w.astype(jnp.float16).astype(jnp.float32)  # bitsandbytes quantises float16 and nothing else
     absmax = jnp.max(jnp.abs(w), axis=1, keepdims=True)
     codes = jnp.round(w * (127.0 * (1.0 / jnp.where(absmax > 0, absmax, 1.0)))).astype(jnp.int8)  # rounds as in torch
-    return QuantizedArray(codes, absmax, None, None, w.shape, dtype, "int8")
+    return QuantizedArray(codes, absmax, None, None, (rows, columns), dtype, "int8")
 
 
 def _dequantize_int8(q: QuantizedArray, dtype: np.dtype, implementation: Implementation) -> Float[Array, "out in"]:
@@ -136,9 +137,10 @@ def _dequantize_int8(q: QuantizedArray, dtype: np.dtype, implementation: Impleme
 
 
 def _quantize_fp8(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype) -> QuantizedArray:
+    rows, columns = w.shape
     w = w.astype(jnp.float32)
     codes, scales = _to_fp8(w, jnp.max(jnp.abs(w), axis=1, keepdims=True))
-    return QuantizedArray(codes, scales, None, None, w.shape, dtype, "fp8")
+    return QuantizedArray(codes, scales, None, None, (rows, columns), dtype, "fp8")
 
 
 def _quantize_fp8_block(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype) -> QuantizedArray:
