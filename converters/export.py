@@ -117,19 +117,18 @@ class MergedSource:
 
     def __init__(self, source: TensorSource, model: CausalLM):
         self._source = source
-        self._deltas = {}
-        for linear in lora.adapters(model):
-            node = linear.node
-            parts = [np.asarray(p.get_value()) for p in (node.lora_A, node.lora_B, node.lora_scaling)]
-            layers = zip(*parts, strict=True) if linear.layers else [tuple(parts)]
-            self._deltas |= {f"{name}.weight": ab for name, ab in zip(linear.names(), layers, strict=True)}
+        self._deltas = {
+            f"{adapter.name}.weight": adapter
+            for linear in lora.adapters(model)
+            for adapter in lora.layer_adapters(linear)
+        }
         self.adapted = tuple(self._deltas)
         self._check()
 
     def _check(self) -> None:
         stored, problems = set(self._source.names()), []
-        for name, (a, b, _) in self._deltas.items():
-            shape = (b.shape[0], a.shape[1])
+        for name, adapter in self._deltas.items():
+            shape = (adapter.b.shape[0], adapter.a.shape[1])
             if name not in stored:
                 problems.append(f"{name} is missing")
             elif tuple(self._source.shape(name)) != shape:
@@ -156,8 +155,9 @@ class MergedSource:
         weight = _read(self._source, name)
         if name not in self._deltas:
             return weight
-        a, b, scaling = self._deltas[name]
-        return _cast(weight.astype(np.float32) + scaling * (b @ a), self.dtype(name), name)
+        adapter = self._deltas[name]
+        delta = adapter.scaling * (adapter.b @ adapter.a)
+        return _cast(weight.astype(np.float32) + delta, self.dtype(name), name)
 
 
 class ModelSource:

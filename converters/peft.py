@@ -7,7 +7,6 @@ A module's tensors are "base_model.model." + its checkpoint name + ".lora_A.weig
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,17 @@ _PLAIN: Mapping[str, Any] = {
 }
 
 # Fields that are read here, and fields that say nothing about what a trained adapter computes.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "init_lora_weights"}
+_OPTIONS = (
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+_READ = {"peft_type", "r", "lora_alpha", "init_lora_weights", *_OPTIONS}
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -56,7 +65,6 @@ _WITHOUT_EFFECT = {
     "ensure_weight_tying",
     "eva_config",
     "inference_mode",
-    "layers_pattern",
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
@@ -123,6 +131,8 @@ def save_adapter(
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "target_modules": targets,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
     }
     with staged(folder) as stage:
         save_file(adapter_tensors(model), stage / WEIGHTS, metadata={"format": "pt"})
@@ -136,10 +146,9 @@ def adapter_tensors(model: CausalLM) -> dict[str, np.ndarray]:
     """{PEFT's name: float32 tensor} of all adapters, on the host."""
     tensors = {}
     for linear in lora.adapters(model):
-        for part in ("lora_A", "lora_B"):
-            value = np.ascontiguousarray(getattr(linear.node, part).get_value(), np.float32)
-            layers = value if linear.layers else value[None]
-            tensors |= {_key(name, part): tensor for name, tensor in zip(linear.names(), layers, strict=True)}
+        for adapter in lora.layer_adapters(linear):
+            tensors[_key(adapter.name, "lora_A")] = np.ascontiguousarray(adapter.a, np.float32)
+            tensors[_key(adapter.name, "lora_B")] = np.ascontiguousarray(adapter.b, np.float32)
     return tensors
 
 
@@ -148,15 +157,14 @@ def target_modules(model: CausalLM) -> list[str]:
 
     The last part of a module's path, or the whole path where another module with that last part has no adapter.
     """
-    plain = {_last(linear) for linear in named_nodes(model, Linear) if linear.node.lora_A is None}
-    targets = set()
-    for linear in lora.adapters(model):
-        targets.update(linear.names() if _last(linear) in plain else [_last(linear)])
-    return sorted(targets)
+    names = {name for linear in named_nodes(model, Linear) for name in linear.names()}
+    adapted = {adapter.name for linear in lora.adapters(model) for adapter in lora.layer_adapters(linear)}
+    plain = {_last(name) for name in names - adapted}
+    return sorted({name if _last(name) in plain else _last(name) for name in adapted})
 
 
-def _last(linear: Named) -> str:
-    return linear.name.rsplit(".", 1)[-1]
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _key(module: str, part: str) -> str:
@@ -167,12 +175,12 @@ def _check_adapters(model: CausalLM, config: LoraConfig) -> None:
     adapters = lora.adapters(model)
     if not adapters:
         raise ValueError("the model has no adapter to save: call FastLanguageModel.get_peft_model first")
-    for linear in adapters:
-        rank, scaling = linear.node.lora_A.get_value().shape[-2], linear.node.lora_scaling.get_value()
-        if rank != config.r or not np.allclose(scaling, config.scaling):
+    for adapter in (adapter for linear in adapters for adapter in lora.layer_adapters(linear)):
+        rank, scaling = config.rank_of(adapter.name), config.scaling_of(adapter.name)
+        if adapter.rank != rank or not np.allclose(adapter.scaling, scaling):
             raise ValueError(
-                f"{linear.name}: its adapter has rank {rank} and scaling {np.unique(scaling)}, but the settings say "
-                f"rank {config.r} and scaling {config.scaling}: pass the LoraConfig that the adapters were made with"
+                f"{adapter.name}: its adapter has rank {adapter.rank} and scaling {adapter.scaling}, but the settings "
+                f"say rank {rank} and scaling {scaling}: pass the LoraConfig that the adapters were made with"
             )
 
 
@@ -243,11 +251,12 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
     file = _open_weights(folder)
 
     shapes = {}
-    for linear in targets:
-        for name in linear.names():
-            shapes[_key(name, "lora_A")] = (config.r, linear.node.in_features)
-            shapes[_key(name, "lora_B")] = (linear.node.out_features, config.r)
-    copies = _check_copies(targets, file)
+    for linear, ranks in targets:
+        for name, rank in zip(linear.names(), ranks, strict=True):
+            if rank:
+                shapes[_key(name, "lora_A")] = (rank, linear.node.in_features)
+                shapes[_key(name, "lora_B")] = (linear.node.out_features, rank)
+    copies = _check_copies([linear for linear, _ in targets], file)
     found = {name: entry.shape for name, entry in file.entries.items() if name not in copies}
     problems = tensor_problems(shapes, found)
     if problems:
@@ -256,20 +265,22 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
             f"{model.config.model_type} model. {problems}"
         )
 
-    for linear in targets:
-        a, b = (
-            jnp.asarray(np.stack([file.read(_key(name, part)).astype(np.float32) for name in linear.names()]))
-            for part in ("lora_A", "lora_B")
-        )
-        scaling = jnp.full((len(linear.names()),), config.scaling, jnp.float32)
-        if not linear.layers:
-            a, b, scaling = a[0], b[0], scaling[0]
-        lora.attach(linear.node, a, b, scaling, config.lora_dropout)
+    for linear, ranks in targets:
+        a = np.zeros((len(ranks), max(ranks), linear.node.in_features), np.float32)
+        b = np.zeros((len(ranks), linear.node.out_features, max(ranks)), np.float32)
+        for i, (name, rank) in enumerate(zip(linear.names(), ranks, strict=True)):
+            if rank:
+                a[i, :rank], b[i, :, :rank] = (file.read(_key(name, part)) for part in ("lora_A", "lora_B"))
+        scaling = np.asarray([config.scaling_of(name) for name in linear.names()], np.float32)
+        parts = [jnp.asarray(part if linear.layers else part[0]) for part in (a, b, scaling)]
+        lora.attach(linear.node, *parts, config.lora_dropout, ranks)
     return config
 
 
-def _read_config(model: CausalLM, options: Mapping[str, Any], path: Path) -> tuple[list[Named], LoraConfig]:
-    """The linears that adapter_config.json names, and its settings as ours."""
+def _read_config(
+    model: CausalLM, options: Mapping[str, Any], path: Path
+) -> tuple[list[tuple[Named, tuple[int, ...]]], LoraConfig]:
+    """The linears that adapter_config.json names with the ranks of their layers, and its settings as ours."""
     if options.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {options.get('peft_type')!r}; supported is 'LORA'")
     unsupported = {
@@ -285,21 +296,15 @@ def _read_config(model: CausalLM, options: Mapping[str, Any], path: Path) -> tup
             f"{path}: the adapter uses {found}, which is not supported: train it without, or merge it into its base "
             "with PEFT and load the result"
         )
-    names = options.get("target_modules")
-    if isinstance(names, str) and names != "all-linear":  # PEFT's other form: a pattern for whole paths
-        paths = [name for linear in named_nodes(model, Linear) for name in linear.names()]
-        names = [name for name in paths if re.fullmatch(names, name)] or [names]
+    given = {name: options[name] for name in _OPTIONS if options.get(name) not in (None, [], {})}
     try:
-        wanted = tuple(names) if isinstance(names, list) else names or ()
         config = LoraConfig(
             r=options.get("r", 8),  # the defaults are PEFT's
             lora_alpha=options.get("lora_alpha", 8),
-            lora_dropout=options.get("lora_dropout", 0.0),
-            use_rslora=options.get("use_rslora", False),
-            target_modules=wanted,
+            **{"target_modules": (), **given},
         )
-        return lora.target_linears(model, wanted), config
-    except (TypeError, ValueError, NotImplementedError) as error:
+        return lora.target_ranks(model, config), config
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

@@ -6,6 +6,8 @@ the difference is a field here; the model never asks for a `model_type`.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -205,36 +207,94 @@ class QuantConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """LoRA options with PEFT's names and meaning (arXiv:2106.09685).
+    """LoRA options with PEFT's names and meaning (arXiv:2106.09685). A module is meant by its path in the checkpoint.
 
-    `target_modules` is "all-linear" or names that a module's path equals or ends with, at a dot.
+    `target_modules` is "all-linear", or names that a path equals or ends with, at a dot, or a string that is a regular
+    expression for a whole path. `exclude_modules` takes names or an expression in the same way. `layers_to_transform`
+    keeps the layers of these indices only; `layers_pattern` names the lists whose numbers count as such, by default
+    any. `rank_pattern` and `alpha_pattern` give single modules another `r` or `lora_alpha`: {expression for the end of
+    a path: value}, of which the first that matches counts. Mappings are kept as tuples of pairs, so that this hashes.
 
     Raises:
-        TypeError: `r` is not an integer.
-        ValueError: `r` below 1, `lora_dropout` outside [0, 1), or no target at all.
+        TypeError: a rank is not an integer.
+        ValueError: a rank below 1, `lora_dropout` outside [0, 1), no target at all, an expression that is none, or
+            options that contradict each other.
     """
 
     r: int = 16
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    target_modules: tuple[str, ...] | str = "all-linear"
+    target_modules: Sequence[str] | str = "all-linear"
+    exclude_modules: Sequence[str] | str | None = None
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
-        if not isinstance(self.r, int) or isinstance(self.r, bool):
-            raise TypeError(f"the rank r must be an integer, found {self.r!r}")
-        _require(self.r > 0, f"the rank r must be larger than 0, found {self.r}")
+        _check_rank("the rank r", self.r)
         _require(0.0 <= self.lora_dropout < 1.0, f"lora_dropout must lie in [0, 1), found {self.lora_dropout}")
-        if isinstance(self.target_modules, str):
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "layers_pattern":
+                _check_expression(name, value)
+            elif not isinstance(value, str | int | None):
+                object.__setattr__(self, name, tuple(value))
+        _require(len(self.target_modules) > 0, "target_modules is empty: name at least one module, or 'all-linear'")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            pairs = tuple(value.items() if isinstance(value, Mapping) else map(tuple, value))
+            for expression, _ in pairs:
+                _check_expression(name, expression)
+            object.__setattr__(self, name, pairs)
+        for expression, rank in self.rank_pattern:
+            _check_rank(f"rank_pattern: the rank of {expression!r}", rank)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
             _require(
-                self.target_modules == "all-linear",
-                f"target_modules {self.target_modules!r} is a string other than 'all-linear': pass a list of names",
+                getattr(self, name) is None or not isinstance(self.target_modules, str),
+                f"{name} needs target_modules as a list of names, found {self.target_modules!r}: say in the "
+                "expression which layers it takes, or list the names",
             )
-        else:
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-            _require(len(self.target_modules) > 0, "target_modules is empty: name at least one module, or 'all-linear'")
+        _require(
+            not self.layers_pattern or self.layers_to_transform is not None,
+            "layers_pattern says nothing without layers_to_transform: pass the indices too",
+        )
+        _require(self.layers_to_transform != (), "layers_to_transform is empty: name a layer, or pass None for all")
 
     @property
     def scaling(self) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732)."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732), where no pattern says else."""
+        return self._scaling(self.r, self.lora_alpha)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter, if it gets one."""
+        return _matching(self.rank_pattern, module, self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """The factor of a module's adapter, of its own rank and alpha."""
+        return self._scaling(self.rank_of(module), _matching(self.alpha_pattern, module, self.lora_alpha))
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def _check_rank(what: str, rank: object) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"{what} must be an integer, found {rank!r}")
+    _require(rank > 0, f"{what} must be larger than 0, found {rank}")
+
+
+def _check_expression(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name}: {expression!r} is no regular expression ({error})") from error
+
+
+def _matching(pattern, module: str, default):
+    """The value of the first expression that matches the end of a module's path, PEFT's `get_pattern_key`."""
+    return next((value for key, value in pattern if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -30,7 +30,10 @@ class LoraParam(TrainableParam):
 
 
 class AdapterScale(nnx.Variable):
-    """The factor alpha / r of an adapter, per layer: a constant, so neither trained nor saved with the base."""
+    """The factor alpha / r of an adapter, per layer: a constant, so neither trained nor saved with the base.
+
+    [*stack], or [*stack, r] where layers of a stack differ in rank: the factor, and zero for what is padding.
+    """
 
 
 ACTIVATIONS = {
@@ -79,7 +82,7 @@ class Linear(nnx.Module):
         self.weight = base_param(weight, (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, out_features), dtype), (*lead_axes, axes[0])) if bias else None
         self.lora_A = self.lora_B = self.lora_scaling = nnx.data(None)
-        self.lora_dropout = 0.0
+        self.lora_dropout, self.lora_ranks = 0.0, ()
 
     def __call__(self, x: Float[Array, "*batch d_in"], key: Any = None) -> Float[Array, "*batch d_out"]:
         y = quant.matmul(x, self.weight.get_value())

@@ -33,6 +33,16 @@ from jaxlora.quant import Scheme
 
 logger = logging.getLogger(__name__)
 
+# The options of LoraConfig that come down to a rank and a scaling for each module.
+_PER_MODULE = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -291,19 +301,31 @@ class FastLanguageModel:
         use_gradient_checkpointing: bool | str = "unsloth",
         random_state: int = 3407,
         use_rslora: bool = False,
+        layers_to_transform: Sequence[int | str] | int | None = None,
+        layers_pattern: Sequence[str] | str | None = None,
+        *,
+        exclude_modules: Sequence[str] | str | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
     ) -> LanguageModel:  # fmt: skip
         """Put LoRA adapters on the model, in place, and return it. What is not an adapter stays frozen.
 
         Args:
             model: what `from_pretrained` returned.
             r: rank of the adapters.
-            target_modules: names of the linear layers that get one, or "all-linear".
+            target_modules: names of the linear layers that get one (a path, or its end from a dot on), or
+                "all-linear", or any other text as a regular expression for whole paths.
             lora_alpha: the update is scaled by lora_alpha / r.
             lora_dropout: share of an adapter's inputs that are zeroed while training.
             use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "attention", True or
                 "full", "unsloth" or "offload"; see `remat`.
             random_state: seed of the adapters' initial values.
             use_rslora: scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA).
+            layers_to_transform: indices of the layers that get adapters, by default all.
+            layers_pattern: names of the lists of layers whose numbers those indices are, by default any list.
+            exclude_modules: names, or a regular expression for whole paths, of linear layers that get none.
+            rank_pattern: ranks of single modules, {regular expression for the end of a path: rank}.
+            alpha_pattern: the same for lora_alpha.
 
         Raises:
             TypeError: `r` is not an integer, or the model has adapters with other settings.
@@ -313,9 +335,13 @@ class FastLanguageModel:
             warnings.warn("full fine-tuning is on, so get_peft_model has no effect", stacklevel=2)
             return model
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+        if isinstance(layers_to_transform, Sequence):
+            layers_to_transform = tuple(map(int, layers_to_transform))  # the command line gives texts
         config = LoraConfig(
-            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, target_modules=targets
-        )
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, target_modules=targets,
+            exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, layers_pattern=layers_pattern,
+            rank_pattern=rank_pattern or (), alpha_pattern=alpha_pattern or (),
+        )  # fmt: skip
         policy = remat.resolve(use_gradient_checkpointing)
         if model.lora_config is not None:
             if not _same_adapters(model, model.lora_config, config):
@@ -354,10 +380,17 @@ def _choose_mode(**modes: Any) -> _Mode:
 
 
 def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> bool:
-    """Whether both name the same modules, in whatever words, and agree in all else."""
-    names = [{linear.name for linear in lora.target_linears(model, c.target_modules)} for c in (ours, theirs)]
-    alike = dataclasses.replace(theirs, target_modules=ours.target_modules)
-    return names[0] == names[1] and ours == alike
+    """Whether both give the same modules the same adapters, in whatever words, and agree in all else."""
+
+    def adapters(config):
+        modules = {}
+        for linear, ranks in lora.target_ranks(model, config):
+            named = zip(linear.names(), ranks, strict=True)
+            modules |= {name: (rank, config.scaling_of(name)) for name, rank in named if rank}
+        return modules
+
+    alike = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in _PER_MODULE})
+    return ours == alike and adapters(ours) == adapters(theirs)
 
 
 def resolve_path(name: str | Path, **hub: Any) -> Path:

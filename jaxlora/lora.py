@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import warnings
 import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxlora.config import LoraConfig
@@ -15,38 +20,95 @@ from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.quant import QuantizedArray
 
 
-def target_linears(model: CausalLM, target_modules: tuple[str, ...] | str) -> list[Named]:
-    """The linears that a list of targets names, PEFT's way: a target is a module's path or a suffix of it at a dot.
+def is_target(config: LoraConfig, module: str) -> bool:
+    """Whether a config means the module of this path, PEFT's way. "all-linear" is the caller's to spell out."""
+    targets, excluded = config.target_modules, config.exclude_modules
+    if excluded and (re.fullmatch(excluded, module) if isinstance(excluded, str) else _names(excluded, module)):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    if module in targets:  # a whole path, to which layers_to_transform has nothing to add
+        return True
+    return _names(targets, module) and _is_layer(config, module)
 
-    "all-linear" is every linear of the blocks, not the head. A target such as "model.layers.3.mlp.up_proj" names one
-    layer of a stack, which needs adapters of unequal layers.
+
+def _names(targets: Sequence[str], module: str) -> bool:
+    return any(module == target or module.endswith("." + target) for target in targets)
+
+
+def _is_layer(config: LoraConfig, module: str) -> bool:
+    indices, patterns = config.layers_to_transform, config.layers_pattern
+    if indices is None:
+        return True
+    patterns = (patterns,) if isinstance(patterns, str) else patterns or (r"[^.]*",)
+    found = next(filter(None, (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)), None)
+    return found is not None and int(found[1]) in ((indices,) if isinstance(indices, int) else indices)
+
+
+def target_ranks(model: CausalLM, config: LoraConfig) -> list[tuple[Named, tuple[int, ...]]]:
+    """The linears that get an adapter, each with the rank of every layer of its stack: 0 where a layer gets none.
+
+    "all-linear" is every linear of the blocks, not the head. A linear that is no stack has one rank.
 
     Raises:
-        ValueError: a target matches nothing; names every target that exists.
+        ValueError: a target, or all of them together, matches nothing (names every target that exists), or a layer
+            that the model has not.
     """
     linears = list(named_nodes(model, Linear))
-    if target_modules == "all-linear":
-        return [linear for linear in linears if linear.layers]
+    if config.target_modules == "all-linear":
+        blocks = tuple(sorted({linear.name.rsplit(".", 1)[-1] for linear in linears if linear.layers}))
+        linears, config = [x for x in linears if x.layers], dataclasses.replace(config, target_modules=blocks)
+    _check_targets(model, config)
+    chosen = [
+        (linear, tuple(config.rank_of(name) if is_target(config, name) else 0 for name in linear.names()))
+        for linear in linears
+    ]
+    chosen = [(linear, ranks) for linear, ranks in chosen if any(ranks)]
+    if not chosen:
+        raise ValueError(
+            f"target_modules {config.target_modules!r} leaves no linear layer of this {model.config.model_type} model, "
+            f"with exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r} and "
+            f"layers_pattern={config.layers_pattern!r}"
+        )
+    return chosen
 
-    def matches(linear: Named, target: str) -> bool:
-        return any(name == target or name.endswith("." + target) for name in linear.names())
 
-    unmatched = [t for t in target_modules if not any(matches(linear, t) for linear in linears)]
+def _check_targets(model: CausalLM, config: LoraConfig) -> None:
+    linears = list(named_nodes(model, Linear))
+    names = [name for linear in linears for name in linear.names()]
+    if isinstance(config.target_modules, str):
+        pattern = config.target_modules
+        matched = any(re.fullmatch(pattern, name) for name in names)
+        unmatched, kind = ([] if matched else [pattern]), " as a regular expression for whole paths"
+    else:
+        unmatched, kind = [t for t in config.target_modules if not any(_names([t], name) for name in names)], ""
     if unmatched:
         known = sorted({linear.name.rsplit(".", 1)[-1] for linear in linears})
         raise ValueError(
-            f"target_modules: {', '.join(map(repr, unmatched))} matches no linear layer of this "
+            f"target_modules: {', '.join(map(repr, unmatched))}{kind} matches no linear layer of this "
             f"{model.config.model_type} model. The names that exist: {', '.join(known)} (or 'all-linear')"
         )
-    chosen = [linear for linear in linears if any(matches(linear, t) for t in target_modules)]
-    for linear in chosen:
-        partly = [n for n in linear.names() if not any(n == t or n.endswith("." + t) for t in target_modules)]
-        if partly:
-            raise NotImplementedError(
-                f"target_modules names {linear.name} for some layers and not for others ({partly[0]} is left out): "
-                "adapters on single layers are not supported yet; name the module without its layer"
-            )
-    return chosen
+    indices, depth = config.layers_to_transform, model.config.num_hidden_layers
+    indices = (indices,) if isinstance(indices, int) else indices or ()
+    if beyond := [index for index in indices if not 0 <= index < depth]:
+        raise ValueError(f"layers_to_transform names {beyond}, but the model's layers are 0 to {depth - 1}")
+    _warn_of_idle_options(config, names)
+
+
+def _warn_of_idle_options(config: LoraConfig, names: Sequence[str]) -> None:
+    """Say what has no effect, as PEFT does for exclude_modules."""
+    excluded = config.exclude_modules
+    idle = [("exclude_modules", x) for x in ((excluded,) if isinstance(excluded, str) else excluded or ())]
+    if isinstance(excluded, str):
+        idle = [] if any(re.fullmatch(excluded, name) for name in names) else idle
+    else:
+        idle = [(option, x) for option, x in idle if not any(_names([x], name) for name in names)]
+    for option in ("rank_pattern", "alpha_pattern"):
+        for expression, _ in getattr(config, option):
+            if not any(re.match(rf"(.*\.)?({expression})$", name) for name in names):
+                idle.append((option, expression))
+    for option, expression in idle:
+        warnings.warn(f"{option}: {expression!r} matches no linear layer, and changes nothing", stacklevel=2)
 
 
 def add_adapters(model: CausalLM, config: LoraConfig, key: Any) -> None:
@@ -55,30 +117,69 @@ def add_adapters(model: CausalLM, config: LoraConfig, key: Any) -> None:
     The bound is kaiming_uniform with a = sqrt(5), PEFT's initialisation. Each matrix is drawn from `key` folded with
     its checkpoint name, so that it does not depend on how layers are stacked or which others are targets.
     """
-    for target in target_linears(model, config.target_modules):
+    for target, ranks in target_ranks(model, config):
         linear: Linear = target.node
-        bound = linear.in_features**-0.5
+        bound, largest = linear.in_features**-0.5, max(ranks)
         keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names()])
 
-        def draw(k, linear=linear, bound=bound):
-            return jax.random.uniform(k, (config.r, linear.in_features), jnp.float32, -bound, bound)
+        def draw(k, rank=largest, linear=linear, bound=bound):
+            return jax.random.uniform(k, (rank, linear.in_features), jnp.float32, -bound, bound)
 
         a = jax.vmap(draw)(keys)
-        b = jnp.zeros((len(target.names()), linear.out_features, config.r), jnp.float32)
-        scaling = jnp.full((len(target.names()),), config.scaling, jnp.float32)
+        b = jnp.zeros((len(ranks), linear.out_features, largest), jnp.float32)
+        scaling = jnp.asarray([config.scaling_of(name) for name in target.names()], jnp.float32)
         if not target.layers:
             a, b, scaling = a[0], b[0], scaling[0]
-        attach(linear, a, b, scaling, config.lora_dropout)
+        attach(linear, a, b, scaling, config.lora_dropout, ranks)
 
 
-def attach(linear: Linear, a, b, scaling, dropout: float) -> None:
-    """Give a linear its adapter: a [*stack, r, in], b [*stack, out, r], scaling [*stack]."""
+def attach(linear: Linear, a, b, scaling, dropout: float, ranks: tuple[int, ...] | None = None) -> None:
+    """Give a linear its adapter: a [*stack, r, in], b [*stack, out, r], scaling [*stack].
+
+    `ranks` are those of the layers, 0 for a layer without adapter; by default r for all. A layer of a lower rank uses
+    its first rows of A and columns of B, and the rest is padding: the scaling becomes [*stack, r], with zeros there,
+    so that nothing which stands in the padding is seen or ever learns.
+    """
     lead = ("layers",) if linear.stack is not None else ()
     out_axis, in_axis = linear.axes
+    r = a.shape[-2]
+    ranks = (r,) * (linear.stack or 1) if ranks is None else ranks
+    padded = set(ranks) != {r}
+    if padded:
+        scaling = jnp.where(jnp.arange(r) < jnp.asarray(ranks)[:, None], scaling[:, None], jnp.zeros((), jnp.float32))
     linear.lora_A = LoraParam(a, axes=(*lead, "rank", in_axis))
     linear.lora_B = LoraParam(b, axes=(*lead, out_axis, "rank"))
-    linear.lora_scaling = AdapterScale(scaling, axes=lead)
-    linear.lora_dropout = dropout
+    linear.lora_scaling = AdapterScale(scaling, axes=(*lead, "rank") if padded else lead)
+    linear.lora_dropout, linear.lora_ranks = dropout, ranks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerAdapter:
+    """The adapter of one module, without padding, on the host: a [r, in], b [out, r], float32.
+
+    name: the module's path in the checkpoint.
+    """
+
+    name: str
+    a: np.ndarray
+    b: np.ndarray
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+def layer_adapters(linear: Named) -> Iterator[LayerAdapter]:
+    """The adapters of a linear, one for each layer that has one."""
+    node = linear.node
+    a, b, scaling = (np.asarray(v.get_value()) for v in (node.lora_A, node.lora_B, node.lora_scaling))
+    if not linear.layers:
+        a, b, scaling = a[None], b[None], scaling[None]
+    for i, (name, rank) in enumerate(zip(linear.names(), node.lora_ranks, strict=True)):
+        if rank:
+            factor = float(scaling[i] if scaling.ndim == 1 else scaling[i, 0])
+            yield LayerAdapter(name=name, a=a[i, :rank], b=b[i, :, :rank], scaling=factor)
 
 
 def adapters(model: CausalLM) -> list[Named]:
@@ -121,9 +222,16 @@ def _size(value: Any) -> int:
     return value.size
 
 
+def _padding(linear: Linear) -> int:
+    """Number of entries of A and B that stand in no layer's adapter."""
+    r = linear.lora_A.get_value().shape[-2]
+    return sum(r - rank for rank in linear.lora_ranks) * (linear.in_features + linear.out_features)
+
+
 def get_nb_trainable_parameters(model: CausalLM) -> tuple[int, int]:
     """(trainable, all) as PEFT counts them: adapters are part of "all", and a tied head is counted once."""
-    trainable = sum(_size(p.node.get_value()) for p in named_nodes(model, nnx.Param))
+    padding = sum(_padding(linear.node) for linear in adapters(model))
+    trainable = sum(_size(p.node.get_value()) for p in named_nodes(model, nnx.Param)) - padding
     frozen = sum(
         _size(p.node.get_value())
         for p in named_nodes(model, nnx.Variable)
@@ -146,4 +254,4 @@ def delta_weight(linear: Linear, layer: int | None = None) -> jax.Array:
     a, b, scaling = (v.get_value() for v in (linear.lora_A, linear.lora_B, linear.lora_scaling))
     if layer is not None:
         a, b, scaling = a[layer], b[layer], scaling[layer]
-    return scaling * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(b * scaling, a, precision=jax.lax.Precision.HIGHEST)

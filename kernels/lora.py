@@ -26,11 +26,12 @@ def lora_delta(
     x: Float[Array, "*batch d_in"],
     a: Float[Array, "r d_in"],
     b: Float[Array, "d_out r"],
-    scaling: Float[Array, ""],
+    scaling: Float[Array, "*per_rank"],
 ) -> Float[Array, "*batch d_out"]:
     """scaling * (x A^T) B^T in x's dtype; gradients of A and B in their own dtype, accumulated in float32.
 
-    The scaling is a constant of the adapter, and gets no gradient.
+    The scaling is a constant of the adapter, and gets no gradient. It is a scalar, or [r] with zeros for rows of A and
+    columns of B that are padding: those add nothing and get zero as their gradient.
     """
     return _forward(x, a, b, scaling)[0]
 
