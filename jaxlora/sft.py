@@ -36,7 +36,7 @@ from jaxlora.model import CausalLM
 from jaxlora.optimizer import OptimizerName, Schedule, ScheduleName, make_optimizer, make_schedule
 from jaxlora.report import METRICS_FILE, PLOT_FILE, MetricsFile, Throughput, plot_loss, read_metrics
 from jaxlora.tokenization import tokenize
-from jaxlora.train import TrainState, make_train_step
+from jaxlora.train import LossScale, TrainState, make_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,8 @@ class SFTTrainer:
         """
         args = self.args
         graphdef, trainable, frozen = partition(self.model)
-        state = TrainState.create(trainable, self.optimizer, jax.random.key(args.seed))
+        loss_scale = LossScale.create() if self.model.dtype == np.float16 else None
+        state = TrainState.create(trainable, self.optimizer, jax.random.key(args.seed), loss_scale)
         batches, tally = self._train_batches(), Tally()
         if (path := self._checkpoint_to_resume(resume_from_checkpoint)) is not None:
             state, extra = checkpoint.restore(path, state)

@@ -9,8 +9,10 @@ no gradient, and no optimizer state, ever exists for a frozen weight.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,39 @@ Loss = Callable[[CausalLM, Batch, Any], tuple[Array, Array, dict[str, Array]]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LossScale:
+    """What the loss is multiplied by before it is differentiated, so that float16 holds the gradients between layers.
+
+    Of a mean over the tokens of a micro-batch, so that a scale means the same as for torch's GradScaler, whose rule
+    this is: halved when a gradient is not finite, and that update is skipped; doubled after 2000 others in a row.
+    The gradients that an optimizer sees are not scaled.
+
+    scale: float32 []. finite_steps: int32 [], updates since it last changed.
+    """
+
+    scale: Any
+    finite_steps: Any
+
+    INTERVAL: ClassVar[int] = 2000
+
+    @classmethod
+    def create(cls, scale: float = 2.0**16) -> LossScale:
+        """A scale before the first step."""
+        return cls(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32))
+
+    def after(self, is_finite: Array) -> LossScale:
+        """The scale after a step whose gradients were finite, or were not."""
+        steps = jnp.where(is_finite, self.finite_steps + 1, 0)
+        grows = steps >= self.INTERVAL
+        factor = jnp.where(is_finite, jnp.where(grows, 2.0, 1.0), 0.5).astype(jnp.float32)
+        return LossScale(self.scale * factor, jnp.where(grows, 0, steps))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. step: int32 [], the number of updates made. key: the source of dropout.
+    """Everything that a step changes. step: int32 [], the number of steps made. key: the source of dropout.
+    loss_scale: a `LossScale` where the model computes in float16, else None.
 
     As a pytree it may hold other leaves than arrays, such as their shapes or shardings.
     """
@@ -36,15 +69,22 @@ class TrainState:
     trainable: Any
     opt_state: Any
     key: Any
+    loss_scale: Any = None
 
     @classmethod
-    def create(cls, trainable: nnx.State, optimizer: optax.GradientTransformation, key: Any = None) -> TrainState:
+    def create(
+        cls,
+        trainable: nnx.State,
+        optimizer: optax.GradientTransformation,
+        key: Any = None,
+        loss_scale: LossScale | None = None,
+    ) -> TrainState:
         """A state before the first step. Copies what it is given: the step donates its state, and the module, whose
         buffers these are, must stay usable."""
         key = jax.random.key(0) if key is None else key
         trainable, key = jax.tree.map(jnp.copy, (trainable, key))
         with jax.numpy_dtype_promotion("standard"):
-            return cls(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
+            return cls(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key, loss_scale)
 
 
 def make_train_step(
@@ -55,32 +95,44 @@ def make_train_step(
     A batch whose `input_ids` are [A, B, T] is A micro-batches: their gradients are added in float32 and divided
     once, by the total weight, so that the result is that of one batch of A * B rows. metrics: "loss", "grad_norm",
     "num_tokens" (the weight), and what the loss returns beside, summed over micro-batches and divided by the weight.
+    With a loss scale there is "loss_scale", that of this step, and "grad_norm" is 0 where the update was skipped.
     """
 
-    def total_of(trainable, frozen, batch, key):
+    def total_of(trainable, frozen, batch, key, scale):
         total, weight, metrics = loss(nnx.merge(graphdef, trainable, frozen), batch, key)
-        return total, (weight, metrics)
+        return total * scale, (total, weight, metrics)
 
-    def gradient(trainable, frozen, batch, key):
-        (total, (weight, metrics)), grads = jax.value_and_grad(total_of, has_aux=True)(trainable, frozen, batch, key)
+    def gradient(scale, trainable, frozen, batch, key):
+        grads, (total, weight, metrics) = jax.grad(total_of, has_aux=True)(trainable, frozen, batch, key, scale)
         return grads, total, weight, metrics
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(state.key, state.step)
+        key, loss_scale = jax.random.fold_in(state.key, state.step), state.loss_scale
+        scale = jnp.ones((), jnp.float32)
+        if loss_scale is not None:
+            scale = loss_scale.scale / math.prod(batch["input_ids"].shape[-2:])
+        scaled = functools.partial(gradient, scale)
         if batch["input_ids"].ndim == 3:
-            sums = _accumulate(gradient, state.trainable, frozen, batch, key)
+            sums = _accumulate(scaled, state.trainable, frozen, batch, key)
         else:
-            sums = gradient(state.trainable, frozen, batch, key)
+            sums = scaled(state.trainable, frozen, batch, key)
         grads, total, weight, metrics = sums
         divisor = jnp.maximum(weight, 1.0)  # a batch without a supervised token has loss 0 and no gradient
-        grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g / (divisor * scale).astype(g.dtype), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes float32 and weak types
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
             grad_norm = optax.tree.norm(grads)
         metrics = {name: value / divisor for name, value in metrics.items()}
         metrics |= {"loss": total / divisor, "grad_norm": grad_norm, "num_tokens": weight}
-        return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
+        if loss_scale is not None:
+            is_finite = jnp.isfinite(grad_norm)
+            trainable, opt_state = jax.tree.map(
+                functools.partial(jnp.where, is_finite), (trainable, opt_state), (state.trainable, state.opt_state)
+            )
+            metrics |= {"loss_scale": loss_scale.scale, "grad_norm": jnp.where(is_finite, grad_norm, 0.0)}
+            loss_scale = loss_scale.after(is_finite)
+        return TrainState(state.step + 1, trainable, opt_state, state.key, loss_scale), metrics
 
     return jax.jit(step, donate_argnums=0)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from helpers import make_checkpoint, random_ids, relative_error
+from helpers import make_checkpoint, random_ids, randomise_adapters, relative_error
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
@@ -20,9 +20,10 @@ from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
 from jaxlora.layers import BaseParam, TrainableParam
 from jaxlora.loader import _choose_mode
 from jaxlora.lora import partition, unfreeze
+from jaxlora.loss import causal_lm_loss
 from jaxlora.model import named_nodes
 from jaxlora.optimizer import make_optimizer
-from jaxlora.train import TrainState, make_train_step
+from jaxlora.train import LossScale, TrainState, make_train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer files:UserWarning")
 
@@ -401,3 +402,77 @@ def test_two_modes_or_an_unknown_one(tmp_path):
         load(tmp_path, load_in_8bit=True, load_in_fp8="block")
     with pytest.raises(ValueError, match="load_in_fp8 must be False, True .rows. or .block., found 'rows'"):
         _choose_mode(**dict.fromkeys(("load_in_4bit", "load_in_8bit", "load_in_16bit"), False), load_in_fp8="rows")
+
+
+# ---- float16 ---------------------------------------------------------------------------------------------------------
+
+
+def with_adapters(folder, dtype):
+    model = FastLanguageModel.get_peft_model(load(folder, load_in_16bit=True, dtype=dtype), r=4)
+    randomise_adapters(model)
+    return model
+
+
+@pytest.mark.parametrize("full_finetuning", [False, True])
+def test_float16_follows_float32(full_finetuning, tmp_path):
+    make_checkpoint("llama", tmp_path)
+    losses = {}
+    for dtype in ("float16", "float32"):
+        model = load(tmp_path, full_finetuning=True, dtype=dtype) if full_finetuning else with_adapters(tmp_path, dtype)
+        optimizer = make_optimizer("adamw", constant(3e-3))
+        # Below the first scale of a run, so that no update is skipped and both runs see the same ones.
+        loss_scale = LossScale.create(2.0**8) if dtype == "float16" else None
+        losses[dtype], state = train(model, optimizer, [batch_of(s % 2) for s in range(8)], loss_scale=loss_scale)
+        assert loss_scale is None or int(state.loss_scale.finite_steps) == 8
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(losses["float16"], losses["float32"], rtol=1e-2)
+    assert losses["float16"][-1] < 0.9 * losses["float16"][0]
+
+
+def test_gradients_that_float16_cannot_hold(tmp_path):
+    make_checkpoint("llama", tmp_path)
+
+    def tiny_loss(model, batch, key=None):
+        total, weight, metrics = causal_lm_loss(model, batch, key)
+        return total * 1e-7, weight, metrics
+
+    def norm(dtype, loss_scale):
+        model = with_adapters(tmp_path, dtype)
+        graphdef, trainable, frozen = partition(model)
+        optimizer = make_optimizer("sgd", constant(1.0), max_grad_norm=None)
+        state = TrainState.create(trainable, optimizer, loss_scale=loss_scale)
+        return float(make_train_step(graphdef, optimizer, tiny_loss)(state, frozen, batch_of(0))[1]["grad_norm"])
+
+    exact = norm("float32", None)
+    assert abs(norm("float16", None) - exact) > 0.1 * exact
+    assert abs(norm("float16", LossScale.create(2.0**24)) - exact) < 0.01 * exact
+
+
+def test_an_overflow_skips_the_update_and_halves_the_scale(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    graphdef, trainable, frozen = partition(with_adapters(tmp_path, "float16"))
+    optimizer = make_optimizer("adamw", constant(1e-3))
+    state = TrainState.create(trainable, optimizer, loss_scale=LossScale.create(2.0**40))
+    before = jax.tree.map(np.asarray, (state.trainable, state.opt_state))
+    step = make_train_step(graphdef, optimizer)
+    state, metrics = step(state, frozen, batch_of(0))
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] == 0.0 and metrics["loss_scale"] == 2.0**40
+    assert state.loss_scale.scale == 2.0**39 and state.step == 1
+    jax.tree.map(np.testing.assert_array_equal, before, (state.trainable, state.opt_state))
+    for _ in range(40):
+        state, metrics = step(state, frozen, batch_of(0))
+    assert metrics["grad_norm"] > 0 and int(state.loss_scale.finite_steps) > 0
+    grown = LossScale(jnp.float32(4.0), jnp.int32(LossScale.INTERVAL - 1)).after(jnp.asarray(True))
+    assert (grown.scale, grown.finite_steps) == (8.0, 0)
+
+
+def test_the_trainer_scales_the_loss_in_float16(tmp_path):
+    make_checkpoint("llama", tmp_path / "base")
+    model = with_adapters(tmp_path / "base", "float16")
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(16, 10)]
+    options = dict(max_steps=4, logging_steps=1, save_steps=2, per_device_train_batch_size=4, disable_tqdm=True)
+    args = SFTConfig(output_dir=tmp_path / "out", learning_rate=1e-3, **options)
+    output = SFTTrainer(model, args, train_dataset=rows).train()
+    assert np.isfinite(output.training_loss)
+    manifest = json.loads((tmp_path / "out" / "checkpoint-4" / "checkpoint.json").read_text())
+    assert sum("loss_scale" in name for name in manifest["arrays"]) == 2
