@@ -25,12 +25,15 @@ class Family:
     fields: `ModelConfig` fields that differ from a Llama's: a value, or a function that finds it in config.json (with
     `defaults` filled in). defaults: what transformers assumes for fields that a config.json leaves out.
     tensor_names: {part of a parameter's path in `jaxlora.model`: what checkpoints of the family call it}, or a function
-    that finds it in config.json.
+    that finds it in config.json. ignored: patterns of tensors that are there and not read. text_config: the language
+    model's fields lie under this name in config.json.
     """
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Json = dataclasses.field(default_factory=dict)
     tensor_names: Mapping[str, str] | Callable[[Json], Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    text_config: bool = False
 
 
 # ---- Rope ------------------------------------------------------------------------------------------------------------
@@ -210,6 +213,23 @@ _GEMMA_2_DEFAULTS = {
     "attn_logit_softcapping": 50.0,
 }
 
+_GEMMA_3 = {
+    **_GEMMA_2,
+    "attn_logit_softcapping": None,  # config.json has the field, transformers does not read it
+    "qk_norm": "head",
+    "rope": _global_rope,
+    "sliding_rope": _local_rope,
+}
+_GEMMA_3_DEFAULTS = {
+    **_GEMMA_2_DEFAULTS,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window_pattern": 6,
+    "final_logit_softcapping": None,
+}
+
 _COHERE = {
     **_ATTENTION_BIAS,
     **_same("logit_scale"),
@@ -325,24 +345,13 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "gemma2": Family(fields=_GEMMA_2, defaults=_GEMMA_2_DEFAULTS, tensor_names=_GEMMA_2_NAMES),
-    "gemma3_text": Family(
-        fields={
-            **_GEMMA_2,
-            "attn_logit_softcapping": None,  # config.json has the field, transformers does not read it
-            "qk_norm": "head",
-            "rope": _global_rope,
-            "sliding_rope": _local_rope,
-        },
-        defaults={
-            **_GEMMA_2_DEFAULTS,
-            "vocab_size": 262208,
-            "max_position_embeddings": 131072,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-            "sliding_window_pattern": 6,
-            "final_logit_softcapping": None,
-        },
-        tensor_names=_GEMMA_2_NAMES,
+    "gemma3_text": Family(fields=_GEMMA_3, defaults=_GEMMA_3_DEFAULTS, tensor_names=_GEMMA_2_NAMES),
+    "gemma3": Family(
+        fields=_GEMMA_3,
+        defaults=_GEMMA_3_DEFAULTS,
+        tensor_names={**_GEMMA_2_NAMES, "model": "language_model.model", "lm_head": "language_model.lm_head"},
+        ignored=("vision_tower.*", "multi_modal_projector.*"),
+        text_config=True,
     ),
     "granite": Family(
         fields={
@@ -542,7 +551,7 @@ def model_config(hf_config: Json) -> ModelConfig:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
-    hf = {**_DEFAULTS, **family.defaults, **hf_config}
+    hf = {**_DEFAULTS, **family.defaults, **(hf_config.get("text_config") or {} if family.text_config else hf_config)}
     rows = {**_FIELDS, **family.fields}
     fields = {name: value(hf) if callable(value) else value for name, value in rows.items()}
     if fields["hidden_act"] not in ACTIVATIONS:

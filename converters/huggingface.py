@@ -24,7 +24,7 @@ from flax import nnx
 
 from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig
-from jaxlora.converters.families import CheckpointError, model_config
+from jaxlora.converters.families import FAMILIES, CheckpointError, model_config
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.quant import QuantizedArray
 
@@ -199,11 +199,13 @@ def check_tensors(model: CausalLM, source: TensorSource) -> None:
         CheckpointError: lists every tensor that is missing, unexpected or misshapen.
     """
     expected = {name: shape for parameter, shape in parameter_shapes(model) for name in parameter.names()}
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    ignored = (*_IGNORED, *FAMILIES[model.config.model_type].ignored)
+    if model.config.tie_word_embeddings:
+        ignored = (*ignored, "lm_head.weight", "*.lm_head.weight")
     found = {
         name: tuple(source.shape(name))
         for name in source.names()
-        if name in expected or not (name in tied or any(fnmatch.fnmatch(name, ignored) for ignored in _IGNORED))
+        if name in expected or not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)
     }
     problems = tensor_problems(expected, found)
     if problems:

@@ -1,19 +1,35 @@
 """What single families do, and the shapes of real models: no memory is taken, and every count is the published one."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from flax import nnx
-from helpers import DENSE, adapter_matrices, load_folder, make_checkpoint, marked, random_ids, relative_error
+from helpers import (
+    DENSE,
+    TINY,
+    adapter_matrices,
+    load_folder,
+    make_checkpoint,
+    marked,
+    random_ids,
+    randomise_adapters,
+    relative_error,
+)
 
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.export import save_merged
 from jaxlora.converters.families import FAMILIES
 from jaxlora.converters.huggingface import model_config, parameter_shapes
+from jaxlora.converters.peft import save_adapter
 from jaxlora.layers import Linear
+from jaxlora.loader import _with_rope_scaling as with_rope_scaling
 from jaxlora.lora import add_adapters, delta_weight
 from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import dequantize
@@ -116,8 +132,8 @@ def test_real_shapes_have_the_published_number_of_weights(name):
 
 
 def test_every_family_has_a_tiny_model_and_a_real_one():
-    assert {fields["model_type"] for fields, _ in REAL.values()} >= FAMILIES.keys() - {"mistral", "qwen2"}
-    assert set(DENSE) | {"llama", "mistral", "qwen2", "qwen3"} == FAMILIES.keys()
+    assert {fields["model_type"] for fields, _ in REAL.values()} >= FAMILIES.keys() - {"mistral", "qwen2", "gemma3"}
+    assert {*DENSE, "llama", "mistral", "qwen2", "qwen3", "gemma3"} == FAMILIES.keys()
 
 
 @jax.jit
@@ -133,10 +149,7 @@ def test_merged_and_quantised_weights_in_transformers(name, tmp_path):
     quantised = load_folder(tmp_path / "base", quant_config=QuantConfig())
     ours = load_folder(tmp_path / "base")
     add_adapters(ours, LoraConfig(r=3, lora_alpha=5), jax.random.key(0))
-    for linear in named_nodes(ours, Linear):
-        if linear.node.lora_B is not None:
-            b = linear.node.lora_B
-            b.set_value(jax.random.normal(jax.random.key(len(linear.name)), b.get_value().shape) * 0.1)
+    randomise_adapters(ours)
     report = save_merged(ours, tmp_path / "merged", base=tmp_path / "base", verify=False)
     assert len(adapter_matrices(ours)) == 2 * report.merged_modules
 
@@ -191,3 +204,63 @@ def test_layers_without_positions(tmp_path):
     model = load_folder(tmp_path)
     assert [layer.rope is None for layer in model.config.layers] == [False, True, False]
     assert [layer.self_attn.rope for run in model.model.layers for layer in run.period] == [0, None, 0]
+
+
+def gemma3(folder):
+    """A tiny Gemma 3 with its vision tower, random throughout, as transformers writes it."""
+    text = dict(TINY["gemma3_text"][1], tie_word_embeddings=True)
+    vision = dict(
+        hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = transformers.Gemma3Config(
+        text_config=copy.deepcopy(text), vision_config=vision, mm_tokens_per_image=1, image_token_index=5,
+        boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(i))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_the_text_part_of_gemma3(tmp_path):
+    theirs, ours = gemma3(tmp_path / "base"), load_folder(tmp_path / "base")
+    ids = random_ids(2, 14)
+    ids = np.where(ids < 8, 8, ids)  # no image tokens
+
+    def logits_of(model):
+        with torch.no_grad():
+            return model(torch.tensor(ids).long()).logits
+
+    assert relative_error(ours(jnp.asarray(ids)), logits_of(theirs)) < 2e-5
+    config = LoraConfig(r=3, lora_alpha=5)
+    add_adapters(ours, config, jax.random.key(0))
+    randomise_adapters(ours)
+    save_adapter(ours, tmp_path / "adapter", config=config, base=str(tmp_path / "base"))
+    before = {name: value.clone() for name, value in theirs.state_dict().items()}
+    # The vision tower has projections of the same names, on which PEFT then puts adapters that do nothing.
+    with pytest.warns(UserWarning, match="vision_tower"):
+        adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    assert relative_error(ours(jnp.asarray(ids)), logits_of(adapted)) < 2e-5
+    save_merged(ours, tmp_path / "merged", base=tmp_path / "base")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert relative_error(ours(jnp.asarray(ids)), logits_of(merged)) < 2e-5
+    after = merged.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if "vision" in name or "projector" in name)
+
+
+def test_another_rope_scaling_keeps_what_is_not_scaled():
+    published = {
+        "phi3": dict(rope_parameters=dict(rope_type="default", rope_theta=7_000.0, partial_rotary_factor=0.75)),
+        "gemma3_text": dict(rope_theta=500_000.0, rope_local_base_freq=7_000.0),
+        "gemma3": dict(text_config=dict(rope_parameters=dict(full_attention=dict(rope_theta=500_000.0)))),
+        "smollm3": {},
+    }
+    for model_type, fields in published.items():
+        before = model_config(dict(model_type=model_type, **fields))
+        scaled = with_rope_scaling(dict(model_type=model_type, **fields), dict(rope_type="linear", factor=3.0))
+        after = model_config(scaled)
+        rope = dataclasses.replace(before.rope, rope_type="linear", factor=3.0)
+        assert after == dataclasses.replace(before, rope=rope), model_type

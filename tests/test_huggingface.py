@@ -144,7 +144,7 @@ def test_both_forms_of_the_rope_fields_are_one(name):
     assert model_config(older) == model_config(oldest) == model_config(newer)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - {"gemma3"}))  # it has none of its own
 def test_fields_left_out_have_the_defaults_of_transformers(model_type):
     assert_same_settings(model_config({"model_type": model_type}), transformers.AutoConfig.for_model(model_type))
 
@@ -152,7 +152,7 @@ def test_fields_left_out_have_the_defaults_of_transformers(model_type):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model_type="gpt2"), "model_type 'gpt2' is not supported; supported are cohere, cohere2, gemma"),
+        (dict(model_type="gpt2"), "model_type 'gpt2' is not supported; supported are cohere, cohere2, falcon"),
         (dict(model_type=None), "model_type None is not supported; supported are cohere"),
         (dict(hidden_act="swishy"), "hidden_act 'swishy' is not supported; supported are silu, gelu"),
         (dict(rope_scaling={"rope_type": "spiral", "factor": 2.0}), "rope_type 'spiral' is not one of default, linear"),
