@@ -71,7 +71,7 @@ def train(values: Mapping[str, Any]) -> None:
     adapter = pick(values, ADAPTER)
     if adapter.get("target_modules") == ["all-linear"]:
         adapter["target_modules"] = "all-linear"
-    if model.lora_config is None or adapter:
+    if (model.lora_config is None and not model.full_finetuning) or adapter:
         model = FastLanguageModel.get_peft_model(model, **adapter)
     model.print_trainable_parameters()
     trainer = SFTTrainer(
@@ -86,7 +86,7 @@ def train(values: Mapping[str, Any]) -> None:
     if eval_rows is not None:
         print(f"loss on the eval data: {trainer.evaluate()['eval_loss']:.4f}")
     model.save_pretrained(values["output"], tokenizer, **pick(values, ADAPTER_FILES))
-    print(f"adapter written to {values['output']}")
+    print(f"{'model' if model.full_finetuning else 'adapter'} written to {values['output']}")
     if "merged" in values:
         _save_merged(model, values["merged"], tokenizer, pick(values, MERGED_FILES))
 
@@ -142,8 +142,10 @@ def export(values: Mapping[str, Any]) -> None:
 
 def _save_merged(model: LanguageModel, folder: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
     report = model.save_pretrained_merged(folder, tokenizer, **options)
-    assert report is not None
-    print(f"merged model written to {folder}: {report.merged_modules} weights merged, {', '.join(report.files)}")
+    print(f"whole model written to {folder}")
+    if report is None:  # every weight learnt, so there was nothing to merge
+        return
+    print(f"{report.merged_modules} weights merged, {', '.join(report.files)}")
     if report.export_error is not None and report.quantisation_gap is not None:
         print(f"largest difference of a logit from the same merge in memory: {report.export_error:.1e} (export error)")
         print(f"and from the live model: {report.quantisation_gap:.1e} (quantisation gap)")

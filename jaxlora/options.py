@@ -219,9 +219,8 @@ def _shown(default: Any) -> str:
 
 
 def _metavar(option: Option) -> str:
-    if option.choices:
-        return "{" + ",".join(option.choices) + "}"
-    names = {bool: "BOOL", int: "INT", float: "FLOAT", dict: "JSON", list: "TEXT", str: "TEXT"}
+    text = "{" + ",".join(option.choices) + "}" if option.choices else "TEXT"
+    names = {bool: "BOOL", int: "INT", float: "FLOAT", dict: "JSON", list: "TEXT", str: text}
     return "|".join(dict.fromkeys(names[kind] for kind in option.kinds if kind in names))
 
 

@@ -304,3 +304,13 @@ def test_export_writes_what_train_merged(trained, tmp_path, capsys):
 def test_the_families_of_the_readme_are_those_that_are_tested():
     readme = (Path(__file__).parents[1] / "README.md").read_text().lower()
     assert all(family in readme for family in FAMILIES)
+
+
+def test_train_and_export_a_model_of_which_every_weight_learns(checkpoint, data, tmp_path, capsys):
+    command = ["train", "--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out"), *FEW]
+    command = [part for part in command if part not in ("--r", "4")]
+    assert cli.main([*command, "--full-finetuning", "--merged", str(tmp_path / "merged")]) == 0
+    assert "trainable%: 100.0000" in capsys.readouterr().out
+    base, merged = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "merged"))
+    assert base.keys() == merged.keys()
+    assert all(not np.array_equal(base[name], merged[name]) for name in base if "proj" in name)
