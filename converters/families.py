@@ -265,12 +265,6 @@ def _falcon_kv_heads(hf: Json) -> int:
     return hf["num_kv_heads"] or hf["num_attention_heads"]
 
 
-def _falcon_rope(hf: Json) -> RopeConfig:
-    if hf["alibi"]:
-        raise CheckpointError("config.json: a falcon with alibi (falcon-rw) is not supported yet, only those with rope")
-    return rope_config(hf)
-
-
 def _falcon_names(hf: Json) -> dict[str, str]:
     two = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
     return {
@@ -497,7 +491,8 @@ FAMILIES: Mapping[str, Family] = {
             **{field: itemgetter("bias") for field in ("qkv_bias", "o_bias", "mlp_bias")},
             "intermediate_size": lambda hf: hf["ffn_hidden_size"] or 4 * hf["hidden_size"],
             "num_key_value_heads": _falcon_kv_heads,
-            "rope": _falcon_rope,
+            "alibi": itemgetter("alibi"),
+            "nope_layers": lambda hf: tuple(range(hf["num_hidden_layers"])) if hf["alibi"] else (),
             "fused_qkv": "grouped",
             "gated_mlp": False,
             "hidden_act": itemgetter("activation"),

@@ -80,7 +80,8 @@ class ModelConfig:
 
     Attention
       layer_types: each layer's attention, one of `LAYER_TYPES`; sliding_rope: the rope of sliding layers where it is
-        not `rope`; nope_layers: indices of layers without positions.
+        not `rope`; nope_layers: indices of layers without rope; alibi: scores get a head's slope times the key's
+        position, see `rope.alibi_bias`, before they are multiplied.
       attention_multiplier: what scores are multiplied by; None for head_dim ** -0.5.
       attn_logit_softcapping: scores become cap * tanh(scores / cap).
       qk_norm: None, or a norm of queries and keys: "head", over each head with one weight [head_dim]; "per_head", over
@@ -116,6 +117,7 @@ class ModelConfig:
     rope: RopeConfig
     sliding_rope: RopeConfig | None = None
     nope_layers: tuple[int, ...] = ()
+    alibi: bool = False
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
     qkv_bias: bool = False
@@ -167,6 +169,11 @@ class ModelConfig:
         _require(
             self.gated_mlp or not self.fused_gate_up, "fused_gate_up fuses a gate, and gated_mlp says there is none"
         )
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     def layer(self, index: int) -> LayerConfig:
         """What layer `index` does that another may not."""

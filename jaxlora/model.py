@@ -30,7 +30,7 @@ from jaxlora import quant, remat
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.kernels import api as kernels
 from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm
-from jaxlora.rope import apply_rope, rope_tables, segment_positions
+from jaxlora.rope import alibi_bias, apply_rope, rope_tables, segment_positions
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +54,15 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer of one forward pass shares. rotary: cos and sin [B, T, pairs] of each of `config.ropes`."""
+    """What every layer of one forward pass shares. rotary: cos and sin [B, T, pairs] of each of `config.ropes`.
+    key_bias: None, or what is added to the scores of the keys, [B, N, T or S]."""
 
     rotary: list[tuple[Any, Any]]
     query_segments: Array | None
     key_segments: Array | None
     offset: Array | int
     mlp_tile: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    key_bias: Array | None = None
 
     @property
     def is_prefill(self) -> bool:
@@ -75,11 +77,11 @@ class Attention(nnx.Module):
         width, dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
-        self.window, self.softcap = layer.sliding_window, config.attn_logit_softcapping
+        self.scale, self.softcap = config.attention_scale, config.attn_logit_softcapping
+        self.window = layer.sliding_window
         self.rope, self.interleaved = None, False
         if layer.rope is not None:
             self.rope, self.interleaved = config.ropes.index(layer.rope), layer.rope.interleaved
-        self.scale = dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.fused_qkv, self.qk_norm = config.fused_qkv, config.qk_norm
         if config.fused_qkv is not None:
             self.qkv_proj = make_linear(width, (heads + 2 * kv_heads) * dim, ("heads", "embed"), config.qkv_bias)
@@ -137,6 +139,7 @@ class Attention(nnx.Module):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            key_bias=context.key_bias,
             query_segments=context.query_segments,
             key_segments=context.key_segments,
             offset=context.offset,
@@ -385,6 +388,10 @@ class CausalLM(nnx.Module):
             context = Context(rotary, segment_ids, filled, cache.length)
             if context.is_prefill:
                 context = dataclasses.replace(context, key_segments=segment_ids)
+        if self.config.alibi:
+            keys_at = positions if context.is_prefill else segment_positions(filled)
+            bias = alibi_bias(keys_at, self.config.num_attention_heads) * self.config.attention_scale
+            context = dataclasses.replace(context, key_bias=bias)
 
         x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
         new_keys, new_values = [], []

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864) and the ways to stretch it.
+"""Positions: rotary embedding (RoFormer, arXiv:2104.09864) with the ways to stretch it, and ALiBi.
 
 Pair d of a head, made of its entries d and d + rotary / 2 (or 2 d and 2 d + 1: `interleaved`), turns by the angle
 `position * inv_freq[d]`. Every rope type is a way to compute `inv_freq`; "dynamic" and "longrope" also look at the
@@ -136,6 +136,21 @@ def apply_rope(
     turned = first * cos - second * sin, second * cos + first * sin
     together = jnp.stack(turned, axis=-1).reshape(rotary.shape) if interleaved else jnp.concatenate(turned, axis=-1)
     return jnp.concatenate([together.astype(x.dtype), rest], axis=-1)
+
+
+def alibi_bias(positions: Int[Array, "b s"], heads: int) -> Float[Array, "b n s"]:
+    """What ALiBi (arXiv:2108.12409) adds to every query's score of the keys at these positions, float32.
+
+    A head's slope times the key's position; the query's is a constant of the softmax. Slopes are a geometric series
+    from 2^(-8 / n) on for the largest power of two n among the heads, and every other entry of the series of 2 n for
+    the rest. Slopes, positions and their products are rounded to bfloat16, since that is how Falcon was trained.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    rounded = jax.lax.reduce_precision(jnp.asarray(slopes, jnp.float32), 8, 7)
+    places = jax.lax.reduce_precision(positions.astype(jnp.float32), 8, 7)
+    return jax.lax.reduce_precision(rounded[None, :, None] * places[:, None, :], 8, 7)
 
 
 def segment_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:

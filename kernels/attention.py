@@ -3,7 +3,8 @@
 Layout: q [B, T, N, H]; k, v [B, S, K, H], with N a multiple of K: query head n reads key head n // (N / K). Query t
 stands at index `offset + t` of the keys. It sees key s when s <= offset + t, when they carry the same segment id,
 and, with a window w, when offset + t - s < w. The softmax is float32. With a softcap c the scores, scaled and before
-the mask, become c * tanh(scores / c) (Gemma 2, arXiv:2408.00118).
+the mask, become c * tanh(scores / c) (Gemma 2, arXiv:2408.00118). A key bias [B, N, S] is added to them after that
+(ALiBi, arXiv:2108.12409).
 
 The forms in jnp mark their result "attention_output" for `jax.checkpoint`; cuDNN's is kept by its primitive's name.
 
@@ -57,6 +58,7 @@ def attention_reference(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    key_bias: Float[Array, "b n s"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -68,6 +70,8 @@ def attention_reference(
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
+    if key_bias is not None:
+        scores = scores + key_bias.reshape(b, kv, n // kv, 1, -1)
     mask = attention_mask(query_segments, key_segments, (t, k.shape[1]), offset, window)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -83,6 +87,7 @@ def attention_chunked(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    key_bias: Float[Array, "b n s"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -102,8 +107,9 @@ def attention_chunked(
         index, q, marks = inputs
         start = offset + index * chunk
         return attention_reference(
-            q, k, v, scale=scale, window=window, softcap=softcap, query_segments=marks, key_segments=keys, offset=start
-        )
+            q, k, v, scale=scale, window=window, softcap=softcap, key_bias=key_bias, query_segments=marks,
+            key_segments=keys, offset=start,
+        )  # fmt: skip
 
     out = jax.lax.map(one_chunk, (jnp.arange(chunks, dtype=jnp.int32), rows, marks))
     return checkpoint_name(out.swapaxes(0, 1).reshape(b, chunks * chunk, n, h)[:, :t], "attention_output")
@@ -117,6 +123,7 @@ def attention_cudnn(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    key_bias: Float[Array, "b n s"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -124,11 +131,11 @@ def attention_cudnn(
     """cuDNN's flash attention.
 
     Raises:
-        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, a softcap, or queries that are
-            not the keys' own tokens (decoding).
+        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, a softcap, a key bias, or
+            queries that are not the keys' own tokens (decoding).
     """
-    if softcap is not None:
-        raise NotImplementedError("cuDNN attention has no softcap on the scores")
+    if softcap is not None or key_bias is not None:
+        raise NotImplementedError("cuDNN attention here has no softcap on the scores and no bias of the keys")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, found {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 256:

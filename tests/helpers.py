@@ -184,6 +184,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon", new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=70, tie_word_embeddings=False
     ),
     "falcon-11b": _case("falcon", new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1),
+    "falcon-rw": _case("falcon", alibi=True, multi_query=False, parallel_attn=False, bias=True),
     "falcon-sequential": _case("falcon", multi_query=False, parallel_attn=False, bias=True),
     "ministral": _case(
         "ministral", sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
@@ -219,7 +220,8 @@ def torch_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -
     model_type, fields = TINY[name]
     # A copy, because transformers writes into the rope fields that it is given.
     config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy({**fields, **changes}))
-    config._attn_implementation = "eager"
+    # With "eager" transformers adds ALiBi's bias twice.
+    config._attn_implementation = "sdpa" if getattr(config, "alibi", False) else "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """The ops of the core in plain jnp against torch: values and gradients.  attention, cross entropy, LoRA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 import torch
 from helpers import relative_error
 
-from jaxlora.kernels.attention import attention_reference
+from jaxlora.kernels.api import attention
+from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
 from jaxlora.kernels.cross_entropy import chunk_length, cross_entropy_reference, linear_cross_entropy
 from jaxlora.kernels.lora import lora_delta
 
@@ -68,6 +71,33 @@ def test_attention_equals_torch(groups, window, segments, offset):
     assert relative_error(out, expected.detach()) < 1e-6
     for found, array in zip(vjp(dy), arrays, strict=True):
         assert relative_error(found, array.grad) < 2e-6
+
+
+@pytest.mark.parametrize("attend", [attention_reference, functools.partial(attention_chunked, chunk=4)])
+def test_attention_with_a_softcap_and_a_bias_equals_torch(attend):
+    q, k, v = normal(0, 2, 11, 6, 10), normal(1, 2, 11, 2, 10), normal(2, 2, 11, 2, 10)
+    dy, bias = normal(3, 2, 11, 6, 10), normal(4, 2, 6, 11)
+    arrays = [double(x) for x in (q, k, v)]
+    heads = [arrays[0], *(x.repeat_interleave(3, dim=2) for x in arrays[1:])]
+    scores = 2.0 * torch.tanh(torch.einsum("btnh,bsnh->bnts", *heads[:2]) * 0.7 / 2.0)
+    scores = scores + torch.tensor(np.asarray(bias))[:, :, None]
+    scores = scores.masked_fill(~torch.tensor(visible(None, None, 11, 11, 0, 5)), -torch.inf)
+    expected = torch.einsum("bnts,bsnh->btnh", scores.softmax(-1), heads[2])
+    expected.backward(double(dy))
+    out, vjp = jax.vjp(
+        jax.jit(lambda q, k, v: attend(q, k, v, scale=0.7, window=5, softcap=2.0, key_bias=bias)), q, k, v
+    )
+    assert relative_error(out, expected.detach()) < 1e-6
+    for found, array in zip(vjp(dy), arrays, strict=True):
+        assert relative_error(found, array.grad) < 2e-6
+
+
+def test_cudnn_leaves_softcaps_and_biases_to_the_others():
+    q = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
+    for options in (dict(softcap=2.0), dict(key_bias=jnp.zeros((1, 2, 8)))):
+        with pytest.raises(NotImplementedError, match="no softcap on the scores and no bias"):
+            attention_cudnn(q, q, q, scale=1.0, **options)
+        assert attention(q, q, q, scale=1.0, **options).shape == q.shape
 
 
 def test_attention_takes_a_traced_offset():

@@ -19,7 +19,7 @@ from jaxlora.model import CausalLM, layer_runs, named_nodes
 
 # Every family, the windows, and two runs of layers. "dynamic" is left out where documents are packed: its frequencies
 # depend on the longest document of a batch, in transformers too.
-PACKED = [*FAMILIES, "qwen2-windows", "qwen3-biases-windows", "llama-llama3"]
+PACKED = [*FAMILIES, "qwen2-windows", "qwen3-biases-windows", "llama-llama3", "falcon-rw"]
 
 
 def torch_logits(model, ids, **arguments):
