@@ -548,7 +548,7 @@ def model_config(hf_config: Json) -> ModelConfig:
         )
     hf = {**_DEFAULTS, **family.defaults, **(hf_config.get("text_config") or {} if family.text_config else hf_config)}
     rows = {**_FIELDS, **family.fields}
-    fields = {name: value(hf) if callable(value) else value for name, value in rows.items()}
+    fields: dict[str, Any] = {name: value(hf) if callable(value) else value for name, value in rows.items()}
     if fields["hidden_act"] not in ACTIVATIONS:
         raise CheckpointError(
             f"config.json: hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}"

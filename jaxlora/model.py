@@ -161,7 +161,8 @@ class MLP(nnx.Module):
         if self.fused:
             self.gate_up_proj = make_linear(width, 2 * inner, axes, bias)
         else:
-            self.gate_proj = make_linear(width, inner, axes, bias) if self.gated else None
+            if self.gated:
+                self.gate_proj = make_linear(width, inner, axes, bias)
             self.up_proj = make_linear(width, inner, axes, bias)
         self.down_proj = make_linear(inner, width, ("embed", "mlp"), bias)
 
@@ -389,7 +390,7 @@ class CausalLM(nnx.Module):
             if context.is_prefill:
                 context = dataclasses.replace(context, key_segments=segment_ids)
         if self.config.alibi:
-            keys_at = positions if context.is_prefill else segment_positions(filled)
+            keys_at = positions if filled is None or context.is_prefill else segment_positions(filled)
             bias = alibi_bias(keys_at, self.config.num_attention_heads) * self.config.attention_scale
             context = dataclasses.replace(context, key_bias=bias)
 

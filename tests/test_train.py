@@ -291,7 +291,9 @@ def gradients(model, batch, policy):
 
 
 @pytest.mark.parametrize(
-    "name, quant_config, rate", [("qwen2-windows", None, 0.0), ("llama", QuantConfig(), 0.2)], ids=["dense", "nf4"]
+    "name, quant_config, rate",
+    [("qwen2-windows", None, 0.0), ("llama", QuantConfig(), 0.2), ("phi3", None, 0.2)],
+    ids=["dense", "nf4", "fused"],
 )
 def test_remat_changes_no_gradient(name, quant_config, rate, tmp_path):
     make_checkpoint(name, tmp_path)
