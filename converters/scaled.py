@@ -22,16 +22,16 @@ import ml_dtypes
 import numpy as np
 
 from jaxlora import quant
-from jaxlora.config import QuantConfig
+from jaxlora.config import QuantConfig, QuantScheme
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
-from jaxlora.quant import FP8_BLOCK, QuantizedArray, Scheme
+from jaxlora.quant import FP8_BLOCK, QuantizedArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Format:
     """suffix: of the scales' name, in place of "weight"; unused: suffixes of tensors that are left alone."""
 
-    scheme: Scheme
+    scheme: QuantScheme
     codes: np.dtype
     suffix: str
     unused: tuple[str, ...] = ()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-QUANT_SCHEMES = ("nf4", "int8", "fp8", "fp8_block")
+QuantScheme = Literal["nf4", "int8", "fp8", "fp8_block"]
+QUANT_SCHEMES = get_args(QuantScheme)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 NORMS = ("rms_norm", "layer_norm")
 QK_NORMS = ("head", "per_head", "projection")
@@ -202,7 +204,7 @@ class QuantConfig:
     "nf4" is that of QLoRA (arXiv:2305.14314), in blocks of 64, and the only one that `double_quant` is for.
     """
 
-    scheme: str = "nf4"
+    scheme: QuantScheme = "nf4"
     double_quant: bool = True
 
     def __post_init__(self):
@@ -279,11 +281,11 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter, if it gets one."""
-        return _matching(self.rank_pattern, module, self.r)
+        return int(_matching(self.rank_pattern, module, self.r))
 
     def scaling_of(self, module: str) -> float:
         """The factor of a module's adapter, of its own rank and alpha."""
-        return self._scaling(self.rank_of(module), _matching(self.alpha_pattern, module, self.lora_alpha))
+        return self._scaling(self.rank_of(module), float(_matching(self.alpha_pattern, module, self.lora_alpha)))
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (rank**0.5 if self.use_rslora else rank)

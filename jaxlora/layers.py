@@ -60,6 +60,11 @@ class Linear(nnx.Module):
     slices off before the call; None for a linear that is no part of a stack. `axes` names (out, in).
     """
 
+    lora_A: Any  # a LoraParam, or None where there is no adapter; so the next, and an AdapterScale
+    lora_B: Any
+    lora_scaling: Any
+    lora_ranks: tuple[int, ...]
+
     def __init__(
         self,
         in_features: int,

@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from jaxlora import lora, remat
-from jaxlora.config import LoraConfig, QuantConfig
+from jaxlora.config import LoraConfig, QuantConfig, QuantScheme
 from jaxlora.converters import peft
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
 from jaxlora.converters.export import MergeReport, export_base, save_merged, save_model
@@ -29,7 +29,6 @@ from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, T
 from jaxlora.converters.scaled import ScaledSource
 from jaxlora.generate import generate
 from jaxlora.model import CausalLM
-from jaxlora.quant import Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -335,11 +334,12 @@ class FastLanguageModel:
             warnings.warn("full fine-tuning is on, so get_peft_model has no effect", stacklevel=2)
             return model
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
-        if isinstance(layers_to_transform, Sequence):
-            layers_to_transform = tuple(map(int, layers_to_transform))  # the command line gives texts
+        layers = layers_to_transform
+        if isinstance(layers, Sequence):
+            layers = tuple(int(layer) for layer in layers)  # the command line gives texts
         config = LoraConfig(
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, target_modules=targets,
-            exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, layers_pattern=layers_pattern,
+            exclude_modules=exclude_modules, layers_to_transform=layers, layers_pattern=layers_pattern,
             rank_pattern=rank_pattern or (), alpha_pattern=alpha_pattern or (),
         )  # fmt: skip
         policy = remat.resolve(use_gradient_checkpointing)
@@ -359,7 +359,7 @@ class FastLanguageModel:
 class _Mode(NamedTuple):
     """How weights are held. scheme: of a QuantConfig, None for unquantised; asked: the argument that said so, or ""."""
 
-    scheme: Scheme | None
+    scheme: QuantScheme | None
     asked: str
 
 
@@ -372,7 +372,7 @@ def _choose_mode(**modes: Any) -> _Mode:
         raise ValueError(f"{' and '.join(asked)} are both given: choose one")
     if not asked:
         return _Mode("nf4", "") if modes["load_in_4bit"] is None else _Mode(None, "load_in_4bit=False")
-    schemes: dict[str, Scheme | None] = {
+    schemes: dict[str, QuantScheme | None] = {
         "load_in_4bit=True": "nf4", "load_in_8bit=True": "int8", "load_in_fp8=True": "fp8",
         "load_in_fp8='block'": "fp8_block",
     }  # fmt: skip

@@ -195,7 +195,8 @@ def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
     `trainable` holds just what learns, and is what to differentiate and to hand to an optimizer.
     """
-    return nnx.split(model, nnx.Param, ...)
+    graphdef, trainable, frozen = nnx.split(model, nnx.Param, ...)
+    return graphdef, trainable, frozen
 
 
 def unfreeze(model: CausalLM) -> None:

@@ -7,7 +7,7 @@ are added up, so that the mean is over tokens whichever way they were cut.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -44,4 +44,4 @@ def causal_lm_loss(
     rows, weight = model.head_product(hidden.reshape(-1, hidden.shape[-1]))
     chunk = chunk_length(rows.shape[0], weight.shape[0])
     total = linear_cross_entropy(rows, weight, labels, chunk, model.config.final_logit_softcapping)
-    return total, jnp.sum(labels != IGNORE_INDEX).astype(jnp.float32), {}
+    return cast(Array, total), jnp.sum(labels != IGNORE_INDEX).astype(jnp.float32), {}

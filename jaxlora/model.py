@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -486,7 +486,7 @@ def named_nodes(model: CausalLM, kind: type) -> Iterator[Named]:
         if not isinstance(node, kind):
             continue
         if path[:2] == ("model", "layers") and len(path) > 4:
-            run = model.model.layers[path[2]]
-            yield Named(checkpoint_name_of("model", "layers", "{}", *path[5:]), run.layers_of(path[4]), node)
+            run, place = model.model.layers[cast(int, path[2])], cast(int, path[4])
+            yield Named(checkpoint_name_of("model", "layers", "{}", *path[5:]), run.layers_of(place), node)
         else:
             yield Named(checkpoint_name_of(*path), (), node)

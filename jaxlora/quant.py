@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxlora.config import QuantScheme
 from jaxlora.kernels import api, reference
 
-Scheme = Literal["nf4", "int8", "fp8", "fp8_block"]
 Implementation = Literal["triton", "reference"] | None
 
 FP8_BLOCK = 128
@@ -66,7 +66,7 @@ class QuantizedArray:
     nested_offset: Any
     shape: tuple[int, int]
     dtype: np.dtype
-    scheme: Scheme = "nf4"
+    scheme: QuantScheme = "nf4"
 
     @property
     def ndim(self) -> int:
@@ -180,7 +180,7 @@ _SCHEMES: dict[str, _Functions] = {
 def quantize(
     w: Float[Array, "*layers out in"],
     *,
-    scheme: Scheme = "nf4",
+    scheme: QuantScheme = "nf4",
     double_quant: bool = True,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> QuantizedArray:

@@ -123,7 +123,7 @@ def quickstart(
     print(f"held-out score: {score_before:.1%} before, {score_after:.1%} after")
     print(f"loss curve:     {out / 'loss.png'}, from {out / 'metrics.jsonl'}")
     print(f"adapter:        {names['adapter_folder']} (for PEFT)")
-    print(f"merged model:   {names['merged_folder']} (for transformers, vLLM and others)")
+    print(f"merged model:   {names['merged_folder']} (for transformers)")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"it took {time.perf_counter() - begin:.0f} s and {peak:.1f} GiB of memory at its peak")
     print("\nThe same in Python:\n")

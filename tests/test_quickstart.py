@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -89,7 +90,7 @@ def ours(folder, tokenizer, count, new):
     model, _ = FastLanguageModel.from_pretrained(folder, load_in_16bit=True, dtype="float32")
     texts = prompts(tokenizer, count)
     ids = np.asarray(model.generate(texts, max_new_tokens=new))[:, max(map(len, texts)) :]
-    logits = np.asarray(model(np.asarray([texts[0]], np.int32)))
+    logits = np.asarray(model(jnp.asarray([texts[0]], jnp.int32)))
     return ids.tolist(), logits
 
 
