@@ -163,7 +163,7 @@ def test_a_step_runs_the_gpu_kernels_and_learns():
     for _ in range(20):
         state, metrics = step(state, frozen, batch())
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0] - 0.5, losses
+    assert losses[-1] < losses[0] - 0.2, losses
 
 
 REPEAT = """
