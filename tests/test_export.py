@@ -250,7 +250,7 @@ def test_a_4bit_base_needs_its_original(tmp_path):
     settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     quantised = load_torch(tmp_path / "base", quantization_config=settings, device_map="cpu", dtype=torch.float32)
     quantised.save_pretrained(tmp_path / "bnb")
-    with pytest.raises(ValueError, match="holds 4-bit weights: load it without load_in_16bit=True"):
+    with pytest.raises(ValueError, match="holds weights quantised as nf4: load it without load_in_16bit=True"):
         FastLanguageModel.from_pretrained(tmp_path / "bnb", max_seq_length=32, load_in_16bit=True)
     model = adapt(load(tmp_path / "bnb"))
     with pytest.raises(CheckpointError, match="bnb holds quantised weights, .* pass the 16-bit model .* as base="):
