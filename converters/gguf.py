@@ -25,7 +25,6 @@ from typing import Any
 import gguf
 import ml_dtypes
 import numpy as np
-import transformers
 from gguf import GGMLQuantizationType as Type
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -264,8 +263,8 @@ class GGUFSource:
 
     # ---- Tokenizer
 
-    def tokenizer(self) -> transformers.PreTrainedTokenizerFast | None:
-        """The tokenizer, chat template and special tokens included; None if the file carries none.
+    def tokenizer(self) -> Any:
+        """The tokenizer, a `PreTrainedTokenizerFast` with chat template and special tokens; None if the file has none.
 
         Raises:
           ValueError: a tokenizer model or a pre-tokenizer that is not supported; the message lists those that are.
@@ -305,7 +304,9 @@ class GGUFSource:
             ]
         )
         ids = {name: self._get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
-        return transformers.PreTrainedTokenizerFast(
+        from transformers import PreTrainedTokenizerFast  # takes a third of a second to import
+
+        return PreTrainedTokenizerFast(
             tokenizer_object=rules,
             chat_template=self._chat_template(),
             add_bos_token=self._get("tokenizer.ggml.add_bos_token", adds_bos),
