@@ -113,7 +113,8 @@ def tiny(dtype, policy, quant_config=None):
 
 
 def batch(length=512):
-    ids = jax.random.randint(jax.random.key(3), (2, length), 0, CONFIG.vocab_size, jnp.int32)
+    # Eight tokens over and over: something to learn, which random tokens are not.
+    ids = jnp.tile(jax.random.randint(jax.random.key(3), (2, 8), 0, CONFIG.vocab_size, jnp.int32), (1, length // 8))
     return {"input_ids": ids, "labels": ids, "segment_ids": PACKED[:, :length]}
 
 
@@ -163,7 +164,7 @@ def test_a_step_runs_the_gpu_kernels_and_learns():
     for _ in range(20):
         state, metrics = step(state, frozen, batch())
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0] - 0.2, losses
+    assert losses[-1] < losses[0] - 0.5, losses
 
 
 REPEAT = """
