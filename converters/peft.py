@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -74,8 +75,10 @@ _WITHOUT_EFFECT = {
     "runtime_config",
     "task_type",
 }
-# The other initialisations (pissa, olora, loftq, corda, ...) change the base's weights as well.
+# Initialisations that leave the base alone, and that say nothing about a trained adapter.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Those that change it, and that can be done again: what pissa_niter_n took out of the base was drawn at random.
+_FROM_BASE = ("pissa", "olora")
 
 _CARD = """\
 ---
@@ -107,6 +110,9 @@ def save_adapter(
 ) -> None:
     """Write the model's adapters as a folder that PEFT loads, with the tokenizer's files if one is given.
 
+    An adapter whose start was taken out of the base (`init_lora_weights` "pissa" or "olora") is written as a plain one
+    of twice the rank for the base as it was, B A - B_0 A_0: PEFT's `path_initial_model_for_weight_conversion`.
+
     Args:
         model: a model with adapters.
         folder: is made if it is not there. Files of the same names are replaced, all or none.
@@ -119,6 +125,7 @@ def save_adapter(
         ValueError: the model has no adapters, or others than `config` says.
         OSError: the folder cannot be written to.
     """
+    config = config.on_plain_base()
     _check_adapters(model, config)
     targets = target_modules(model)
     alpha = int(config.lora_alpha) if config.lora_alpha == int(config.lora_alpha) else config.lora_alpha
@@ -143,7 +150,7 @@ def save_adapter(
 
 
 def adapter_tensors(model: CausalLM) -> dict[str, np.ndarray]:
-    """{PEFT's name: float32 tensor} of all adapters, on the host."""
+    """{PEFT's name: float32 tensor} of all adapters, on the host, for the weights of the checkpoint."""
     tensors = {}
     for linear in lora.adapters(model):
         for adapter in lora.layer_adapters(linear):
@@ -271,9 +278,12 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
         for i, (name, rank) in enumerate(zip(linear.names(), ranks, strict=True)):
             if rank:
                 a[i, :rank], b[i, :, :rank] = (file.read(_key(name, part)) for part in ("lora_A", "lora_B"))
-        scaling = np.asarray([config.scaling_of(name) for name in linear.names()], np.float32)
-        parts = [jnp.asarray(part if linear.layers else part[0]) for part in (a, b, scaling)]
-        lora.attach(linear.node, *parts, config.lora_dropout, ranks)
+        if config.changes_base:  # as PEFT does: take the start out of the base again, then put the trained values in
+            lora.start_from_base(linear, ranks, config, jax.random.key(0))
+            linear.node.lora_A.set_value(jnp.asarray(a if linear.layers else a[0]))
+            linear.node.lora_B.set_value(jnp.asarray(b if linear.layers else b[0]))
+        else:
+            lora.attach_stack(linear, jnp.asarray(a), jnp.asarray(b), config, ranks)
     return config
 
 
@@ -288,7 +298,7 @@ def _read_config(
         for name, value in options.items()
         if name not in _READ | _WITHOUT_EFFECT and value != _PLAIN.get(name) and value not in (None, False, [], {})
     }
-    if options.get("init_lora_weights") not in _INITIALISATIONS:
+    if options.get("init_lora_weights") not in (*_INITIALISATIONS, *_FROM_BASE):
         unsupported["init_lora_weights"] = options["init_lora_weights"]
     if unsupported:
         found = ", ".join(f"{name}={value!r}" for name, value in sorted(unsupported.items()))
@@ -301,9 +311,13 @@ def _read_config(
         config = LoraConfig(
             r=options.get("r", 8),  # the defaults are PEFT's
             lora_alpha=options.get("lora_alpha", 8),
+            init_lora_weights=options["init_lora_weights"] if options.get("init_lora_weights") in _FROM_BASE else True,
             **{"target_modules": (), **given},
         )
-        return lora.target_ranks(model, config), config
+        targets = lora.target_ranks(model, config)
+        if config.changes_base:
+            lora.check_start(config, targets)
+        return targets, config
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -224,6 +224,11 @@ class LoraConfig:
     any. `rank_pattern` and `alpha_pattern` give single modules another `r` or `lora_alpha`: {expression for the end of
     a path: value}, of which the first that matches counts. Mappings are kept as tuples of pairs, so that this hashes.
 
+    `init_lora_weights`: True draws A and leaves B zero, False draws both, "gaussian" draws A from a normal
+    distribution, "orthogonal" draws B and A so that B A = 0. "pissa" (arXiv:2404.02948), "pissa_niter_n" (by n steps of
+    subspace iteration) and "olora" (arXiv:2406.01775) start from the weight's largest directions and take them out of
+    the weight.
+
     Raises:
         TypeError: a rank is not an integer.
         ValueError: a rank below 1, `lora_dropout` outside [0, 1), no target at all, an expression that is none, or
@@ -240,6 +245,7 @@ class LoraConfig:
     layers_pattern: Sequence[str] | str | None = None
     rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    init_lora_weights: bool | str = True
 
     def __post_init__(self):
         _check_rank("the rank r", self.r)
@@ -260,6 +266,37 @@ class LoraConfig:
         for expression, rank in self.rank_pattern:
             _check_rank(f"rank_pattern: the rank of {expression!r}", rank)
         self._check_layers()
+        self._check_init()
+
+    def _check_init(self) -> None:
+        init = self.init_lora_weights
+        _require(
+            isinstance(init, bool) or re.fullmatch(r"gaussian|orthogonal|pissa(_niter_\d+)?|olora", init) is not None,
+            f"init_lora_weights {init!r} is not one of True, False, gaussian, orthogonal, pissa, pissa_niter_<number>, "
+            "olora",
+        )
+        if init == "orthogonal":
+            odd = [rank for rank in (self.r, *dict(self.rank_pattern).values()) if rank % 2]
+            _require(not odd, f'init_lora_weights="orthogonal" needs even ranks, found {odd}')
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation takes something out of the base weights."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    def on_plain_base(self) -> LoraConfig:
+        """The settings of the same adapter for a base that nothing was taken out of: twice the rank, same scaling."""
+        if not self.changes_base:
+            return self
+        factor = 2**0.5 if self.use_rslora else 2
+        return replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=factor * self.lora_alpha,
+            rank_pattern=tuple((key, 2 * rank) for key, rank in self.rank_pattern),
+            alpha_pattern=tuple((key, factor * alpha) for key, alpha in self.alpha_pattern),
+            init_lora_weights=True,
+        )
 
     def _check_layers(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):

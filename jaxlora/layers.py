@@ -29,8 +29,16 @@ class LoraParam(TrainableParam):
     """A matrix of an adapter: A [r, in] or B [out, r], float32."""
 
 
-class AdapterScale(nnx.Variable):
-    """The factor alpha / r of an adapter, per layer: a constant, so neither trained nor saved with the base.
+class AdapterConstant(nnx.Variable):
+    """Part of an adapter that neither learns nor counts."""
+
+
+class AdapterStart(AdapterConstant):
+    """A or B at the start, [*stack, r, in] or [*stack, out, r], whose product was taken out of the base weight."""
+
+
+class AdapterScale(AdapterConstant):
+    """The factor alpha / r of an adapter, per layer.
 
     [*stack], or [*stack, r] where layers of a stack differ in rank: the factor, and zero for what is padding.
     """
@@ -87,6 +95,7 @@ class Linear(nnx.Module):
         self.weight = base_param(weight, (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, out_features), dtype), (*lead_axes, axes[0])) if bias else None
         self.lora_A = self.lora_B = self.lora_scaling = nnx.data(None)
+        self.lora_start_A = self.lora_start_B = nnx.data(None)
         self.lora_dropout, self.lora_ranks = 0.0, ()
 
     def __call__(self, x: Float[Array, "*batch d_in"], key: Any = None) -> Float[Array, "*batch d_out"]:

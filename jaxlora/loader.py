@@ -302,6 +302,7 @@ class FastLanguageModel:
         use_rslora: bool = False,
         layers_to_transform: Sequence[int | str] | int | None = None,
         layers_pattern: Sequence[str] | str | None = None,
+        init_lora_weights: bool | str = True,
         *,
         exclude_modules: Sequence[str] | str | None = None,
         rank_pattern: dict[str, int] | None = None,
@@ -322,6 +323,8 @@ class FastLanguageModel:
             use_rslora: scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA).
             layers_to_transform: indices of the layers that get adapters, by default all.
             layers_pattern: names of the lists of layers whose numbers those indices are, by default any list.
+            init_lora_weights: where the adapters start: True, False, "gaussian" or "orthogonal"; or "pissa",
+                "pissa_niter_<number>" or "olora", which take their start out of the base weights.
             exclude_modules: names, or a regular expression for whole paths, of linear layers that get none.
             rank_pattern: ranks of single modules, {regular expression for the end of a path: rank}.
             alpha_pattern: the same for lora_alpha.
@@ -340,7 +343,7 @@ class FastLanguageModel:
         config = LoraConfig(
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, target_modules=targets,
             exclude_modules=exclude_modules, layers_to_transform=layers, layers_pattern=layers_pattern,
-            rank_pattern=rank_pattern or (), alpha_pattern=alpha_pattern or (),
+            rank_pattern=rank_pattern or (), alpha_pattern=alpha_pattern or (), init_lora_weights=init_lora_weights,
         )  # fmt: skip
         policy = remat.resolve(use_gradient_checkpointing)
         if model.lora_config is not None:

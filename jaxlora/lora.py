@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 import warnings
 import zlib
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxlora import lora_init, quant
 from jaxlora.config import LoraConfig
-from jaxlora.layers import AdapterScale, BaseParam, Linear, LoraParam, TrainableParam
+from jaxlora.layers import AdapterConstant, AdapterScale, AdapterStart, BaseParam, Linear, LoraParam, TrainableParam
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.quant import QuantizedArray
 
@@ -112,25 +114,94 @@ def _warn_of_idle_options(config: LoraConfig, names: Sequence[str]) -> None:
 
 
 def add_adapters(model: CausalLM, config: LoraConfig, key: Any) -> None:
-    """Put fresh adapters on the model's linears, in place: A uniform in +-1/sqrt(in), B zero, both float32.
+    """Put fresh adapters on the model's linears, in place, both matrices float32, as `config.init_lora_weights` says.
 
-    The bound is kaiming_uniform with a = sqrt(5), PEFT's initialisation. Each matrix is drawn from `key` folded with
-    its checkpoint name, so that it does not depend on how layers are stacked or which others are targets.
+    Each matrix is drawn from `key` folded with its checkpoint name, so that it does not depend on how layers are
+    stacked or which others are targets.
+
+    Raises:
+        TypeError: "pissa" on a quantised weight, as in PEFT.
+        ValueError: see `target_ranks`, and a start from the weight of a rank that the weight has not.
     """
-    for target, ranks in target_ranks(model, config):
+    targets = target_ranks(model, config)
+    if config.changes_base:
+        check_start(config, targets)
+    for target, ranks in targets:
+        if config.changes_base:
+            start_from_base(target, ranks, config, key)
+            continue
         linear: Linear = target.node
-        bound, largest = linear.in_features**-0.5, max(ranks)
-        keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names()])
+        r = max(ranks)
+        a = jnp.zeros((len(ranks), r, linear.in_features), jnp.float32)
+        b = jnp.zeros((len(ranks), linear.out_features, r), jnp.float32)
+        keys = _keys(key, target)
+        for rank in sorted(set(ranks) - {0}):
+            layers = jnp.asarray([i for i, other in enumerate(ranks) if other == rank])
+            drawn = jax.vmap(
+                lambda k, rank=rank, linear=linear: lora_init.draw(
+                    config.init_lora_weights, k, rank, linear.in_features, linear.out_features
+                )
+            )(keys[layers])
+            a, b = a.at[layers, :rank].set(drawn[0]), b.at[layers, :, :rank].set(drawn[1])
+        attach_stack(target, a, b, config, ranks)
 
-        def draw(k, rank=largest, linear=linear, bound=bound):
-            return jax.random.uniform(k, (rank, linear.in_features), jnp.float32, -bound, bound)
 
-        a = jax.vmap(draw)(keys)
-        b = jnp.zeros((len(ranks), linear.out_features, largest), jnp.float32)
-        scaling = jnp.asarray([config.scaling_of(name) for name in target.names()], jnp.float32)
-        if not target.layers:
-            a, b, scaling = a[0], b[0], scaling[0]
-        attach(linear, a, b, scaling, config.lora_dropout, ranks)
+def _keys(key: Any, target: Named) -> jax.Array:
+    return jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names()])
+
+
+def attach_stack(target: Named, a, b, config: LoraConfig, ranks: tuple[int, ...]) -> None:
+    """`attach` of matrices that have a leading axis even if the linear is no stack."""
+    scaling = jnp.asarray([config.scaling_of(name) for name in target.names()], jnp.float32)
+    parts = (a, b, scaling) if target.layers else (a[0], b[0], scaling[0])
+    attach(target.node, *parts, config.lora_dropout, ranks)
+
+
+def check_start(config: LoraConfig, targets: list[tuple[Named, tuple[int, ...]]]) -> None:
+    """Refuse a start from the weights that these weights do not allow, before anything is changed."""
+    for target, ranks in targets:
+        linear = target.node
+        if isinstance(linear.weight.get_value(), QuantizedArray) and config.init_lora_weights != "olora":
+            raise TypeError(
+                f"init_lora_weights={config.init_lora_weights!r} needs the weights in float32, float16 or bfloat16, "
+                f"and {target.name} is quantised: load the model with load_in_16bit=True, or use 'olora', which "
+                "quantises what is left of the weight anew"
+            )
+        if max(ranks) > min(linear.in_features, linear.out_features):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} takes as many directions out of {target.name} as the "
+                f"rank says, {max(ranks)}, but it is [{linear.out_features}, {linear.in_features}]"
+            )
+
+
+def start_from_base(target: Named, ranks: tuple[int, ...], config: LoraConfig, key: Any) -> None:
+    """Adapters made of the weight's largest directions, which are taken out of the weight: `lora_init.principal`."""
+    linear: Linear = target.node
+    a = np.zeros((len(ranks), max(ranks), linear.in_features), np.float32)
+    b = np.zeros((len(ranks), linear.out_features, max(ranks)), np.float32)
+    stored, keys, layers = linear.weight.get_value(), _keys(key, target), []
+    for i, (name, rank) in enumerate(zip(target.names(), ranks, strict=True)):
+        one = jax.tree.map(operator.itemgetter(i), stored) if target.layers else stored
+        if rank:
+            weight = quant.dequantize(one, jnp.float32) if isinstance(one, QuantizedArray) else one.astype(jnp.float32)
+            scaling = config.scaling_of(name)
+            low = lora_init.principal(str(config.init_lora_weights), keys[i], weight, rank, scaling)
+            rest = lora_init.residual(config, name, weight, *low)
+            one = _stored_like(one, rest)
+            a[i, :rank], b[i, :, :rank] = low
+        layers.append(one)
+    linear.weight.set_value(jax.tree.map(lambda *x: jnp.stack(x), *layers) if target.layers else layers[0])
+    attach_stack(target, jnp.asarray(a), jnp.asarray(b), config, ranks)
+    linear.lora_start_A = AdapterStart(jnp.copy(linear.lora_A.get_value()), axes=linear.lora_A.axes)
+    linear.lora_start_B = AdapterStart(jnp.copy(linear.lora_B.get_value()), axes=linear.lora_B.axes)
+
+
+def _stored_like(weight: Any, new: jax.Array) -> Any:
+    """A float32 matrix in the dtype, or quantised as, another weight."""
+    if not isinstance(weight, QuantizedArray):
+        return new.astype(weight.dtype)
+    nested = weight.nested_absmax is not None
+    return quant.quantize(new, scheme=weight.scheme, double_quant=nested, dtype=weight.dtype)
 
 
 def attach(linear: Linear, a, b, scaling, dropout: float, ranks: tuple[int, ...] | None = None) -> None:
@@ -157,7 +228,8 @@ def attach(linear: Linear, a, b, scaling, dropout: float, ranks: tuple[int, ...]
 class LayerAdapter:
     """The adapter of one module, without padding, on the host: a [r, in], b [out, r], float32.
 
-    name: the module's path in the checkpoint.
+    name: the module's path in the checkpoint. It is meant for the checkpoint's own weight: where a start was taken out
+    of that, it is [A; A_0] and [B, -B_0], of twice the rank, as PEFT converts such adapters.
     """
 
     name: str
@@ -174,12 +246,24 @@ def layer_adapters(linear: Named) -> Iterator[LayerAdapter]:
     """The adapters of a linear, one for each layer that has one."""
     node = linear.node
     a, b, scaling = (np.asarray(v.get_value()) for v in (node.lora_A, node.lora_B, node.lora_scaling))
+    start = None
+    if node.lora_start_A is not None:
+        start = [np.asarray(v.get_value()) for v in (node.lora_start_A, node.lora_start_B)]
     if not linear.layers:
         a, b, scaling = a[None], b[None], scaling[None]
+        start = None if start is None else [part[None] for part in start]
     for i, (name, rank) in enumerate(zip(linear.names(), node.lora_ranks, strict=True)):
         if rank:
             factor = float(scaling[i] if scaling.ndim == 1 else scaling[i, 0])
-            yield LayerAdapter(name=name, a=a[i, :rank], b=b[i, :, :rank], scaling=factor)
+            parts = [(a[i, :rank], b[i, :, :rank])]
+            if start is not None:
+                parts.append((start[0][i, :rank], -start[1][i, :, :rank]))
+            yield LayerAdapter(
+                name=name,
+                a=np.concatenate([part[0] for part in parts]),
+                b=np.concatenate([part[1] for part in parts], axis=1),
+                scaling=factor,
+            )
 
 
 def adapters(model: CausalLM) -> list[Named]:
@@ -236,7 +320,7 @@ def get_nb_trainable_parameters(model: CausalLM) -> tuple[int, int]:
     frozen = sum(
         _size(p.node.get_value())
         for p in named_nodes(model, nnx.Variable)
-        if not isinstance(p.node, nnx.Param | AdapterScale)
+        if not isinstance(p.node, nnx.Param | AdapterConstant)
     )
     return trainable, trainable + frozen
 

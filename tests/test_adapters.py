@@ -16,11 +16,14 @@ from flax import nnx
 from helpers import load_folder, make_checkpoint, random_ids, randomise_adapters
 from safetensors.numpy import load_file
 
-from jaxlora import lora
-from jaxlora.config import LoraConfig
+from jaxlora import lora, quant
+from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters import peft as ours
 from jaxlora.converters.export import save_merged
+from jaxlora.converters.huggingface import CheckpointError
+from jaxlora.layers import Linear
 from jaxlora.loss import causal_lm_loss
+from jaxlora.model import named_nodes
 from jaxlora.train import TrainState, make_train_step
 
 BLOCKS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -77,24 +80,57 @@ def train_ours(model, key=None):
     nnx.update(model, state.trainable)
 
 
-def walk(name, folder, **options):
-    """Every way that an adapter of these options takes between PEFT and here, with the same logits at each stop."""
+def separate_directions(theirs) -> None:
+    """Give the weights singular values that lie apart, as a start from the largest of them is otherwise ill-defined:
+    two SVDs in float32 agree on a direction up to the rounding error over the gap."""
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "_proj" in name:
+                weight.mul_(1.5 * 0.8 ** torch.arange(weight.shape[1]))
+
+
+def live_tensors(model) -> dict[str, np.ndarray]:
+    """What learns, under PEFT's names."""
+    tensors = {}
+    for linear in lora.adapters(model):
+        for part in ("lora_A", "lora_B"):
+            value = np.asarray(getattr(linear.node, part).get_value())
+            for i, (name, rank) in enumerate(zip(linear.names(), linear.node.lora_ranks, strict=True)):
+                one = value[i] if linear.layers else value
+                if rank:
+                    one = one[:rank] if part == "lora_A" else one[:, :rank]
+                    tensors[f"base_model.model.{name}.{part}.weight"] = one
+    return tensors
+
+
+def walk(name, folder, converted=False, **options):
+    """Every way that an adapter of these options takes between PEFT and here, with the same logits at each stop.
+
+    `converted`: what is saved here is another form of what PEFT saves.
+    """
     base = folder / "base"
-    theirs = peft_model(make_checkpoint(name, base), **options)
+    theirs = make_checkpoint(name, base)
+    if converted:
+        separate_directions(theirs)
+        theirs.save_pretrained(base)
+    theirs = peft_model(theirs, **options)
     save_peft(theirs, folder / "theirs")
     model = load_folder(base)
     config = ours.load_adapter(model, folder / "theirs")
     assert largest_difference(model(jnp.asarray(IDS)), logits_of(theirs)) < 5e-5
     assert lora.get_nb_trainable_parameters(model) == theirs.get_nb_trainable_parameters()
 
+    start = live_tensors(model)
     train_peft(theirs)
     train_ours(model)
     save_peft(theirs, folder / "trained")
     expected = load_file(folder / "trained" / "adapter_model.safetensors")
     ours.save_adapter(model, folder / "ours", config=config, base=str(base))
-    found = load_file(folder / "ours" / "adapter_model.safetensors")
+    found = live_tensors(model)
+    if not converted:
+        saved = load_file(folder / "ours" / "adapter_model.safetensors")
+        assert {key: value.tobytes() for key, value in saved.items()} == {k: v.tobytes() for k, v in found.items()}
     assert found.keys() == expected.keys()
-    start = load_file(folder / "theirs" / "adapter_model.safetensors")
     for key, value in expected.items():
         moved = np.abs(value - start[key]).max()
         assert moved > 0, f"{key} did not learn"
@@ -166,6 +202,133 @@ def test_padding_is_never_seen_and_never_learns(tmp_path):
     assert {key: value.shape for key, value in ours.adapter_tensors(model).items()} == {
         key: value.shape for key, value in tensors.items()
     }
+
+
+# ---- Where adapters start --------------------------------------------------------------------------------------------
+
+
+def fresh(folder, quant_config=None, seed=0, **options):
+    model = load_folder(folder, quant_config=quant_config)
+    config = LoraConfig(**{"target_modules": ["up_proj", "k_proj"], "r": 4, "lora_alpha": 6, **options})
+    lora.add_adapters(model, config, jax.random.key(seed))
+    return model, config
+
+
+def starts(model):
+    """{name: (A, B)} as they stand in the model."""
+    nodes = [(name, i, x.node) for x in lora.adapters(model) for i, name in enumerate(x.names())]
+    return {name: tuple(np.asarray(m.get_value())[i] for m in (n.lora_A, n.lora_B)) for name, i, n in nodes}
+
+
+@pytest.mark.parametrize("kind", [False, "gaussian", "orthogonal"])
+def test_starts_hold_what_pefts_hold(kind, checkpoint):
+    model, _ = fresh(checkpoint, init_lora_weights=kind, r=8)
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoint),
+        peft.LoraConfig(r=8, target_modules=["up_proj", "k_proj"], init_lora_weights=kind),
+    )
+    state = {key: value.numpy() for key, value in peft.get_peft_model_state_dict(theirs).items()}
+    for name, (a, b) in starts(model).items():
+        expected_a, expected_b = (state[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        if kind == "orthogonal":
+            assert np.abs(b @ a).max() < 1e-6 and np.abs(expected_b @ expected_a).max() < 1e-6
+            assert np.any(b)
+        for found, expected in ((a, expected_a), (b, expected_b)):
+            assert found.shape == expected.shape
+            assert np.std(found) == pytest.approx(np.std(expected), rel=0.35, abs=1e-9)
+            if kind is False:  # both uniform within 1 / sqrt(inputs)
+                bound = found.shape[1] ** -0.5
+                assert 0.9 * bound < np.abs(found).max() <= bound
+    again, _ = fresh(checkpoint, init_lora_weights=kind, r=8)
+    other, _ = fresh(checkpoint, init_lora_weights=kind, r=8, seed=1)
+    for name, (a, _) in starts(model).items():
+        np.testing.assert_array_equal(a, starts(again)[name][0])
+        assert not np.array_equal(a, starts(other)[name][0])
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_16", "olora"])
+def test_starts_from_the_weight_equal_pefts(kind, checkpoint):
+    options = dict(r=4, lora_alpha=6, init_lora_weights=kind, target_modules=["up_proj", "k_proj"])
+    options["rank_pattern"] = {r"layers\.1\.mlp\.up_proj": 6}
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoint), peft.LoraConfig(**options)
+    )
+    plain = load_folder(checkpoint)
+    model, config = fresh(checkpoint, **options)
+    assert largest_difference(model(jnp.asarray(IDS)), plain(jnp.asarray(IDS))) < 5e-5
+    for linear in lora.adapters(model):
+        for i, name in enumerate(linear.names()):
+            module, rank = theirs.get_submodule(f"base_model.model.{name}"), config.rank_of(name)
+            a, b = (np.asarray(v.get_value())[i] for v in (linear.node.lora_A, linear.node.lora_B))
+            a, b = a[:rank], b[:, :rank]
+            expected = (module.lora_B["default"].weight @ module.lora_A["default"].weight).detach().numpy()
+            base, expected_base = (
+                np.asarray(linear.node.weight.get_value())[i],
+                module.base_layer.weight.detach().numpy(),
+            )
+            if "niter" in kind:  # two random sketches: not the same directions, but as much of the weight
+                assert np.linalg.norm(b @ a) == pytest.approx(np.linalg.norm(expected), rel=3e-2)
+                assert np.linalg.norm(base) == pytest.approx(np.linalg.norm(expected_base), rel=3e-2)
+            else:
+                assert np.linalg.norm(b @ a - expected) < 2e-5 * np.linalg.norm(expected)
+                assert np.linalg.norm(base - expected_base) < 2e-5 * np.linalg.norm(base)
+            spectrum = np.linalg.svd(b @ a, compute_uv=False)[:rank]
+            if kind != "olora":  # B and A share the singular values evenly
+                np.testing.assert_allclose(np.linalg.norm(b, axis=0), spectrum**0.5, rtol=1e-3)
+                np.testing.assert_allclose(np.linalg.norm(a, axis=1), spectrum**0.5, rtol=1e-3)
+            else:  # B is orthonormal
+                np.testing.assert_allclose(b.T @ b, np.eye(rank), atol=1e-5)
+    assert lora.get_nb_trainable_parameters(model) == theirs.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_starts_from_the_weight_walk_around(kind, tmp_path):
+    model, config = walk("llama", tmp_path, converted=True, init_lora_weights=kind, r=2, use_rslora=kind == "olora")
+    assert config.init_lora_weights == kind and config.r == 2
+    plain = load_folder(tmp_path / "base")
+    saved = ours.load_adapter(plain, tmp_path / "ours")
+    assert saved.r == 4 and saved.init_lora_weights is True
+    assert largest_difference(plain(jnp.asarray(IDS)), model(jnp.asarray(IDS))) < 5e-5
+
+
+def test_olora_on_a_quantised_base_quantises_what_is_left(checkpoint):
+    model, config = fresh(checkpoint, QuantConfig(), init_lora_weights="olora")
+    plain = load_folder(checkpoint, quant_config=QuantConfig())
+    before = {x.name: x.node.weight.get_value() for x in named_nodes(plain, Linear)}
+    for linear in lora.adapters(model):
+        weight = np.asarray(quant.dequantize(before[linear.name], jnp.float32))
+        stored = linear.node.weight.get_value()
+        assert isinstance(stored, quant.QuantizedArray) and stored.shape == before[linear.name].shape
+        a, b = (np.asarray(v.get_value()) for v in (linear.node.lora_A, linear.node.lora_B))
+        rest = jnp.asarray(weight - config.scaling * np.matmul(b, a))
+        expected = np.asarray(quant.dequantize(quant.quantize(rest), jnp.float32))
+        np.testing.assert_allclose(quant.dequantize(stored, jnp.float32), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(init_lora_weights="pissa"), TypeError, "is quantised: load the model with load_in_16bit=True, or"),
+        (dict(init_lora_weights="olora", r=21), ValueError, r"k_proj .*rank says, 21, but it is \[20, 48\]"),
+        (dict(init_lora_weights="loftq"), ValueError, "init_lora_weights 'loftq' is not one of True, False, gaussian"),
+        (dict(init_lora_weights="pissa_niter_x"), ValueError, "'pissa_niter_x' is not one of"),
+        (dict(init_lora_weights="orthogonal", r=3), ValueError, r"needs even ranks, found \[3\]"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_starts_that_do_not_work(options, error, message, checkpoint):
+    with pytest.raises(error, match=message):
+        fresh(checkpoint, QuantConfig(), **options)
+
+
+def test_a_random_start_cannot_be_taken_out_again(checkpoint, tmp_path):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    save_peft(peft_model(theirs, init_lora_weights="pissa_niter_4"), tmp_path)
+    with pytest.raises(CheckpointError, match="init_lora_weights='pissa_niter_4', which is not supported"):
+        ours.load_adapter(load_folder(checkpoint), tmp_path)
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

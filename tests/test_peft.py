@@ -229,7 +229,7 @@ def test_every_unsupported_option_is_named(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
         ({"layers_to_transform": [3]}, r"layers_to_transform names \[3\], but the model's layers are 0 to 2"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"r": 0}, "the rank r must be larger than 0"),

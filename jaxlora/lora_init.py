@@ -1,0 +1,83 @@
+"""Where adapters start: PEFT's `init_lora_weights`, one module at a time.
+
+Most starts leave the model as it is, because B A = 0. PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from
+the directions in which the weight is largest, and take them out of the weight: W = (W - s B A) + s B A.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlora.config import LoraConfig
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def draw(kind: bool | str, key: Any, rank: int, in_features: int, out_features: int) -> tuple[Array, Array]:
+    """A [rank, in] and B [out, rank], float32, of a start that leaves the base weight alone.
+
+    The bounds of the uniform draws are 1 / sqrt(inputs), torch's for a linear layer.
+    """
+    shape_a, shape_b = (rank, in_features), (out_features, rank)
+    key_b, key_q = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+    if kind == "orthogonal":  # the rows of Q are orthonormal: B A = 0.01 Y Q_even Q_odd^T X^T = 0
+        q = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank), jnp.float32))[0]
+        x = jax.random.normal(key, (in_features, rank // 2), jnp.float32)
+        y = jax.random.normal(key_b, (out_features, rank // 2), jnp.float32)
+        return jnp.matmul(q[0::2].T, x.T, precision=_EXACT) / 10, jnp.matmul(y, q[1::2], precision=_EXACT) / 10
+    if kind == "gaussian":
+        return jax.random.normal(key, shape_a, jnp.float32) / rank, jnp.zeros(shape_b, jnp.float32)
+    bound = in_features**-0.5
+    a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
+    if kind is False:
+        return a, jax.random.uniform(key_b, shape_b, jnp.float32, -(rank**-0.5), rank**-0.5)
+    return a, jnp.zeros(shape_b, jnp.float32)
+
+
+def principal(
+    kind: str, key: Any, weight: Float[Array, "out in"], rank: int, scaling: float
+) -> tuple[Float[Array, "r in"], Float[Array, "out r"]]:
+    """A and B made of the weight's largest directions, float32, for a base weight of W - scaling * B A.
+
+    "pissa": scaling * B A is the best approximation of W of this rank, B and A share its singular values evenly, and
+    "pissa_niter_n" finds them by n rounds of subspace iteration (arXiv:0909.4061). "olora": B and A are the first
+    columns and rows of W = Q R.
+
+    Raises:
+        ValueError: the weight has no so many directions.
+    """
+    if rank > min(weight.shape):
+        raise ValueError(f"a start from the weight cannot have rank {rank}: the weight is {list(weight.shape)}")
+    if kind == "olora":
+        q, r = jnp.linalg.qr(weight)
+        return r[:rank], q[:, :rank]
+    if kind == "pissa":
+        u, s, vh = jnp.linalg.svd(weight, full_matrices=False)
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    else:
+        u, s, vh = _subspace_svd(key, weight, rank, int(kind.removeprefix("pissa_niter_")))
+    root = jnp.sqrt(s / scaling)
+    return root[:, None] * vh, u * root
+
+
+def _subspace_svd(key: Any, weight: Array, rank: int, rounds: int) -> tuple[Array, Array, Array]:
+    def orthonormal(matrix):
+        return jnp.linalg.qr(matrix)[0]
+
+    def product(x, y):
+        return jnp.matmul(x, y, precision=_EXACT)
+
+    q = orthonormal(product(weight, jax.random.normal(key, (weight.shape[1], rank), jnp.float32)))
+    for _ in range(rounds):
+        q = orthonormal(product(weight, orthonormal(product(weight.T, q))))
+    u, s, vh = jnp.linalg.svd(product(q.T, weight), full_matrices=False)
+    return product(q, u), s, vh
+
+
+def residual(config: LoraConfig, module: str, weight: Float[Array, "out in"], a: Array, b: Array) -> Array:
+    """W - scaling * B A, float32."""
+    return weight - config.scaling_of(module) * jnp.matmul(b, a, precision=_EXACT)
