@@ -1,7 +1,6 @@
 """`FastLanguageModel`: from a name to a model with adapters, and back to files.
 
-The one module that knows every other: it resolves a name to files, picks the converter, and hands the parts to each
-other.
+The one module that knows every other: it picks the converter for a folder, and hands the parts to each other.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from jaxlora import lora, remat
 from jaxlora.config import LoraConfig, QuantConfig, QuantScheme
@@ -28,6 +25,7 @@ from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, TensorSource, load_model, model_config
 from jaxlora.converters.scaled import ScaledSource
 from jaxlora.generate import generate
+from jaxlora.hub import resolve_path
 from jaxlora.model import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -41,8 +39,6 @@ _PER_MODULE = (
     "rank_pattern",
     "alpha_pattern",
 )
-
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 class LanguageModel(CausalLM):
@@ -177,7 +173,7 @@ class FastLanguageModel:
         load_in_fp8: bool | Literal["block"] = False,
         full_finetuning: bool = False,
         *,
-        token: str | None = None,
+        token: str | bool | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -201,7 +197,8 @@ class FastLanguageModel:
             load_in_16bit: no quantisation.
             load_in_fp8: float8 (e4m3): True with a scale for each row, "block" for each block of 128 x 128.
             full_finetuning: every weight learns, and none is quantised; `get_peft_model` then has no effect.
-            token: for a private Hugging Face repository, by default the one that `hf auth login` stored.
+            token: for a private or gated Hugging Face repository, by default the one that `hf auth login` stored; False
+                sends none.
             revision: branch, tag or commit of the Hugging Face repository.
             cache_dir: where downloads lie, by default Hugging Face's cache.
             local_files_only: never ask the network.
@@ -216,7 +213,8 @@ class FastLanguageModel:
             (model, tokenizer). The tokenizer is None, with a warning, if the checkpoint has none.
 
         Raises:
-            FileNotFoundError: no such folder or file; CheckpointError: it cannot be read as a supported model.
+            FileNotFoundError, PermissionError, ConnectionError: the files cannot be had; see `hub.resolve_path`.
+            CheckpointError: they cannot be read as a supported model.
             ValueError: two modes at once, an unknown dtype, a window that the rope does not reach.
         """
         mode = _choose_mode(
@@ -236,7 +234,9 @@ class FastLanguageModel:
                 "out for float32 weights, or pass dtype='bfloat16'"
             )
         policy = remat.resolve(use_gradient_checkpointing)
-        hub = dict(token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        hub: dict[str, Any] = dict(
+            token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         path = resolve_path(model_name, **hub)
         adapter = None
         if (path / "adapter_config.json").exists():
@@ -394,23 +394,6 @@ def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> boo
 
     alike = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in _PER_MODULE})
     return ours == alike and adapters(ours) == adapters(theirs)
-
-
-def resolve_path(name: str | Path, **hub: Any) -> Path:
-    """The local folder or .gguf file of a name: itself if it is there, else a download from the Hugging Face hub.
-
-    Raises:
-        FileNotFoundError: neither a path that exists nor an id of a repository.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1 or path.suffix == ".gguf":
-        raise FileNotFoundError(f"{name}: no such file or folder")
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES, **hub))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{name}: no such folder, and no Hugging Face id either ({error})") from error
 
 
 def resolve_dtype(dtype: Any) -> jnp.dtype:
