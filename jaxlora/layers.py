@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora import quant
 from jaxlora.config import QuantConfig
 from jaxlora.kernels.lora import lora_delta
+from jaxlora.offload import take_rows
 
 
 class BaseParam(nnx.Variable):
@@ -123,7 +124,7 @@ class Embedding(nnx.Module):
         self.weight = base_param(_normal(rngs, (num_embeddings, features), dtype), ("vocab", "embed"))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        return jnp.take(self.weight.get_value(), ids, axis=0)
+        return take_rows(self.weight.get_value(), ids)
 
 
 class Norm(nnx.Module):

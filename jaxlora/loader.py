@@ -6,27 +6,31 @@ The one module that knows every other: it picks the converter for a folder, and 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxlora import lora, remat
-from jaxlora.config import LoraConfig, QuantConfig, QuantScheme
+from jaxlora import lora, offload, remat, sharding
+from jaxlora.config import LoraConfig, ModelConfig
 from jaxlora.converters import peft
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
 from jaxlora.converters.export import MergeReport, export_base, save_merged, save_model
+from jaxlora.converters.families import FAMILIES
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, TensorSource, load_model, model_config
 from jaxlora.converters.scaled import ScaledSource
 from jaxlora.generate import generate
 from jaxlora.hub import resolve_path
 from jaxlora.model import CausalLM
+from jaxlora.modes import choose_mode, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +184,14 @@ class FastLanguageModel:
         rope_scaling: dict | None = None,
         float32_mixed_precision: bool | None = None,
         use_gradient_checkpointing: bool | str = "unsloth",
+        unsloth_tiled_mlp: bool = False,
+        offload_embedding: bool = False,
+        device_map: str | object | None = "sequential",
+        quantization_config: dict | object | None = None,
+        trust_remote_code: bool = False,
+        text_only: bool = False,
+        use_exact_model_name: bool = False,
+        **unknown: Any,
     ) -> tuple[LanguageModel, Any]:
         """Load a model and its tokenizer.
 
@@ -208,6 +220,19 @@ class FastLanguageModel:
                 higher loss; but float16 weights cannot be trained, and are float32 all the same.
             use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "attention", True or
                 "full", "unsloth" or "offload"; see `remat`.
+            unsloth_tiled_mlp: cut the MLP into tiles of tokens under every policy of gradient checkpointing; those that
+                keep little do so anyway.
+            offload_embedding: keep the input embedding in pinned host memory. The host looks rows up, and only they
+                travel. Warns and does nothing where the embedding is also the head.
+            device_map: a mesh of `sharding.make_mesh`, whose devices get their shards of each tensor as it is read; or
+                None, "auto" or "sequential", which are all the first device.
+            quantization_config: another way to ask for a mode: a `QuantConfig`, or one of transformers (bitsandbytes
+                4-bit of type "nf4" or 8-bit, fine-grained fp8, fbgemm fp8), as an object or a dict. The
+                `bnb_4bit_compute_dtype` in it is what `dtype=None` then means.
+            trust_remote_code: no code of a checkpoint is ever run; True warns that this is so.
+            text_only: say that of a model with a vision tower only the language model is wanted, which is what is
+                loaded in any case; without it there is a warning.
+            use_exact_model_name: both values are the same, since no name is mapped to another.
 
         Returns:
             (model, tokenizer). The tokenizer is None, with a warning, if the checkpoint has none.
@@ -215,10 +240,14 @@ class FastLanguageModel:
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: the files cannot be had; see `hub.resolve_path`.
             CheckpointError: they cannot be read as a supported model.
+            TypeError: an argument that there is none of.
             ValueError: two modes at once, an unknown dtype, a window that the rope does not reach.
         """
-        mode = _choose_mode(
+        _refuse_unknown(unknown)
+        del use_exact_model_name  # no name is mapped to another, so every name is exact
+        mode = choose_mode(
             load_in_4bit=load_in_4bit,
+            quantization_config=quantization_config,
             load_in_8bit=load_in_8bit,
             load_in_16bit=load_in_16bit,
             load_in_fp8=load_in_fp8,
@@ -226,7 +255,7 @@ class FastLanguageModel:
         )
         if float32_mixed_precision is not None and not full_finetuning:
             raise ValueError("float32_mixed_precision is for full_finetuning=True: adapters are float32 always")
-        compute_dtype = resolve_dtype(dtype)
+        compute_dtype = resolve_dtype(mode.compute_dtype if dtype is None else dtype)
         is_master = full_finetuning and (bool(float32_mixed_precision) or compute_dtype == jnp.float16)
         if float32_mixed_precision is False and is_master:
             raise ValueError(
@@ -252,12 +281,14 @@ class FastLanguageModel:
         source, hf_config, tokenizer = checkpoint.source, checkpoint.hf_config, checkpoint.tokenizer
         if rope_scaling is not None:
             hf_config = _with_rope_scaling(hf_config, rope_scaling)
+        _say_what_is_not_loaded(path, hf_config, trust_remote_code=trust_remote_code, text_only=text_only)
         config = model_config(hf_config)
+        place = _placer(config, device_map, offload_embedding, full_finetuning)
         window = _check_window(config, max_seq_length)
-        quant_config = QuantConfig(scheme=mode.scheme) if mode.scheme else None
+        quant_config = mode.quant_config
         if isinstance(source, BitsandbytesSource | ScaledSource):
             stored = source.quant_config()
-            if mode.asked and mode.scheme != stored.scheme:
+            if not mode.agrees(stored):
                 raise ValueError(
                     f"{path} holds weights quantised as {stored.scheme}: load it without {mode.asked}, or load the "
                     "16-bit model"
@@ -269,6 +300,7 @@ class FastLanguageModel:
             dtype=jnp.float32 if is_master else compute_dtype,
             quant_config=quant_config,
             config=config,
+            place=place,
             cls=LanguageModel,
         )
         model.dtype = compute_dtype  # every layer casts its weights to what it is given
@@ -280,7 +312,7 @@ class FastLanguageModel:
         model.name_or_path = model.base_folder if Path(model_name).expanduser().exists() else str(model_name)
         model.revision = revision
         model._generation_config = json.dumps(checkpoint.generation_config)
-        model.max_seq_length, model.remat_policy = window, policy
+        model.max_seq_length, model.remat_policy, model.tiled_mlp = window, policy, unsloth_tiled_mlp
         if adapter is not None:
             model.lora_config = peft.load_adapter(model, adapter)
             tokenizer = _tokenizer(adapter) or tokenizer
@@ -359,29 +391,6 @@ class FastLanguageModel:
         return model
 
 
-class _Mode(NamedTuple):
-    """How weights are held. scheme: of a QuantConfig, None for unquantised; asked: the argument that said so, or ""."""
-
-    scheme: QuantScheme | None
-    asked: str
-
-
-def _choose_mode(**modes: Any) -> _Mode:
-    """The one mode that the arguments of `from_pretrained` ask for, 4-bit if they ask for none."""
-    if modes["load_in_fp8"] not in (False, True, "block"):
-        raise ValueError(f'load_in_fp8 must be False, True (rows) or "block", found {modes["load_in_fp8"]!r}')
-    asked = [f"{name}={value!r}" for name, value in modes.items() if value]
-    if len(asked) > 1:
-        raise ValueError(f"{' and '.join(asked)} are both given: choose one")
-    if not asked:
-        return _Mode("nf4", "") if modes["load_in_4bit"] is None else _Mode(None, "load_in_4bit=False")
-    schemes: dict[str, QuantScheme | None] = {
-        "load_in_4bit=True": "nf4", "load_in_8bit=True": "int8", "load_in_fp8=True": "fp8",
-        "load_in_fp8='block'": "fp8_block",
-    }  # fmt: skip
-    return _Mode(schemes.get(asked[0]), asked[0])
-
-
 def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> bool:
     """Whether both give the same modules the same adapters, in whatever words, and agree in all else."""
 
@@ -396,18 +405,61 @@ def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> boo
     return ours == alike and adapters(ours) == adapters(theirs)
 
 
-def resolve_dtype(dtype: Any) -> jnp.dtype:
-    """A jnp or torch dtype, or its name, as a jnp dtype; None is the device's best (see `from_pretrained`)."""
-    if dtype is None:
-        device = jax.devices()[0]
-        if device.platform == "cpu":
-            return jnp.dtype(jnp.float32)
-        capability = str(getattr(device, "compute_capability", "8.0"))
-        return jnp.dtype(jnp.bfloat16 if float(capability) >= 8.0 else jnp.float16)
-    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
-    return jnp.dtype(name)
+def _refuse_unknown(unknown: Mapping[str, Any]) -> None:
+    if unknown:
+        parameters = inspect.signature(FastLanguageModel.from_pretrained).parameters.values()
+        known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        raise TypeError(
+            f"from_pretrained has no argument {', '.join(map(repr, unknown))}, and passes nothing on to transformers. "
+            f"It has {', '.join(known)}"
+        )
+
+
+def _say_what_is_not_loaded(path: Path, hf_config: dict, *, trust_remote_code: bool, text_only: bool) -> None:
+    """Refuse a model that is code of its own, and warn of parts that are left alone."""
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILIES and "auto_map" in hf_config:
+        raise CheckpointError(
+            f"{path / 'config.json'}: model_type {model_type!r} is code of its own (auto_map), which is never run "
+            f"here, whatever trust_remote_code says. Supported are {', '.join(sorted(FAMILIES))}; "
+            "docs/adding-a-family.md says how one is added"
+        )
+    if trust_remote_code:
+        warnings.warn("trust_remote_code=True has no effect: no code of a checkpoint is ever run", stacklevel=3)
+    if "vision_config" in hf_config and not text_only:
+        warnings.warn(
+            f"{path}: its vision tower is not loaded, only its language model; text_only=True says that this is meant",
+            stacklevel=3,
+        )
+
+
+def _placer(config: ModelConfig, device_map: Any, offload_embedding: bool, full_finetuning: bool) -> Any:
+    """Where `load_model` puts the weights: a function, or None for the first device."""
+    if isinstance(device_map, Mesh):
+        if offload_embedding:
+            raise ValueError(
+                "offload_embedding=True is for one device, and device_map is a mesh, which splits the table"
+            )
+        return sharding.placer(device_map)
+    if device_map not in (None, "auto", "sequential"):
+        raise ValueError(
+            f"device_map {device_map!r} is not a mesh, None, 'auto' or 'sequential' (the last three are the first "
+            "device). Layers are not dealt out to devices, where all but one would wait: with a mesh each device holds "
+            "a part of every layer. Pass device_map=jaxlora.sharding.make_mesh(fsdp=4), say"
+        )
+    if not offload_embedding:
+        return None
+    if full_finetuning:
+        raise ValueError("offload_embedding=True keeps the embedding frozen, and full_finetuning=True trains it")
+    if config.tie_word_embeddings:
+        warnings.warn(
+            "offload_embedding=True has no effect: the embedding is also the head of this model, whose every step "
+            "needs the whole of it",
+            stacklevel=3,
+        )
+        return None
+    table = dict(config.tensor_names).get("embed_tokens", "embed_tokens") + ".weight"
+    return lambda parameter, value: offload.pinned_host() if parameter.name.endswith(table) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -338,7 +338,7 @@ class CausalLM(nnx.Module):
         make = _Make(config=config, dtype=dtype, rngs=rngs, quant_config=quant_config)
         self.config, self.dtype, self.quant_config = config, jnp.dtype(dtype), quant_config
         self._hf_config = json.dumps(hf_config or {})  # text, because a graphdef's attributes must hash
-        self.remat_policy = "none"
+        self.remat_policy, self.tiled_mlp = "none", False
         self.model = Decoder(config, make)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else make.linear(config.hidden_size, config.vocab_size, ("vocab", "embed"), False)
@@ -381,7 +381,7 @@ class CausalLM(nnx.Module):
         head_dim, native = self.config.head_dim, self.config.max_position_embeddings
         places = None if cache is None else cache.segment_ids.shape[1]
         rotary = [rope_tables(rope, head_dim, native, positions, places) for rope in self.config.ropes]
-        tile = remat.POLICIES[self.remat_policy].mlp_tile
+        tile = remat.mlp_tile(self.remat_policy, self.tiled_mlp)
         filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile)
         if cache is not None:
             segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids

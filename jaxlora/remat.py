@@ -53,6 +53,8 @@ POLICIES: dict[str, Policy] = {
     "offload": Policy(offloaded=("layer_input",), mlp_tile=2048),
     "offload_attention": Policy(offloaded=("layer_input", "attention_output"), flash="offload", mlp_tile=2048),
 }
+# Tokens of a tile where the policy has none and `unsloth_tiled_mlp` asks for tiles.
+_ASKED_TILE = 2048
 _ALIASES = {False: "none", True: "full", "unsloth": "offload"}
 
 
@@ -69,6 +71,11 @@ def resolve(use_gradient_checkpointing: bool | str) -> str:
             + ", ".join(map(repr, POLICIES))
         )
     return name
+
+
+def mlp_tile(name: str, asked: bool = False) -> int | None:
+    """Tokens of an MLP tile under the policy of this name, None for no tiles; `asked` wants some in any case."""
+    return POLICIES[name].mlp_tile or (_ASKED_TILE if asked else None)
 
 
 def checkpoint(body: Callable, name: str) -> Callable:

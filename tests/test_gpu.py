@@ -19,6 +19,7 @@ from jaxlora.kernels import api
 from jaxlora.kernels.attention import MAX_SEGMENTS
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import CausalLM
+from jaxlora.offload import pinned_host, take_rows
 from jaxlora.train import TrainState, make_train_step
 
 pytestmark = pytest.mark.gpu
@@ -190,3 +191,14 @@ def test_the_same_seed_gives_the_same_bits_under_the_deterministic_flag():
     ]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr[-2000:]
     assert runs[0].stdout == runs[1].stdout != ""
+
+
+def test_the_host_looks_up_rows_of_an_offloaded_table(key):
+    table = jax.random.normal(key, (50_000, 2048)).astype(jnp.bfloat16)
+    hosted = jax.device_put(table, pinned_host())
+    ids = jax.random.randint(key, (2, 512), 0, 50_000, jnp.int32)
+    compiled = jax.jit(take_rows).lower(hosted, ids).compile()
+    rows = compiled(hosted, ids)
+    assert rows.sharding.memory_kind == "device"
+    chex.assert_trees_all_equal(rows, table[ids])
+    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes / 4  # the table does not travel

@@ -10,7 +10,7 @@ from helpers import make_checkpoint, random_ids
 
 from jaxlora import FastLanguageModel, QuantizedArray
 from jaxlora.converters.huggingface import CheckpointError
-from jaxlora.loader import resolve_dtype
+from jaxlora.modes import resolve_dtype
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer, quant
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
 from jaxlora.layers import BaseParam, TrainableParam
-from jaxlora.loader import _choose_mode
 from jaxlora.lora import partition, unfreeze
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import named_nodes
+from jaxlora.modes import choose_mode
 from jaxlora.optimizer import make_optimizer
 from jaxlora.train import LossScale, TrainState, make_train_step
 
@@ -401,7 +401,7 @@ def test_two_modes_or_an_unknown_one(tmp_path):
     with pytest.raises(ValueError, match="load_in_8bit=True and load_in_fp8='block' are both given"):
         load(tmp_path, load_in_8bit=True, load_in_fp8="block")
     with pytest.raises(ValueError, match="load_in_fp8 must be False, True .rows. or .block., found 'rows'"):
-        _choose_mode(**dict.fromkeys(("load_in_4bit", "load_in_8bit", "load_in_16bit"), False), load_in_fp8="rows")
+        choose_mode(**dict.fromkeys(("load_in_4bit", "load_in_8bit", "load_in_16bit"), False), load_in_fp8="rows")
 
 
 # ---- float16 ---------------------------------------------------------------------------------------------------------

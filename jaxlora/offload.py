@@ -1,0 +1,29 @@
+"""Weights in the pinned memory of the host, out of which only what is asked for travels to the device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compute_on import compute_on
+from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import Array, Float, Int
+
+
+def pinned_host() -> Sharding:
+    """The place of an array in the pinned memory beside the first device."""
+    return SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+
+
+def take_rows(table: Float[Array, "rows features"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+    """table[ids], on the device. Where the table is in host memory, the host picks the rows, and only they travel.
+
+    As for `jnp.take`, the row of an id that there is none of is NaN.
+    """
+    if jax.typeof(table).memory_space != jax.memory.Space.Host:
+        return jnp.take(table, ids, axis=0)
+    rows = jax.lax.GatherDimensionNumbers(offset_dims=(ids.ndim,), collapsed_slice_dims=(0,), start_index_map=(0,))
+    starts = jax.device_put(ids[..., None], jax.memory.Space.Host)
+    with compute_on("device_host"):  # plain indexing would mix in constants, which are on the device
+        taken = jax.lax.gather(table, starts, rows, (1, table.shape[1]), mode=jax.lax.GatherScatterMode.CLIP)
+    taken = jax.device_put(taken, jax.memory.Space.Device)
+    return jnp.where(((0 <= ids) & (ids < table.shape[0]))[..., None], taken, jnp.asarray(jnp.nan, table.dtype))
