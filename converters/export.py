@@ -2,7 +2,7 @@
 
 A merge goes onto the weights of the original checkpoint, not onto their 4-bit form, one tensor at a time:
 
-    W' = (float32(W) + scaling * B A), in W's own dtype
+    W' = (float32(W) + scaling * B A), in W's own dtype, with DoRA its rows scaled to their magnitudes
 
 The original's shards are copied and the bytes of the merged tensors replaced, so that everything else about them is
 the original's to the byte. What was written is then read back and run, twice compared:
@@ -15,11 +15,12 @@ the original's to the byte. What was written is then read back and run, twice co
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from jaxlora.converters.huggingface import (
     load_model,
 )
 from jaxlora.converters.staging import staged
-from jaxlora.layers import BaseParam, LoraParam, TrainableParam
+from jaxlora.layers import Adapted, BaseParam, LoraParam, TrainableParam
 from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import QuantizedArray
 
@@ -106,58 +107,82 @@ class CastSource:
 
 
 class MergedSource:
-    """A checkpoint's tensors with the adapters of a model merged into them: a `TensorSource`.
+    """A checkpoint's tensors with what a model has learnt put into them: a `TensorSource`.
 
-    `adapted` are the names of the weights that have an adapter.
+    Adapters are merged, and copies that learnt stand in for the checkpoint's. A head that was tied, and no longer
+    equals the embedding, is one more tensor. `changed` are the names of the checkpoint's tensors that differ; `added`
+    of those that it has not; `unties`: whether the head is no longer tied.
 
     Raises:
-        CheckpointError: a weight with an adapter is missing from the checkpoint, has another shape, or is quantised.
+        CheckpointError: a tensor that learnt is missing from the checkpoint, has another shape, or is quantised.
         ValueError: a merged weight is not finite (on `read`).
     """
 
     def __init__(self, source: TensorSource, model: CausalLM):
         self._source = source
-        self._deltas = {
-            f"{adapter.name}.weight": adapter
-            for linear in lora.adapters(model)
-            for adapter in lora.layer_adapters(linear)
-        }
-        self.adapted = tuple(self._deltas)
+        self._merges: dict[str, tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]] = {}
+        for module in lora.adapters(model):
+            for adapter in lora.layer_adapters(model, module):
+                self._merges[f"{adapter.name}.weight"] = adapter.weight_shape, adapter.merge
+        for name, value in lora.trained_copies(model):
+            self._merges[name] = value.shape, functools.partial(_instead, value)
+        self.added: tuple[str, ...] = ()
+        self._tied_to = ""
+        if model.lm_head.weight is None:
+            self._untie(model)
+        self.unties = bool(self.added)
+        self.changed = tuple(name for name in self._merges if name not in self.added)
         self._check()
+
+    def _untie(self, model: CausalLM) -> None:
+        head, embedding = (
+            next(f"{x.name}.weight" for x in named_nodes(model, Adapted) if x.node is node)
+            for node in (model.lm_head, model.model.embed_tokens)
+        )
+        if head in self._merges or (embedding in self._merges and not model.ties_adapters):
+            table = model.model.embed_tokens.weight.get_value()
+            self._merges.setdefault(head, (table.shape, lambda weight: weight))
+            self.added, self._tied_to = (head,), embedding
 
     def _check(self) -> None:
         stored, problems = set(self._source.names()), []
-        for name, adapter in self._deltas.items():
-            shape = (adapter.b.shape[0], adapter.a.shape[1])
+        for name in self.changed:
+            shape, _ = self._merges[name]
             if name not in stored:
                 problems.append(f"{name} is missing")
             elif tuple(self._source.shape(name)) != shape:
-                problems.append(f"{name} is {list(self._source.shape(name))}, its adapter {list(shape)}")
+                problems.append(f"{name} is {list(self._source.shape(name))}, and what it learnt {list(shape)}")
             elif self._source.dtype(name).name not in _FLOATS:
                 problems.append(f"{name} is stored as {self._source.dtype(name)}, which cannot take an adapter")
         if problems:
             raise CheckpointError(
-                f"{len(problems)} of {len(self._deltas)} adapters do not fit the base checkpoint, and nothing was "
+                f"{len(problems)} of {len(self.changed)} adapters do not fit the base checkpoint, and nothing was "
                 f"merged: {'; '.join(problems[:8])}{' …' if len(problems) > 8 else ''}. Merge onto the checkpoint that "
                 "the adapter was trained on, or its 16-bit original (base=...)"
             )
 
     def names(self) -> list[str]:
-        return self._source.names()
+        return [*self._source.names(), *self.added]
+
+    def _stored(self, name: str) -> str:
+        return self._tied_to if name in self.added else name
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(name)
+        return self._source.shape(self._stored(name))
 
     def dtype(self, name: str) -> np.dtype:
-        return self._source.dtype(name)
+        return self._source.dtype(self._stored(name))
 
     def read(self, name: str) -> np.ndarray:
-        weight = _read(self._source, name)
-        if name not in self._deltas:
+        weight = _read(self._source, self._stored(name))
+        if name not in self._merges:
             return weight
-        adapter = self._deltas[name]
-        delta = adapter.scaling * (adapter.b @ adapter.a)
-        return _cast(weight.astype(np.float32) + delta, self.dtype(name), name)
+        _, merge = self._merges[name]
+        return _cast(merge(weight), self.dtype(name), name)
+
+
+def _instead(value: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return value
 
 
 class ModelSource:
@@ -278,10 +303,13 @@ def save_merged(
     merged = MergedSource(source, model)
     tensors = merged if base_dtype is None else CastSource(merged, base_dtype)
     hf_config = {key: value for key, value in model.hf_config.items() if key != "quantization_config"}
-    hf_config = _with_dtype(hf_config, base_dtype)
+    hf_config = _with_dtype(_untied(hf_config) if merged.unties else hf_config, base_dtype)
     with staged(folder) as stage:
         if isinstance(source, SafetensorsSource):
-            files = _write_shards(source, merged, stage)
+            if merged.added:  # for which the shards have no place
+                files = _write_tensors(merged, stage, max_shard_size)
+            else:
+                files = _write_shards(source, merged, stage)
             _copy_files(base, stage, tokenizer)
         else:
             files = _write_tensors(tensors, stage, max_shard_size)
@@ -291,7 +319,7 @@ def save_merged(
     report = MergeReport(
         folder=str(folder),
         files=tuple(files),
-        merged_modules=len(merged.adapted),
+        merged_modules=len(merged.changed) + len(merged.added),
         export_error=error,
         quantisation_gap=gap,
         largest_logit=largest,
@@ -374,7 +402,7 @@ def _write_shards(source: SafetensorsSource, merged: MergedSource, stage: Path) 
     for path, shard in source.files.items():
         shutil.copyfile(path, stage / path.name)
         with (stage / path.name).open("r+b") as file:
-            for name in shard.entries.keys() & set(merged.adapted):
+            for name in shard.entries.keys() & set(merged.changed):
                 file.seek(shard.entries[name].start)
                 file.write(merged.read(name).tobytes())
     return files
@@ -439,6 +467,11 @@ def _with_dtype(hf_config: Mapping[str, Any], dtype: str | None) -> dict[str, An
     if dtype is None:
         return dict(hf_config)
     return {**{key: value for key, value in hf_config.items() if key != "dtype"}, "torch_dtype": dtype}
+
+
+def _untied(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {key: _untied(part) for key, part in hf_config.items() if key == "text_config"}
+    return {**hf_config, **parts, "tie_word_embeddings": False}
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,7 +1,9 @@
 """LoRA adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors.
 
 A module's tensors are "base_model.model." + its checkpoint name + ".lora_A.weight" [r, in] and ".lora_B.weight"
-[out, r], float32. What PEFT can say in adapter_config.json and this library cannot do is refused when it is read.
+[out, r], of an embedding ".lora_embedding_A" and ".lora_embedding_B", with DoRA ".lora_magnitude_vector" [out];
+copies that learn have the checkpoint's own names. All are float32. What PEFT can say in adapter_config.json and this
+library cannot do is refused when it is read.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from jaxlora import lora
 from jaxlora.config import LoraConfig
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsFile, tensor_problems
 from jaxlora.converters.staging import staged
-from jaxlora.layers import Linear
+from jaxlora.layers import Adapted, Embedding, Weighted
+from jaxlora.lora_targets import Copied, copied, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,16 +60,19 @@ _OPTIONS = (
     "layers_pattern",
     "rank_pattern",
     "alpha_pattern",
+    "loftq_config",
+    "use_dora",
+    "bias",
+    "modules_to_save",
+    "ensure_weight_tying",
 )
 _READ = {"peft_type", "r", "lora_alpha", "init_lora_weights", *_OPTIONS}
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "inference_mode",
-    "loftq_config",
     "lora_ga_config",
     "megatron_core",
     "peft_version",
@@ -78,7 +84,7 @@ _WITHOUT_EFFECT = {
 # Initialisations that leave the base alone, and that say nothing about a trained adapter.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Those that change it, and that can be done again: what pissa_niter_n took out of the base was drawn at random.
-_FROM_BASE = ("pissa", "olora")
+_FROM_BASE = ("pissa", "olora", "loftq")
 
 _CARD = """\
 ---
@@ -140,7 +146,15 @@ def save_adapter(
         "target_modules": targets,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
+        "use_dora": config.use_dora,
+        "bias": config.bias,
+        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
     }
+    if config.ensure_weight_tying:  # which older versions of PEFT do not know
+        options["ensure_weight_tying"] = True
+    if config.changes_base:
+        options["init_lora_weights"] = config.init_lora_weights
+        options["loftq_config"] = {"loftq_bits": config.loftq_bits, "loftq_iter": config.loftq_iter}
     with staged(folder) as stage:
         save_file(adapter_tensors(model), stage / WEIGHTS, metadata={"format": "pt"})
         (stage / CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True))
@@ -150,13 +164,36 @@ def save_adapter(
 
 
 def adapter_tensors(model: CausalLM) -> dict[str, np.ndarray]:
-    """{PEFT's name: float32 tensor} of all adapters, on the host, for the weights of the checkpoint."""
+    """{PEFT's name: float32 tensor} of all adapters and copies, on the host, for the weights of the checkpoint."""
     tensors = {}
-    for linear in lora.adapters(model):
-        for adapter in lora.layer_adapters(linear):
-            tensors[_key(adapter.name, "lora_A")] = np.ascontiguousarray(adapter.a, np.float32)
-            tensors[_key(adapter.name, "lora_B")] = np.ascontiguousarray(adapter.b, np.float32)
-    return tensors
+    for module in lora.adapters(model):
+        for adapter in lora.layer_adapters(model, module):
+            keys = _keys(adapter.name, is_table=adapter.is_table, use_dora=adapter.magnitude is not None)
+            values = (adapter.a, adapter.b, adapter.magnitude)
+            tensors |= {key: np.ascontiguousarray(value) for key, value in zip(keys, values, strict=False)}
+    adapted = _adapted(model)
+    for name, value in lora.trained_copies(model):
+        tensors[_copy_key(name, adapted)] = np.ascontiguousarray(value)
+    return tensors | _followers(model, tensors)
+
+
+def _followers(model: CausalLM, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a tied head has from the embedding (`ensure_weight_tying`), which PEFT wants a second time."""
+    if not model.ties_adapters:
+        return {}
+    head, table = _head_and_embedding(model)
+    a, b = _keys(table, is_table=True, use_dora=False)
+    if a in tensors:
+        head_a, head_b = _keys(head, is_table=False, use_dora=False)
+        return {head_a: np.ascontiguousarray(tensors[b].T), head_b: np.ascontiguousarray(tensors[a].T)}
+    weights = [_copy_key(f"{name}.weight", set()) for name in (head, table)]
+    return {weights[0]: tensors[weights[1]]} if weights[1] in tensors else {}
+
+
+def _head_and_embedding(model: CausalLM) -> tuple[str, str]:
+    """Their paths in the checkpoint."""
+    paths = {id(module.node): module.name for module in named_nodes(model, Adapted)}
+    return paths[id(model.lm_head)], paths[id(model.model.embed_tokens)]
 
 
 def target_modules(model: CausalLM) -> list[str]:
@@ -164,8 +201,7 @@ def target_modules(model: CausalLM) -> list[str]:
 
     The last part of a module's path, or the whole path where another module with that last part has no adapter.
     """
-    names = {name for linear in named_nodes(model, Linear) for name in linear.names()}
-    adapted = {adapter.name for linear in lora.adapters(model) for adapter in lora.layer_adapters(linear)}
+    names, adapted = {name for module in named_nodes(model, Weighted) for name in module.names()}, _adapted(model)
     plain = {_last(name) for name in names - adapted}
     return sorted({name if _last(name) in plain else _last(name) for name in adapted})
 
@@ -174,15 +210,33 @@ def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _key(module: str, part: str) -> str:
-    return f"base_model.model.{module}.{part}.weight"
+def _keys(module: str, *, is_table: bool, use_dora: bool) -> list[str]:
+    """The names of A, B and, with DoRA, the magnitudes."""
+    parts = ["lora_embedding_A", "lora_embedding_B"] if is_table else ["lora_A.weight", "lora_B.weight"]
+    return [f"base_model.model.{module}.{part}" for part in (*parts, *(["lora_magnitude_vector"] * use_dora))]
+
+
+def _copy_key(name: str, adapted: set[str]) -> str:
+    """The name of a copy: an adapted module is a wrapper around the checkpoint's."""
+    module, part = name.rsplit(".", 1)
+    return f"base_model.model.{module}.{'base_layer.' * (module in adapted)}{part}"
+
+
+def _adapted(model: CausalLM) -> set[str]:
+    """The paths of all modules that carry an adapter."""
+    return {
+        name
+        for module in lora.adapters(model)
+        for name, rank in zip(module.names(), module.node.lora_ranks, strict=True)
+        if rank
+    }
 
 
 def _check_adapters(model: CausalLM, config: LoraConfig) -> None:
     adapters = lora.adapters(model)
     if not adapters:
         raise ValueError("the model has no adapter to save: call FastLanguageModel.get_peft_model first")
-    for adapter in (adapter for linear in adapters for adapter in lora.layer_adapters(linear)):
+    for adapter in (adapter for module in adapters for adapter in lora.layer_adapters(model, module)):
         rank, scaling = config.rank_of(adapter.name), config.scaling_of(adapter.name)
         if adapter.rank != rank or not np.allclose(adapter.scaling, scaling):
             raise ValueError(
@@ -254,17 +308,21 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
     if lora.adapters(model):
         raise ValueError(f"the model already has adapters, and cannot take those of {folder} too: load the base anew")
     options = read_options(folder)
-    targets, config = _read_config(model, options, folder / CONFIG)
+    targets, copies, config = _read_config(model, options, folder / CONFIG)
     file = _open_weights(folder)
 
-    shapes = {}
-    for linear, ranks in targets:
-        for name, rank in zip(linear.names(), ranks, strict=True):
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target, ranks in targets:
+        for name, rank in zip(target.names(), ranks, strict=True):
             if rank:
-                shapes[_key(name, "lora_A")] = (rank, linear.node.in_features)
-                shapes[_key(name, "lora_B")] = (linear.node.out_features, rank)
-    copies = _check_copies([linear for linear, _ in targets], file)
-    found = {name: entry.shape for name, entry in file.entries.items() if name not in copies}
+                sizes = [(rank, target.node.in_features), (target.node.out_features, rank), (target.node.out_features,)]
+                shapes |= dict(zip(_keys_of(name, target, config), sizes, strict=False))
+    adapted = {name for target, ranks in targets for name, rank in zip(target.names(), ranks, strict=True) if rank}
+    for copy in copies:
+        for key in _keys_of_copy(copy, adapted):
+            shapes[key] = _shape_of(model, copy)
+    ignored = _check_copies(model, [target for target, _ in targets], config, file)
+    found = {name: entry.shape for name, entry in file.entries.items() if name not in ignored}
     problems = tensor_problems(shapes, found)
     if problems:
         raise CheckpointError(
@@ -272,25 +330,65 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
             f"{model.config.model_type} model. {problems}"
         )
 
-    for linear, ranks in targets:
-        a = np.zeros((len(ranks), max(ranks), linear.node.in_features), np.float32)
-        b = np.zeros((len(ranks), linear.node.out_features, max(ranks)), np.float32)
-        for i, (name, rank) in enumerate(zip(linear.names(), ranks, strict=True)):
-            if rank:
-                a[i, :rank], b[i, :, :rank] = (file.read(_key(name, part)) for part in ("lora_A", "lora_B"))
-        if config.changes_base:  # as PEFT does: take the start out of the base again, then put the trained values in
-            lora.start_from_base(linear, ranks, config, jax.random.key(0))
-            linear.node.lora_A.set_value(jnp.asarray(a if linear.layers else a[0]))
-            linear.node.lora_B.set_value(jnp.asarray(b if linear.layers else b[0]))
-        else:
-            lora.attach_stack(linear, jnp.asarray(a), jnp.asarray(b), config, ranks)
+    for target, ranks in targets:
+        _attach(model, target, ranks, config, file)
+    for copy in copies:
+        lora.add_copy(model, copy.module, copy.part, copy.layers)
+        variable = getattr(copy.module.node, f"trained_{copy.part}").value
+        keys, value = iter(_keys_of_copy(copy, adapted)), np.array(variable.get_value())
+        for i, learns in enumerate(copy.layers):
+            if learns:
+                value[i if copy.module.layers else ...] = file.read(next(keys))
+        variable.set_value(jnp.asarray(value))
+    lora.tie_adapters(model, config)
     return config
+
+
+def _attach(model: CausalLM, target: Named, ranks: tuple[int, ...], config: LoraConfig, file: SafetensorsFile) -> None:
+    """One module's adapter from the file."""
+    node, size = target.node, len(ranks)
+    values = [
+        np.zeros((size, max(ranks), node.in_features), np.float32),
+        np.zeros((size, node.out_features, max(ranks)), np.float32),
+        np.ones((size, node.out_features), np.float32),
+    ]
+    for i, (name, rank) in enumerate(zip(target.names(), ranks, strict=True)):
+        if rank:
+            places = (values[0][i, :rank], values[1][i, :, :rank], values[2][i])
+            for place, key in zip(places, _keys_of(name, target, config), strict=False):
+                place[...] = file.read(key)
+    a, b, magnitude = (jnp.asarray(value if target.layers else value[0]) for value in values)
+    if config.changes_base and not isinstance(node, Embedding):  # as PEFT does: change the base in the same way again
+        lora.start_from_base(model, target, ranks, config, jax.random.key(0))
+        node.lora_A.set_value(a)
+        node.lora_B.set_value(b)
+    else:
+        lora.attach_stack(model, target, *(jnp.asarray(value) for value in values[:2]), config, ranks)
+    if config.use_dora:
+        node.lora_magnitude.set_value(magnitude)
+
+
+def _keys_of(name: str, target: Named, config: LoraConfig) -> list[str]:
+    return _keys(name, is_table=isinstance(target.node, Embedding), use_dora=config.use_dora)
+
+
+def _keys_of_copy(copy: Copied, adapted: set[str]) -> list[str]:
+    named = zip(copy.module.names(), copy.layers, strict=True)
+    return [_copy_key(f"{name}.{copy.part}", adapted) for name, learns in named if learns]
+
+
+def _shape_of(model: CausalLM, copy: Copied) -> tuple[int, ...]:
+    """The shape of one layer's weight or bias; a tied head's is the embedding's."""
+    variable = getattr(copy.module.node, copy.part) or model.model.embed_tokens.weight
+    shape = variable.get_value().shape
+    return shape[1:] if copy.module.layers else shape
 
 
 def _read_config(
     model: CausalLM, options: Mapping[str, Any], path: Path
-) -> tuple[list[tuple[Named, tuple[int, ...]]], LoraConfig]:
-    """The linears that adapter_config.json names with the ranks of their layers, and its settings as ours."""
+) -> tuple[list[tuple[Named, tuple[int, ...]]], list[Copied], LoraConfig]:
+    """The modules that adapter_config.json names with the ranks of their layers, what learns as a whole, and its
+    settings as ours."""
     if options.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {options.get('peft_type')!r}; supported is 'LORA'")
     unsupported = {
@@ -314,25 +412,30 @@ def _read_config(
             init_lora_weights=options["init_lora_weights"] if options.get("init_lora_weights") in _FROM_BASE else True,
             **{"target_modules": (), **given},
         )
-        targets = lora.target_ranks(model, config)
-        if config.changes_base:
-            lora.check_start(config, targets)
-        return targets, config
+        targets, copies = target_ranks(model, config), list(copied(model, config))
+        lora.check_start(config, targets)
+        return targets, copies, config
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_copies(targets: list[Named], file: SafetensorsFile) -> set[str]:
-    """The tensors that are copies of the base's weights: PEFT writes the head's beside an adapter on the head."""
-    heads = {f"base_model.model.{linear.name}.base_layer.weight": linear for linear in targets if not linear.layers}
-    copies = file.entries.keys() & heads.keys()
+def _check_copies(model: CausalLM, targets: list[Named], config: LoraConfig, file: SafetensorsFile) -> set[str]:
+    """The tensors that are copies of the base's weights, or of others in the file: PEFT writes those of embedding and
+    head beside an adapter on either, and with `ensure_weight_tying` what the head follows a second time."""
+    single = [module for module in named_nodes(model, Adapted) if not module.layers]
+    bases = {f"base_model.model.{module.name}.base_layer.weight": module.node for module in single}
+    copies = file.entries.keys() & bases.keys() if any(not target.layers for target in targets) else set()
     for name in copies:
-        weight = np.asarray(heads[name].node.weight.get_value())
+        owner = bases[name] if bases[name].weight is not None else model.model.embed_tokens
+        weight = np.asarray(owner.weight.get_value())
         if not np.array_equal(file.read(name).astype(weight.dtype), weight):
             raise CheckpointError(
                 f"{file.path}: {name} is not the base model's: its vocabulary was changed or trained, which an adapter "
                 "cannot bring along here: merge it into its base with PEFT and load the result"
             )
+    if config.ensure_weight_tying and model.lm_head.weight is None:
+        head, _ = _head_and_embedding(model)
+        copies |= {name for name in file.entries if name.startswith(f"base_model.model.{head}.")}
     return copies
 
 

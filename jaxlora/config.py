@@ -17,6 +17,7 @@ QUANT_SCHEMES = get_args(QuantScheme)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 NORMS = ("rms_norm", "layer_norm")
 QK_NORMS = ("head", "per_head", "projection")
+BIASES = ("none", "all", "lora_only")
 FUSED_QKV = ("concatenated", "grouped")
 
 
@@ -227,7 +228,13 @@ class LoraConfig:
     `init_lora_weights`: True draws A and leaves B zero, False draws both, "gaussian" draws A from a normal
     distribution, "orthogonal" draws B and A so that B A = 0. "pissa" (arXiv:2404.02948), "pissa_niter_n" (by n steps of
     subspace iteration) and "olora" (arXiv:2406.01775) start from the weight's largest directions and take them out of
-    the weight.
+    the weight. "loftq" (arXiv:2310.08659) quantises the weight and starts from what that lost: `loftq_config` says
+    loftq_bits, 4 (NF4) or 8, and loftq_iter, the rounds of quantising what the adapter does not hold.
+
+    `use_dora` gives each output a magnitude that learns (arXiv:2402.09353). `bias` says which biases of the checkpoint
+    learn too: "none", "lora_only" (those of adapted modules) or "all". `modules_to_save` are modules whose weights
+    learn as a whole, in a copy: ends of paths, as in PEFT even without a dot before them. `ensure_weight_tying`: a
+    head that is tied to the embedding follows what the embedding learns.
 
     Raises:
         TypeError: a rank is not an integer.
@@ -246,12 +253,19 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     init_lora_weights: bool | str = True
+    loftq_config: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    use_dora: bool = False
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self):
         _check_rank("the rank r", self.r)
         _require(0.0 <= self.lora_dropout < 1.0, f"lora_dropout must lie in [0, 1), found {self.lora_dropout}")
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
+            if isinstance(value, str) and name == "modules_to_save":
+                raise TypeError(f"modules_to_save must be a list of names, found the text {value!r}")
             if isinstance(value, str) and name != "layers_pattern":
                 _check_expression(name, value)
             elif not isinstance(value, str | int | None):
@@ -267,34 +281,56 @@ class LoraConfig:
             _check_rank(f"rank_pattern: the rank of {expression!r}", rank)
         self._check_layers()
         self._check_init()
+        _require(self.bias in BIASES, f"bias {self.bias!r} is not one of {', '.join(BIASES)}")
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
         _require(
-            isinstance(init, bool) or re.fullmatch(r"gaussian|orthogonal|pissa(_niter_\d+)?|olora", init) is not None,
+            isinstance(init, bool)
+            or re.fullmatch(r"gaussian|orthogonal|pissa(_niter_\d+)?|olora|loftq", init) is not None,
             f"init_lora_weights {init!r} is not one of True, False, gaussian, orthogonal, pissa, pissa_niter_<number>, "
-            "olora",
+            "olora, loftq",
         )
         if init == "orthogonal":
             odd = [rank for rank in (self.r, *dict(self.rank_pattern).values()) if rank % 2]
             _require(not odd, f'init_lora_weights="orthogonal" needs even ranks, found {odd}')
+        given = dict(self.loftq_config)
+        _require(init == "loftq" or not given, f'loftq_config={given} needs init_lora_weights="loftq", found {init!r}')
+        unknown = given.keys() - {"loftq_bits", "loftq_iter"}
+        _require(not unknown, f"loftq_config has loftq_bits and loftq_iter, found {', '.join(sorted(unknown))}")
+        _require(self.loftq_bits in (4, 8), f"loftq_bits must be 4 or 8, found {self.loftq_bits}")
+        _require(self.loftq_iter > 0, f"loftq_iter must be larger than 0, found {self.loftq_iter}")
+        object.__setattr__(self, "loftq_config", tuple(sorted(given.items())))
+
+    @property
+    def loftq_bits(self) -> int:
+        return dict(self.loftq_config).get("loftq_bits", 4)
+
+    @property
+    def loftq_iter(self) -> int:
+        return dict(self.loftq_config).get("loftq_iter", 1)
 
     @property
     def changes_base(self) -> bool:
-        """Whether the initialisation takes something out of the base weights."""
+        """Whether the initialisation changes the base weights."""
+        return self.takes_from_base or self.init_lora_weights == "loftq"
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the initialisation takes what it starts from out of the base weights."""
         return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
     def on_plain_base(self) -> LoraConfig:
         """The settings of the same adapter for a base that nothing was taken out of: twice the rank, same scaling."""
-        if not self.changes_base:
+        if not self.takes_from_base:
             return self
         factor = 2**0.5 if self.use_rslora else 2
         return replace(
             self,
             r=2 * self.r,
             lora_alpha=factor * self.lora_alpha,
-            rank_pattern=tuple((key, 2 * rank) for key, rank in self.rank_pattern),
-            alpha_pattern=tuple((key, factor * alpha) for key, alpha in self.alpha_pattern),
+            rank_pattern={key: 2 * rank for key, rank in dict(self.rank_pattern).items()},
+            alpha_pattern={key: factor * alpha for key, alpha in dict(self.alpha_pattern).items()},
             init_lora_weights=True,
         )
 

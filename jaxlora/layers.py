@@ -1,6 +1,6 @@
 """The layers of a decoder. Parameters keep the checkpoint's names and orientation: a linear weight is [out, in].
 
-The maths of LoRA is `Linear.__call__`, three lines: the frozen base, its bias, and scaling * (x A^T) B^T.
+The maths of LoRA is `Linear.__call__`: the frozen base, scaling * (x A^T) B^T, DoRA's gain on both, the bias.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora import quant
 from jaxlora.config import QuantConfig
-from jaxlora.kernels.lora import lora_delta
+from jaxlora.kernels.lora import lora_delta, row_norms
 from jaxlora.offload import take_rows
 
 
@@ -27,7 +27,7 @@ class TrainableParam(nnx.Param):
 
 
 class LoraParam(TrainableParam):
-    """A matrix of an adapter: A [r, in] or B [out, r], float32."""
+    """Part of an adapter, float32: A [r, in], B [out, r], or DoRA's magnitudes [out]."""
 
 
 class AdapterConstant(nnx.Variable):
@@ -43,6 +43,14 @@ class AdapterScale(AdapterConstant):
 
     [*stack], or [*stack, r] where layers of a stack differ in rank: the factor, and zero for what is padding.
     """
+
+
+class BaseSquare(AdapterConstant):
+    """The squared norm of each output's weights, [*stack, out] float32, of which DoRA needs no more of the base."""
+
+
+class LayerMask(AdapterConstant):
+    """Which layers of a stack use their `Copy`, [stack] bool."""
 
 
 ACTIVATIONS = {
@@ -62,17 +70,92 @@ def base_param(value: Any, axes: tuple[str | None, ...]) -> BaseParam:
     return BaseParam(value, axes=axes)
 
 
-class Linear(nnx.Module):
-    """y = x W^T + b + scaling * (dropout(x) A^T) B^T, with W frozen, dense or quantised, and A, B the adapter if any.
+class Copy(nnx.Module):
+    """A copy of a checkpoint's weight that learns in its place, float32: PEFT's `modules_to_save`, or a bias.
 
-    Shapes: x [..., in] -> [..., out] in x's dtype. `stack` is the number of layers held on a leading axis, which a scan
-    slices off before the call; None for a linear that is no part of a stack. `axes` names (out, in).
+    `layers` says of each layer of a stack whether its copy is used. The others are padding, which is masked.
     """
 
-    lora_A: Any  # a LoraParam, or None where there is no adapter; so the next, and an AdapterScale
+    def __init__(self, base: Float[Array, "*shape"], axes: tuple[str, ...], layers: tuple[bool, ...]):
+        self.layers = layers
+        self.value = TrainableParam(base.astype(jnp.float32), axes=axes)
+        self.mask = nnx.data(None if all(layers) else LayerMask(jnp.asarray(layers), axes=("layers",)))
+
+    def __call__(self, base: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """What stands in for `base`, of one layer."""
+        value = self.value.get_value()
+        return value if self.mask is None else jnp.where(self.mask.get_value(), value, base.astype(jnp.float32))
+
+
+class Weighted(nnx.Module):
+    """A module with a weight of the checkpoint, or none where it is tied, and perhaps a bias.
+
+    stack: the number of layers held on a leading axis, which a scan slices off before the call; None for a module that
+    is no part of a stack.
+    """
+
+    weight: Any
+    bias: Any
+    stack: int | None
+    trained_weight: Any  # a `Copy`, or None
+    trained_bias: Any
+
+    def without_copies(self) -> None:
+        self.trained_weight = self.trained_bias = nnx.data(None)
+
+    def current_weight(self) -> Any:
+        """The weight that the module computes with, of one layer: the copy that learns, or the checkpoint's."""
+        value = self.weight.get_value()
+        return value if self.trained_weight is None else self.trained_weight(value)
+
+    def current_bias(self) -> Any:
+        value = self.bias.get_value()
+        return value if self.trained_bias is None else self.trained_bias(value)
+
+
+class Adapted(Weighted):
+    """A module that may carry an adapter: A [*stack, r, in], B [*stack, out, r], DoRA's magnitudes [*stack, out].
+
+    `axes` names (out, in), `lora_ranks` the rank of each layer of the stack.
+    """
+
+    in_features: int
+    out_features: int
+    axes: tuple[str, str]
+    lora_A: Any  # a LoraParam, or None where there is no adapter; so the next
     lora_B: Any
-    lora_scaling: Any
+    lora_magnitude: Any  # or None without DoRA; and a BaseSquare
+    lora_base_square: Any
+    lora_scaling: Any  # an AdapterScale
+    lora_start_A: Any  # an AdapterStart, or None where the base is what it was
+    lora_start_B: Any
+    lora_owns_base: bool  # whether the weight is not the checkpoint's any more, but one that goes with the adapter
     lora_ranks: tuple[int, ...]
+    lora_dropout: float
+
+    def without_adapter(self) -> None:
+        self.lora_A = self.lora_B = self.lora_scaling = nnx.data(None)
+        self.lora_magnitude = self.lora_base_square = nnx.data(None)
+        self.lora_start_A = self.lora_start_B = nnx.data(None)
+        self.lora_dropout, self.lora_ranks, self.lora_owns_base = 0.0, (), False
+
+    def dora_gain(self, weight_a: Float[Array, "r d_out"]) -> Float[Array, " d_out"]:
+        """DoRA's factor on each output (arXiv:2402.09353, equation 5), m / ||W + scaling B A||, of one layer.
+
+        The norm counts as a constant (section 4.3 there). weight_a: A W^T.
+        """
+        a, b, scaling = self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value()
+        norms = row_norms(weight_a, a, b, scaling, self.lora_base_square.get_value())
+        gain = self.lora_magnitude.get_value() / jax.lax.stop_gradient(norms)
+        # A layer of the stack that has no adapter has no scaling but zeros.
+        return gain if scaling.ndim == 0 else jnp.where(jnp.any(scaling != 0.0), gain, jnp.ones((), gain.dtype))
+
+
+class Linear(Adapted):
+    """y = x W^T + b + scaling * (dropout(x) A^T) B^T, with W frozen, dense or quantised, and A, B the adapter if any.
+
+    With DoRA both products are multiplied by `dora_gain`. Shapes: x [..., in] -> [..., out] in x's dtype.
+    """
 
     def __init__(
         self,
@@ -95,18 +178,24 @@ class Linear(nnx.Module):
             )
         self.weight = base_param(weight, (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, out_features), dtype), (*lead_axes, axes[0])) if bias else None
-        self.lora_A = self.lora_B = self.lora_scaling = nnx.data(None)
-        self.lora_start_A = self.lora_start_B = nnx.data(None)
-        self.lora_dropout, self.lora_ranks = 0.0, ()
+        self.without_adapter()
+        self.without_copies()
 
     def __call__(self, x: Float[Array, "*batch d_in"], key: Any = None) -> Float[Array, "*batch d_out"]:
-        y = quant.matmul(x, self.weight.get_value())
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(y.dtype)
+        weight = self.current_weight()
+        y = quant.matmul(x, weight)
         if self.lora_A is not None:
+            a, b, scaling = self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value()
             dropped = dropout(x, self.lora_dropout, key)
-            y = y + lora_delta(dropped, self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
-        return y
+            delta = lora_delta(dropped, a, b, scaling)
+            if self.lora_magnitude is None:
+                y = y + delta
+            else:
+                gain = self.dora_gain(quant.matmul(a.astype(x.dtype), weight))
+                extra = y if dropped is x else quant.matmul(dropped, weight)
+                y, extra, delta = (part.astype(jnp.float32) for part in (y, extra, delta))  # a gain is near 1
+                y = (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
+        return y if self.bias is None else y + self.current_bias().astype(y.dtype)
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, key: Any) -> Float[Array, "*shape"]:
@@ -117,17 +206,34 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: Any) -> Float[Array, "*
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-class Embedding(nnx.Module):
-    """Rows of a table: ids [...] -> [..., features]."""
+class Embedding(Adapted):
+    """Rows of a table: ids [...] -> [..., features].
+
+    Its adapter is that of a linear layer that reads one-hot rows, W^T = table: row i gets scaling * B A_i, with A
+    [r, num_embeddings] and B [features, r].
+    """
 
     def __init__(self, num_embeddings: int, features: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.in_features, self.out_features, self.axes = num_embeddings, features, ("embed", "vocab")
+        self.stack = self.bias = None
         self.weight = base_param(_normal(rngs, (num_embeddings, features), dtype), ("vocab", "embed"))
+        self.without_adapter()
+        self.without_copies()
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        return take_rows(self.weight.get_value(), ids)
+        weight = self.current_weight()
+        rows = take_rows(weight, ids)
+        if self.lora_A is None:
+            return rows
+        a, b, scaling = self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value()
+        delta = jnp.matmul(jnp.take(a.T, ids, axis=0) * scaling, b.T)
+        out = rows.astype(jnp.float32) + delta
+        if self.lora_magnitude is not None:
+            out = self.dora_gain(jnp.matmul(a, weight.astype(a.dtype))) * out
+        return out.astype(rows.dtype)
 
 
-class Norm(nnx.Module):
+class Norm(Weighted):
     """A norm over the last axis, the statistics in float32:  normalised * (offset + weight) + bias.
 
     "rms_norm" divides by the root of the mean square (arXiv:1910.07467), "layer_norm" by the standard deviation after
@@ -148,12 +254,13 @@ class Norm(nnx.Module):
         stack: int | None = None,
     ):
         lead, lead_axes = ((stack,), ("layers",)) if stack is not None else ((), ())
-        self.kind, self.eps, self.offset = kind, eps, offset
+        self.kind, self.eps, self.offset, self.stack = kind, eps, offset, stack
         self.weight = base_param(jnp.full((*lead, *shape), 1.0 - offset, dtype), (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, *shape), dtype), (*lead_axes, *axes)) if bias else None
+        self.without_copies()
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        wide, weight = x.astype(jnp.float32), self.weight.get_value()
+        wide, weight = x.astype(jnp.float32), self.current_weight()
         if self.kind == "layer_norm":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -161,7 +268,7 @@ class Norm(nnx.Module):
             return normed.astype(x.dtype) * weight.astype(x.dtype)
         out = normed * (weight.astype(jnp.float32) + self.offset)
         if self.bias is not None:
-            out = out + self.bias.get_value().astype(jnp.float32)
+            out = out + self.current_bias().astype(jnp.float32)
         return out.astype(x.dtype)
 
 

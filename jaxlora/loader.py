@@ -29,6 +29,7 @@ from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, T
 from jaxlora.converters.scaled import ScaledSource
 from jaxlora.generate import generate
 from jaxlora.hub import resolve_path
+from jaxlora.lora_targets import target_ranks
 from jaxlora.model import CausalLM
 from jaxlora.modes import choose_mode, resolve_dtype
 
@@ -339,6 +340,11 @@ class FastLanguageModel:
         exclude_modules: Sequence[str] | str | None = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        bias: str = "none",
+        use_dora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        loftq_config: dict[str, int] | None = None,
+        ensure_weight_tying: bool = False,
     ) -> LanguageModel:  # fmt: skip
         """Put LoRA adapters on the model, in place, and return it. What is not an adapter stays frozen.
 
@@ -356,10 +362,18 @@ class FastLanguageModel:
             layers_to_transform: indices of the layers that get adapters, by default all.
             layers_pattern: names of the lists of layers whose numbers those indices are, by default any list.
             init_lora_weights: where the adapters start: True, False, "gaussian" or "orthogonal"; or "pissa",
-                "pissa_niter_<number>" or "olora", which take their start out of the base weights.
+                "pissa_niter_<number>" or "olora", which take their start out of the base weights; or "loftq", which
+                quantises an unquantised base so that the adapters make up for what is lost.
             exclude_modules: names, or a regular expression for whole paths, of linear layers that get none.
             rank_pattern: ranks of single modules, {regular expression for the end of a path: rank}.
             alpha_pattern: the same for lora_alpha.
+            bias: which biases of the checkpoint learn too: "none", "lora_only" (those of adapted modules) or "all".
+            use_dora: give each output a magnitude that learns (DoRA).
+            modules_to_save: modules whose weights learn as a whole, such as ["embed_tokens", "lm_head"], by the end of
+                their paths. They are saved with the adapter, and are float32.
+            loftq_config: for "loftq": {"loftq_bits": 4 or 8, "loftq_iter": rounds}, by default 4 and 1.
+            ensure_weight_tying: a head that is tied to the embedding stays so, and follows what the embedding learns.
+                Without it only what is named learns, and a merged checkpoint has a head of its own.
 
         Raises:
             TypeError: `r` is not an integer, or the model has adapters with other settings.
@@ -376,6 +390,8 @@ class FastLanguageModel:
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, target_modules=targets,
             exclude_modules=exclude_modules, layers_to_transform=layers, layers_pattern=layers_pattern,
             rank_pattern=rank_pattern or (), alpha_pattern=alpha_pattern or (), init_lora_weights=init_lora_weights,
+            loftq_config=loftq_config or (), use_dora=use_dora, bias=bias, modules_to_save=modules_to_save,
+            ensure_weight_tying=ensure_weight_tying,
         )  # fmt: skip
         policy = remat.resolve(use_gradient_checkpointing)
         if model.lora_config is not None:
@@ -396,7 +412,7 @@ def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> boo
 
     def adapters(config):
         modules = {}
-        for linear, ranks in lora.target_ranks(model, config):
+        for linear, ranks in target_ranks(model, config):
             named = zip(linear.names(), ranks, strict=True)
             modules |= {name: (rank, config.scaling_of(name)) for name, rank in named if rank}
         return modules

@@ -1,13 +1,15 @@
-"""Adapters: put them on a model, split what learns from what is frozen, count, and add them into the weights."""
+"""Adapters: put them on a model, split what learns from what is frozen, count, and add them into the weights.
+
+`lora_targets` says which modules a config means, `lora_init` where an adapter starts.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
-import re
-import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,183 +19,171 @@ from flax import nnx
 
 from jaxlora import lora_init, quant
 from jaxlora.config import LoraConfig
-from jaxlora.layers import AdapterConstant, AdapterScale, AdapterStart, BaseParam, Linear, LoraParam, TrainableParam
+from jaxlora.kernels.lora import row_norms
+from jaxlora.layers import (
+    Adapted,
+    AdapterConstant,
+    AdapterScale,
+    AdapterStart,
+    BaseParam,
+    BaseSquare,
+    Copy,
+    Embedding,
+    LoraParam,
+    TrainableParam,
+    Weighted,
+)
+from jaxlora.lora_targets import copied, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.quant import QuantizedArray
 
 
-def is_target(config: LoraConfig, module: str) -> bool:
-    """Whether a config means the module of this path, PEFT's way. "all-linear" is the caller's to spell out."""
-    targets, excluded = config.target_modules, config.exclude_modules
-    if excluded and (re.fullmatch(excluded, module) if isinstance(excluded, str) else _names(excluded, module)):
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    if module in targets:  # a whole path, to which layers_to_transform has nothing to add
-        return True
-    return _names(targets, module) and _is_layer(config, module)
-
-
-def _names(targets: Sequence[str], module: str) -> bool:
-    return any(module == target or module.endswith("." + target) for target in targets)
-
-
-def _is_layer(config: LoraConfig, module: str) -> bool:
-    indices, patterns = config.layers_to_transform, config.layers_pattern
-    if indices is None:
-        return True
-    patterns = (patterns,) if isinstance(patterns, str) else patterns or (r"[^.]*",)
-    found = next(filter(None, (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)), None)
-    return found is not None and int(found[1]) in ((indices,) if isinstance(indices, int) else indices)
-
-
-def target_ranks(model: CausalLM, config: LoraConfig) -> list[tuple[Named, tuple[int, ...]]]:
-    """The linears that get an adapter, each with the rank of every layer of its stack: 0 where a layer gets none.
-
-    "all-linear" is every linear of the blocks, not the head. A linear that is no stack has one rank.
-
-    Raises:
-        ValueError: a target, or all of them together, matches nothing (names every target that exists), or a layer
-            that the model has not.
-    """
-    linears = list(named_nodes(model, Linear))
-    if config.target_modules == "all-linear":
-        blocks = tuple(sorted({linear.name.rsplit(".", 1)[-1] for linear in linears if linear.layers}))
-        linears, config = [x for x in linears if x.layers], dataclasses.replace(config, target_modules=blocks)
-    _check_targets(model, config)
-    chosen = [
-        (linear, tuple(config.rank_of(name) if is_target(config, name) else 0 for name in linear.names()))
-        for linear in linears
-    ]
-    chosen = [(linear, ranks) for linear, ranks in chosen if any(ranks)]
-    if not chosen:
-        raise ValueError(
-            f"target_modules {config.target_modules!r} leaves no linear layer of this {model.config.model_type} model, "
-            f"with exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r} and "
-            f"layers_pattern={config.layers_pattern!r}"
-        )
-    return chosen
-
-
-def _check_targets(model: CausalLM, config: LoraConfig) -> None:
-    linears = list(named_nodes(model, Linear))
-    names = [name for linear in linears for name in linear.names()]
-    if isinstance(config.target_modules, str):
-        pattern = config.target_modules
-        matched = any(re.fullmatch(pattern, name) for name in names)
-        unmatched, kind = ([] if matched else [pattern]), " as a regular expression for whole paths"
-    else:
-        unmatched, kind = [t for t in config.target_modules if not any(_names([t], name) for name in names)], ""
-    if unmatched:
-        known = sorted({linear.name.rsplit(".", 1)[-1] for linear in linears})
-        raise ValueError(
-            f"target_modules: {', '.join(map(repr, unmatched))}{kind} matches no linear layer of this "
-            f"{model.config.model_type} model. The names that exist: {', '.join(known)} (or 'all-linear')"
-        )
-    indices, depth = config.layers_to_transform, model.config.num_hidden_layers
-    indices = (indices,) if isinstance(indices, int) else indices or ()
-    if beyond := [index for index in indices if not 0 <= index < depth]:
-        raise ValueError(f"layers_to_transform names {beyond}, but the model's layers are 0 to {depth - 1}")
-    _warn_of_idle_options(config, names)
-
-
-def _warn_of_idle_options(config: LoraConfig, names: Sequence[str]) -> None:
-    """Say what has no effect, as PEFT does for exclude_modules."""
-    excluded = config.exclude_modules
-    idle = [("exclude_modules", x) for x in ((excluded,) if isinstance(excluded, str) else excluded or ())]
-    if isinstance(excluded, str):
-        idle = [] if any(re.fullmatch(excluded, name) for name in names) else idle
-    else:
-        idle = [(option, x) for option, x in idle if not any(_names([x], name) for name in names)]
-    for option in ("rank_pattern", "alpha_pattern"):
-        for expression, _ in getattr(config, option):
-            if not any(re.match(rf"(.*\.)?({expression})$", name) for name in names):
-                idle.append((option, expression))
-    for option, expression in idle:
-        warnings.warn(f"{option}: {expression!r} matches no linear layer, and changes nothing", stacklevel=2)
-
-
 def add_adapters(model: CausalLM, config: LoraConfig, key: Any) -> None:
-    """Put fresh adapters on the model's linears, in place, both matrices float32, as `config.init_lora_weights` says.
+    """Put fresh adapters on the model's modules, in place, all float32, as `config` says, and copies that learn.
 
     Each matrix is drawn from `key` folded with its checkpoint name, so that it does not depend on how layers are
     stacked or which others are targets.
 
     Raises:
-        TypeError: "pissa" on a quantised weight, as in PEFT.
-        ValueError: see `target_ranks`, and a start from the weight of a rank that the weight has not.
+        TypeError: "pissa" or "loftq" on a quantised weight, as in PEFT.
+        ValueError: see `lora_targets`, and a start from the weight of a rank that the weight has not.
     """
-    targets = target_ranks(model, config)
-    if config.changes_base:
-        check_start(config, targets)
+    targets, copies = target_ranks(model, config), list(copied(model, config))
+    check_start(config, targets)
     for target, ranks in targets:
-        if config.changes_base:
-            start_from_base(target, ranks, config, key)
+        module: Adapted = target.node
+        if config.changes_base and not isinstance(module, Embedding):
+            start_from_base(model, target, ranks, config, key)
             continue
-        linear: Linear = target.node
-        r = max(ranks)
-        a = jnp.zeros((len(ranks), r, linear.in_features), jnp.float32)
-        b = jnp.zeros((len(ranks), linear.out_features, r), jnp.float32)
+        draw = lora_init.draw_embedding if isinstance(module, Embedding) else lora_init.draw
+        a = jnp.zeros((len(ranks), max(ranks), module.in_features), jnp.float32)
+        b = jnp.zeros((len(ranks), module.out_features, max(ranks)), jnp.float32)
         keys = _keys(key, target)
         for rank in sorted(set(ranks) - {0}):
             layers = jnp.asarray([i for i, other in enumerate(ranks) if other == rank])
             drawn = jax.vmap(
-                lambda k, rank=rank, linear=linear: lora_init.draw(
-                    config.init_lora_weights, k, rank, linear.in_features, linear.out_features
+                lambda k, rank=rank, module=module, draw=draw: draw(
+                    config.init_lora_weights, k, rank, module.in_features, module.out_features
                 )
             )(keys[layers])
             a, b = a.at[layers, :rank].set(drawn[0]), b.at[layers, :, :rank].set(drawn[1])
-        attach_stack(target, a, b, config, ranks)
+        attach_stack(model, target, a, b, config, ranks)
+    for copy in copies:
+        add_copy(model, copy.module, copy.part, copy.layers)
+    tie_adapters(model, config)
+
+
+def tie_adapters(model: CausalLM, config: LoraConfig) -> None:
+    """Let a tied head follow what its embedding learns, if `config` says so."""
+    model.ties_adapters = config.ensure_weight_tying and model.lm_head.weight is None
 
 
 def _keys(key: Any, target: Named) -> jax.Array:
     return jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names()])
 
 
-def attach_stack(target: Named, a, b, config: LoraConfig, ranks: tuple[int, ...]) -> None:
-    """`attach` of matrices that have a leading axis even if the linear is no stack."""
+def attach_stack(model: CausalLM, target: Named, a, b, config: LoraConfig, ranks: tuple[int, ...]) -> None:
+    """`attach` of matrices that have a leading axis even if the module is no stack; with DoRA, magnitudes that leave
+    the model as it is when B A = 0."""
+    module: Adapted = target.node
     scaling = jnp.asarray([config.scaling_of(name) for name in target.names()], jnp.float32)
     parts = (a, b, scaling) if target.layers else (a[0], b[0], scaling[0])
-    attach(target.node, *parts, config.lora_dropout, ranks)
+    attach(module, *parts, config.lora_dropout, ranks)
+    if config.use_dora:
+        square, norms = _row_norms(model, module)
+        axes = (*(("layers",) if target.layers else ()), module.axes[0])
+        module.lora_base_square = BaseSquare(square, axes=axes)
+        module.lora_magnitude = LoraParam(norms, axes=axes)
+
+
+def _row_norms(model: CausalLM, module: Adapted) -> tuple[jax.Array, jax.Array]:
+    """||w||^2 and ||w + scaling b A|| of each output, [*stack, out], from one layer's float32 weight at a time."""
+
+    def one(layer: int | None):
+        weight = float_weight(model, module, layer)
+        a, b, scaling = (_of_layer(v.get_value(), layer) for v in (module.lora_A, module.lora_B, module.lora_scaling))
+        square = jnp.sum(weight * weight, axis=-1)
+        product = jnp.matmul(a, weight.T, precision=jax.lax.Precision.HIGHEST)
+        return square, row_norms(product, a, b, scaling, square)
+
+    if module.stack is None:
+        return one(None)
+    squares, norms = zip(*(one(layer) for layer in range(module.stack)), strict=True)
+    return jnp.stack(squares), jnp.stack(norms)
+
+
+def float_weight(model: CausalLM, module: Adapted, layer: int | None) -> jax.Array:
+    """The weight that an adapter of this module adds to, of one layer: [out, in] in float32. A tied head's, and an
+    embedding's, are made of the table."""
+    owner = model.model.embed_tokens if module.weight is None else module
+    weight = _of_layer(owner.weight.get_value(), layer)
+    weight = quant.dequantize(weight, jnp.float32) if isinstance(weight, QuantizedArray) else weight
+    return (weight.T if isinstance(module, Embedding) else weight).astype(jnp.float32)
+
+
+def _of_layer(value: Any, layer: int | None) -> Any:
+    return value if layer is None else jax.tree.map(operator.itemgetter(layer), value)
+
+
+def add_copy(model: CausalLM, module: Named, part: str, layers: tuple[bool, ...]) -> None:
+    """Let a copy of a module's weight or bias learn in its place, see `layers.Copy`."""
+    node: Weighted = module.node
+    base = model.model.embed_tokens.weight if getattr(node, part) is None else getattr(node, part)
+    setattr(node, f"trained_{part}", Copy(base.get_value(), base.get_metadata()["axes"], layers))
 
 
 def check_start(config: LoraConfig, targets: list[tuple[Named, tuple[int, ...]]]) -> None:
     """Refuse a start from the weights that these weights do not allow, before anything is changed."""
-    for target, ranks in targets:
-        linear = target.node
-        if isinstance(linear.weight.get_value(), QuantizedArray) and config.init_lora_weights != "olora":
-            raise TypeError(
-                f"init_lora_weights={config.init_lora_weights!r} needs the weights in float32, float16 or bfloat16, "
-                f"and {target.name} is quantised: load the model with load_in_16bit=True, or use 'olora', which "
-                "quantises what is left of the weight anew"
-            )
-        if max(ranks) > min(linear.in_features, linear.out_features):
+    init = config.init_lora_weights
+    for target, ranks in targets if config.changes_base else ():
+        module = target.node
+        if isinstance(module, Embedding):
+            continue
+        if module.weight is None:
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} takes as many directions out of {target.name} as the "
-                f"rank says, {max(ranks)}, but it is [{linear.out_features}, {linear.in_features}]"
+                f"init_lora_weights={init!r} changes the weight that it starts from, and {target.name} is tied to the "
+                "embedding, which must not change with it: leave it out of target_modules"
+            )
+        if isinstance(module.weight.get_value(), QuantizedArray) and init != "olora":
+            raise TypeError(
+                f"init_lora_weights={init!r} needs the weights in float32, float16 or bfloat16, and {target.name} is "
+                "quantised: load the model with load_in_16bit=True, or use 'olora', which quantises what is left of "
+                "the weight anew"
+            )
+        if max(ranks) > min(module.in_features, module.out_features):
+            raise ValueError(
+                f"init_lora_weights={init!r} takes as many directions out of {target.name} as the rank says, "
+                f"{max(ranks)}, but it is [{module.out_features}, {module.in_features}]"
             )
 
 
-def start_from_base(target: Named, ranks: tuple[int, ...], config: LoraConfig, key: Any) -> None:
-    """Adapters made of the weight's largest directions, which are taken out of the weight: `lora_init.principal`."""
-    linear: Linear = target.node
+def start_from_base(model: CausalLM, target: Named, ranks: tuple[int, ...], config: LoraConfig, key: Any) -> None:
+    """An adapter made of the weight, which changes: see `lora_init.principal` and `lora_init.loftq`."""
+    linear: Adapted = target.node
     a = np.zeros((len(ranks), max(ranks), linear.in_features), np.float32)
     b = np.zeros((len(ranks), linear.out_features, max(ranks)), np.float32)
     stored, keys, layers = linear.weight.get_value(), _keys(key, target), []
     for i, (name, rank) in enumerate(zip(target.names(), ranks, strict=True)):
-        one = jax.tree.map(operator.itemgetter(i), stored) if target.layers else stored
+        one = _of_layer(stored, i if target.layers else None)
         if rank:
             weight = quant.dequantize(one, jnp.float32) if isinstance(one, QuantizedArray) else one.astype(jnp.float32)
             scaling = config.scaling_of(name)
-            low = lora_init.principal(str(config.init_lora_weights), keys[i], weight, rank, scaling)
-            rest = lora_init.residual(config, name, weight, *low)
-            one = _stored_like(one, rest)
+            if config.takes_from_base:
+                low = lora_init.principal(str(config.init_lora_weights), keys[i], weight, rank, scaling)
+                one = _stored_like(one, lora_init.residual(config, name, weight, *low))
+            else:
+                rest, low = lora_init.loftq(weight, rank, scaling, bits=config.loftq_bits, rounds=config.loftq_iter)
+                rest = dataclasses.replace(rest, dtype=one.dtype)
+                # Layers of one stack are stored alike.
+                one = rest if all(ranks) else quant.dequantize(rest, one.dtype)
             a[i, :rank], b[i, :, :rank] = low
         layers.append(one)
     linear.weight.set_value(jax.tree.map(lambda *x: jnp.stack(x), *layers) if target.layers else layers[0])
-    attach_stack(target, jnp.asarray(a), jnp.asarray(b), config, ranks)
-    linear.lora_start_A = AdapterStart(jnp.copy(linear.lora_A.get_value()), axes=linear.lora_A.axes)
-    linear.lora_start_B = AdapterStart(jnp.copy(linear.lora_B.get_value()), axes=linear.lora_B.axes)
+    attach_stack(model, target, jnp.asarray(a), jnp.asarray(b), config, ranks)
+    linear.lora_owns_base = not config.takes_from_base
+    if config.takes_from_base:
+        linear.lora_start_A = AdapterStart(jnp.copy(linear.lora_A.get_value()), axes=linear.lora_A.axes)
+        linear.lora_start_B = AdapterStart(jnp.copy(linear.lora_B.get_value()), axes=linear.lora_B.axes)
 
 
 def _stored_like(weight: Any, new: jax.Array) -> Any:
@@ -204,71 +194,112 @@ def _stored_like(weight: Any, new: jax.Array) -> Any:
     return quant.quantize(new, scheme=weight.scheme, double_quant=nested, dtype=weight.dtype)
 
 
-def attach(linear: Linear, a, b, scaling, dropout: float, ranks: tuple[int, ...] | None = None) -> None:
-    """Give a linear its adapter: a [*stack, r, in], b [*stack, out, r], scaling [*stack].
+def attach(module: Adapted, a, b, scaling, dropout: float, ranks: tuple[int, ...] | None = None) -> None:
+    """Give a module its adapter: a [*stack, r, in], b [*stack, out, r], scaling [*stack].
 
     `ranks` are those of the layers, 0 for a layer without adapter; by default r for all. A layer of a lower rank uses
     its first rows of A and columns of B, and the rest is padding: the scaling becomes [*stack, r], with zeros there,
     so that nothing which stands in the padding is seen or ever learns.
     """
-    lead = ("layers",) if linear.stack is not None else ()
-    out_axis, in_axis = linear.axes
+    lead = ("layers",) if module.stack is not None else ()
+    out_axis, in_axis = module.axes
     r = a.shape[-2]
-    ranks = (r,) * (linear.stack or 1) if ranks is None else ranks
+    ranks = (r,) * (module.stack or 1) if ranks is None else ranks
     padded = set(ranks) != {r}
     if padded:
         scaling = jnp.where(jnp.arange(r) < jnp.asarray(ranks)[:, None], scaling[:, None], jnp.zeros((), jnp.float32))
-    linear.lora_A = LoraParam(a, axes=(*lead, "rank", in_axis))
-    linear.lora_B = LoraParam(b, axes=(*lead, out_axis, "rank"))
-    linear.lora_scaling = AdapterScale(scaling, axes=(*lead, "rank") if padded else lead)
-    linear.lora_dropout, linear.lora_ranks = dropout, ranks
+    module.lora_A = LoraParam(a, axes=(*lead, "rank", in_axis))
+    module.lora_B = LoraParam(b, axes=(*lead, out_axis, "rank"))
+    module.lora_scaling = AdapterScale(scaling, axes=(*lead, "rank") if padded else lead)
+    module.lora_dropout, module.lora_ranks = dropout, ranks
+
+
+# ---- What is there ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerAdapter:
-    """The adapter of one module, without padding, on the host: a [r, in], b [out, r], float32.
+    """The adapter of one module, without padding, on the host: a [r, in], b [out, r], magnitude None or [out], float32.
 
     name: the module's path in the checkpoint. It is meant for the checkpoint's own weight: where a start was taken out
-    of that, it is [A; A_0] and [B, -B_0], of twice the rank, as PEFT converts such adapters.
+    of that, it is [A; A_0] and [B, -B_0], of twice the rank, as PEFT converts such adapters. is_table: whether the
+    weight is an embedding, [in, out]. base: None, or what gives the weight [out, in] that stands here in place of the
+    checkpoint's (LoftQ's).
     """
 
     name: str
     a: np.ndarray
     b: np.ndarray
+    magnitude: np.ndarray | None
     scaling: float
+    is_table: bool = False
+    base: Callable[[], jax.Array] | None = None
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """That of the weight in the checkpoint."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.is_table else shape
 
-def layer_adapters(linear: Named) -> Iterator[LayerAdapter]:
-    """The adapters of a linear, one for each layer that has one."""
-    node = linear.node
-    a, b, scaling = (np.asarray(v.get_value()) for v in (node.lora_A, node.lora_B, node.lora_scaling))
-    start = None
-    if node.lora_start_A is not None:
-        start = [np.asarray(v.get_value()) for v in (node.lora_start_A, node.lora_start_B)]
-    if not linear.layers:
-        a, b, scaling = a[None], b[None], scaling[None]
-        start = None if start is None else [part[None] for part in start]
-    for i, (name, rank) in enumerate(zip(linear.names(), node.lora_ranks, strict=True)):
+    def merge(self, weight: np.ndarray) -> np.ndarray:
+        """W + scaling * B A, float32, of the checkpoint's weight, in its orientation; with DoRA each output of it
+        scaled to its magnitude."""
+        weight = weight.T if self.is_table else weight
+        if self.base is not None:
+            weight = np.asarray(self.base())
+        merged = weight.astype(np.float32) + self.scaling * (self.b @ self.a)
+        if self.magnitude is not None:
+            merged *= (self.magnitude / np.linalg.norm(merged, axis=1))[:, None]
+        return merged.T if self.is_table else merged
+
+
+def layer_adapters(model: CausalLM, target: Named) -> Iterator[LayerAdapter]:
+    """The adapters of a module, one for each layer that has one."""
+    node: Adapted = target.node
+    a, b, scaling, magnitude, start_a, start_b = (
+        None if part is None else np.asarray(part.get_value()) if target.layers else np.asarray(part.get_value())[None]
+        for part in (
+            node.lora_A, node.lora_B, node.lora_scaling, node.lora_magnitude, node.lora_start_A, node.lora_start_B
+        )
+    )  # fmt: skip
+    assert a is not None and b is not None and scaling is not None
+    for i, (name, rank) in enumerate(zip(target.names(), node.lora_ranks, strict=True)):
         if rank:
-            factor = float(scaling[i] if scaling.ndim == 1 else scaling[i, 0])
-            parts = [(a[i, :rank], b[i, :, :rank])]
-            if start is not None:
-                parts.append((start[0][i, :rank], -start[1][i, :, :rank]))
+            low_a, low_b = a[i, :rank], b[i, :, :rank]
+            if start_a is not None and start_b is not None:
+                low_a = np.concatenate([low_a, start_a[i, :rank]])
+                low_b = np.concatenate([low_b, -start_b[i, :, :rank]], axis=1)
+            layer = i if target.layers else None
             yield LayerAdapter(
                 name=name,
-                a=np.concatenate([part[0] for part in parts]),
-                b=np.concatenate([part[1] for part in parts], axis=1),
-                scaling=factor,
+                a=low_a,
+                b=low_b,
+                magnitude=None if magnitude is None else magnitude[i],
+                scaling=float(scaling[i] if scaling.ndim == 1 else scaling[i, 0]),
+                is_table=isinstance(node, Embedding),
+                base=functools.partial(float_weight, model, node, layer) if node.lora_owns_base else None,
             )
 
 
 def adapters(model: CausalLM) -> list[Named]:
-    """The linears that carry an adapter."""
-    return [linear for linear in named_nodes(model, Linear) if linear.node.lora_A is not None]
+    """The modules that carry an adapter."""
+    return [module for module in named_nodes(model, Adapted) if module.node.lora_A is not None]
+
+
+def trained_copies(model: CausalLM) -> Iterator[tuple[str, np.ndarray]]:
+    """(checkpoint name, value) of every weight and bias of which a copy learns, float32 on the host."""
+    for module in named_nodes(model, Weighted):
+        for part in ("weight", "bias"):
+            copy = getattr(module.node, f"trained_{part}")
+            if copy is not None:
+                value = np.asarray(copy.value.get_value())
+                for i, (name, learns) in enumerate(zip(module.names(), copy.layers, strict=True)):
+                    if learns:
+                        yield f"{name}.{part}", value[i] if module.layers else value
 
 
 def partition(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -307,21 +338,31 @@ def _size(value: Any) -> int:
     return value.size
 
 
-def _padding(linear: Linear) -> int:
-    """Number of entries of A and B that stand in no layer's adapter."""
-    r = linear.lora_A.get_value().shape[-2]
-    return sum(r - rank for rank in linear.lora_ranks) * (linear.in_features + linear.out_features)
+def _padding(module: Adapted) -> int:
+    """Number of entries of an adapter that stand in no layer's."""
+    r = module.lora_A.get_value().shape[-2]
+    padding = sum(r - rank for rank in module.lora_ranks) * (module.in_features + module.out_features)
+    return padding + (module.lora_ranks.count(0) * module.out_features if module.lora_magnitude is not None else 0)
 
 
 def get_nb_trainable_parameters(model: CausalLM) -> tuple[int, int]:
-    """(trainable, all) as PEFT counts them: adapters are part of "all", and a tied head is counted once."""
-    padding = sum(_padding(linear.node) for linear in adapters(model))
+    """(trainable, all) as PEFT counts them: adapters and copies are part of "all", a tied head is counted once, and a
+    bias that learns is not counted beside its copy."""
+    padding = sum(_padding(module.node) for module in adapters(model))
     trainable = sum(_size(p.node.get_value()) for p in named_nodes(model, nnx.Param)) - padding
     frozen = sum(
         _size(p.node.get_value())
         for p in named_nodes(model, nnx.Variable)
         if not isinstance(p.node, nnx.Param | AdapterConstant)
     )
+    for module in named_nodes(model, Weighted):
+        copies = {part: getattr(module.node, f"trained_{part}") for part in ("weight", "bias")}
+        for copy in copies.values():
+            if copy is not None:
+                size = copy.value.get_value().size // len(copy.layers)
+                trainable -= size * copy.layers.count(False)
+                saved = copies["weight"].layers if copies["weight"] is not None else (False,) * len(copy.layers)
+                frozen -= size * sum(learns and not whole for learns, whole in zip(copy.layers, saved, strict=True))
     return trainable, trainable + frozen
 
 
@@ -334,9 +375,7 @@ def format_trainable_parameters(trainable: int, total: int) -> str:
     return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
 
 
-def delta_weight(linear: Linear, layer: int | None = None) -> jax.Array:
-    """scaling * B A of one layer, [out, in] in float32: what the adapter adds to the weight."""
-    a, b, scaling = (v.get_value() for v in (linear.lora_A, linear.lora_B, linear.lora_scaling))
-    if layer is not None:
-        a, b, scaling = a[layer], b[layer], scaling[layer]
+def delta_weight(module: Adapted, layer: int | None = None) -> jax.Array:
+    """scaling * B A of one layer, [out, in] in float32: what the adapter adds to the weight, before DoRA's gain."""
+    a, b, scaling = (_of_layer(v.get_value(), layer) for v in (module.lora_A, module.lora_B, module.lora_scaling))
     return jnp.matmul(b * scaling, a, precision=jax.lax.Precision.HIGHEST)

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlora import quant
 from jaxlora.config import LoraConfig
+from jaxlora.quant import QuantizedArray
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -36,6 +38,29 @@ def draw(kind: bool | str, key: Any, rank: int, in_features: int, out_features: 
     if kind is False:
         return a, jax.random.uniform(key_b, shape_b, jnp.float32, -(rank**-0.5), rank**-0.5)
     return a, jnp.zeros(shape_b, jnp.float32)
+
+
+def draw_embedding(kind: bool | str, key: Any, rank: int, rows: int, features: int) -> tuple[Array, Array]:
+    """A [rank, rows] and B [features, rank], float32, of an embedding's adapter: A zero and B normal, both normal for
+    False. The other kinds are for linear layers, and start an embedding like True."""
+    key_b = jax.random.fold_in(key, 1)
+    a = jax.random.normal(key, (rank, rows), jnp.float32) if kind is False else jnp.zeros((rank, rows), jnp.float32)
+    return a, jax.random.normal(key_b, (features, rank), jnp.float32)
+
+
+def loftq(
+    weight: Float[Array, "out in"], rank: int, scaling: float, *, bits: int, rounds: int
+) -> tuple[QuantizedArray, tuple[Float[Array, "r in"], Float[Array, "out r"]]]:
+    """Q and (A, B) with W close to Q + scaling * B A: `rounds` times Q = quantise(W - s B A), then s B A the best
+    approximation of W - Q of this rank (arXiv:2310.08659, algorithm 1). Q is NF4 for 4 bits, int8 for 8."""
+    scheme, low = ("nf4" if bits == 4 else "int8"), jnp.zeros((), jnp.float32)
+    for _ in range(rounds):
+        stored = quant.quantize(weight - low, scheme=scheme, double_quant=False, dtype=jnp.float32)
+        u, s, vh = jnp.linalg.svd(weight - quant.dequantize(stored, jnp.float32), full_matrices=False)
+        root = jnp.sqrt(s[:rank])
+        a, b = root[:, None] * vh[:rank], u[:, :rank] * root
+        low = jnp.matmul(b, a, precision=_EXACT)
+    return stored, (a * scaling**-0.5, b * scaling**-0.5)
 
 
 def principal(

@@ -340,8 +340,10 @@ class CausalLM(nnx.Module):
         self._hf_config = json.dumps(hf_config or {})  # text, because a graphdef's attributes must hash
         self.remat_policy, self.tiled_mlp = "none", False
         self.model = Decoder(config, make)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else make.linear(config.hidden_size, config.vocab_size, ("vocab", "embed"), False)
+        self.ties_adapters = False  # whether a tied head follows the embedding's adapter or copy as well
+        self.lm_head = make.linear(config.hidden_size, config.vocab_size, ("vocab", "embed"), False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = None
 
     @property
     def hf_config(self) -> dict:
@@ -410,22 +412,28 @@ class CausalLM(nnx.Module):
     def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
         """Rows and a matrix [vocab, E] whose product is the logits of these hidden states, before their softcap.
 
-        An adapter on the head joins by concatenation: [x, s x A^T] [W, B]^T = x W^T + s (x A^T) B^T.
+        An adapter on the head joins by concatenation: [x, s x A^T] [W, B]^T = x W^T + s (x A^T) B^T. DoRA's gain
+        multiplies the rows of [W, B].
         """
-        hidden = hidden * self.config.logit_scale
-        head = self.lm_head
-        if head is None:
-            return hidden, self.model.embed_tokens.weight.get_value().astype(hidden.dtype)
-        weight = head.weight.get_value().astype(hidden.dtype)
-        if head.lora_A is None:
+        hidden, embedding, head = hidden * self.config.logit_scale, self.model.embed_tokens, self.lm_head
+        follows = self.ties_adapters
+        weight = head.weight.get_value() if head.weight is not None else embedding.weight.get_value()
+        if follows and embedding.trained_weight is not None:
+            weight = embedding.trained_weight(weight)
+        elif head.trained_weight is not None:
+            weight = head.trained_weight(weight)
+        weight, adapted = weight.astype(hidden.dtype), embedding if follows else head
+        if adapted.lora_A is None:
             return hidden, weight
-        low = (hidden @ head.lora_A.get_value().astype(hidden.dtype).T) * head.lora_scaling.get_value().astype(
-            hidden.dtype
-        )
-        return (
-            jnp.concatenate([hidden, low], axis=1),
-            jnp.concatenate([weight, head.lora_B.get_value().astype(hidden.dtype)], axis=1),
-        )
+        a, b, scaling = (v.get_value() for v in (adapted.lora_A, adapted.lora_B, adapted.lora_scaling))
+        if follows:
+            a, b = b.T, a.T  # a table and its transpose
+        low = (hidden @ a.astype(hidden.dtype).T) * scaling.astype(hidden.dtype)
+        both = jnp.concatenate([weight, b.astype(hidden.dtype)], axis=1)
+        if head.lora_magnitude is not None:
+            gain = head.dora_gain(quant.matmul(a.astype(hidden.dtype), weight))
+            both = (gain[:, None] * both.astype(gain.dtype)).astype(hidden.dtype)
+        return jnp.concatenate([hidden, low], axis=1), both
 
     def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
         """Logits of hidden states, float32."""

@@ -21,6 +21,26 @@ def _dot(x: Array, w: Array, contract: tuple[int, int], out_dtype) -> Array:
     return jax.lax.dot_general(x, w, dims, preferred_element_type=out_dtype)
 
 
+def row_norms(
+    weight_a: Float[Array, "r d_out"],
+    a: Float[Array, "r d_in"],
+    b: Float[Array, "d_out r"],
+    scaling: Float[Array, "*per_rank"],
+    base_square: Float[Array, " d_out"],
+) -> Float[Array, " d_out"]:
+    """The norm of each row of W + B' A with B' = scaling B, float32, without that matrix (DoRA, arXiv:2402.09353).
+
+        ||w + b' A||^2 = ||w||^2 + 2 b' . (A w) + b' (A A^T) b'^T
+
+    weight_a is A W^T, which costs r rows of a product with W; base_square is ||w||^2 of each row.
+    """
+    exact = jax.lax.Precision.HIGHEST
+    b = b * scaling
+    cross = 2.0 * jnp.sum(b * weight_a.T.astype(b.dtype), axis=-1)
+    low = jnp.sum(jnp.matmul(b, jnp.matmul(a, a.T, precision=exact), precision=exact) * b, axis=-1)
+    return jnp.sqrt(jnp.maximum(base_square + cross + low, 0.0))
+
+
 @jax.custom_vjp
 def lora_delta(
     x: Float[Array, "*batch d_in"],

@@ -2,21 +2,20 @@
 PEFT, merged and loaded by transformers."""
 
 import re
-import warnings
 
+import bitsandbytes.functional as bnb
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import peft
 import pytest
 import torch
 import transformers
 from flax import nnx
-from helpers import load_folder, make_checkpoint, random_ids, randomise_adapters
-from safetensors.numpy import load_file
+from helpers import load_folder, make_checkpoint, randomise_adapters
+from walk import BLOCKS, IDS, largest_difference, logits_of, peft_model, save_peft, train_ours, walk
 
-from jaxlora import lora, quant
+from jaxlora import lora, lora_init, quant
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters import peft as ours
 from jaxlora.converters.export import save_merged
@@ -24,126 +23,6 @@ from jaxlora.converters.huggingface import CheckpointError
 from jaxlora.layers import Linear
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import named_nodes
-from jaxlora.train import TrainState, make_train_step
-
-BLOCKS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-IDS = random_ids(2, 11)
-LEARNING_RATE, STEPS = 3e-3, 4
-
-
-def logits_of(model) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(IDS).long()).logits.numpy()
-
-
-def largest_difference(found, expected) -> float:
-    return float(np.abs(np.asarray(found) - np.asarray(expected)).max())
-
-
-def peft_model(theirs, seed=0, **options):
-    """PEFT's adapter with every lora_B random."""
-    options = {"r": 4, "lora_alpha": 6, "target_modules": BLOCKS, "task_type": "CAUSAL_LM"} | options
-    model = peft.get_peft_model(theirs, peft.LoraConfig(**options)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator))
-    return model
-
-
-def save_peft(model, folder) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
-        model.save_pretrained(folder)
-
-
-def train_peft(model) -> None:
-    model.train()
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=0.1)
-    ids = torch.from_numpy(IDS).long()
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    model.eval()
-
-
-def train_ours(model, key=None):
-    graphdef, trainable, frozen = lora.partition(model)
-    optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.1)
-    state, step = TrainState.create(trainable, optimizer, key), make_train_step(graphdef, optimizer)
-    batch = {"input_ids": jnp.asarray(IDS), "labels": jnp.asarray(IDS)}
-    for _ in range(STEPS):
-        state, _ = step(state, frozen, batch)
-    nnx.update(model, state.trainable)
-
-
-def separate_directions(theirs) -> None:
-    """Give the weights singular values that lie apart, as a start from the largest of them is otherwise ill-defined:
-    two SVDs in float32 agree on a direction up to the rounding error over the gap."""
-    with torch.no_grad():
-        for name, weight in theirs.named_parameters():
-            if "_proj" in name:
-                weight.mul_(1.5 * 0.8 ** torch.arange(weight.shape[1]))
-
-
-def live_tensors(model) -> dict[str, np.ndarray]:
-    """What learns, under PEFT's names."""
-    tensors = {}
-    for linear in lora.adapters(model):
-        for part in ("lora_A", "lora_B"):
-            value = np.asarray(getattr(linear.node, part).get_value())
-            for i, (name, rank) in enumerate(zip(linear.names(), linear.node.lora_ranks, strict=True)):
-                one = value[i] if linear.layers else value
-                if rank:
-                    one = one[:rank] if part == "lora_A" else one[:, :rank]
-                    tensors[f"base_model.model.{name}.{part}.weight"] = one
-    return tensors
-
-
-def walk(name, folder, converted=False, **options):
-    """Every way that an adapter of these options takes between PEFT and here, with the same logits at each stop.
-
-    `converted`: what is saved here is another form of what PEFT saves.
-    """
-    base = folder / "base"
-    theirs = make_checkpoint(name, base)
-    if converted:
-        separate_directions(theirs)
-        theirs.save_pretrained(base)
-    theirs = peft_model(theirs, **options)
-    save_peft(theirs, folder / "theirs")
-    model = load_folder(base)
-    config = ours.load_adapter(model, folder / "theirs")
-    assert largest_difference(model(jnp.asarray(IDS)), logits_of(theirs)) < 5e-5
-    assert lora.get_nb_trainable_parameters(model) == theirs.get_nb_trainable_parameters()
-
-    start = live_tensors(model)
-    train_peft(theirs)
-    train_ours(model)
-    save_peft(theirs, folder / "trained")
-    expected = load_file(folder / "trained" / "adapter_model.safetensors")
-    ours.save_adapter(model, folder / "ours", config=config, base=str(base))
-    found = live_tensors(model)
-    if not converted:
-        saved = load_file(folder / "ours" / "adapter_model.safetensors")
-        assert {key: value.tobytes() for key, value in saved.items()} == {k: v.tobytes() for k, v in found.items()}
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        moved = np.abs(value - start[key]).max()
-        assert moved > 0, f"{key} did not learn"
-        assert largest_difference(found[key], value) < 2e-2 * moved + 1e-6, key
-
-    logits = model(jnp.asarray(IDS))
-    again = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "ours", attn_implementation="eager")
-    assert largest_difference(logits, logits_of(again)) < 5e-5
-    save_merged(model, folder / "merged", base=base, verify=False)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged", attn_implementation="eager")
-    assert largest_difference(logits, logits_of(merged)) < 5e-5
-    return model, config
-
 
 # ---- Which modules, and with what rank -------------------------------------------------------------------------------
 
@@ -305,12 +184,56 @@ def test_olora_on_a_quantised_base_quantises_what_is_left(checkpoint):
         np.testing.assert_allclose(quant.dequantize(stored, jnp.float32), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits, rounds", [(4, 1), (4, 3), (8, 2)])
+def test_loftq_is_that_of_bitsandbytes_and_svd(bits, rounds):
+    """PEFT's `loftq_init`, which itself wants a GPU: its quantisation and its decomposition, in turn."""
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((40, 128)).astype(np.float32))
+    low = torch.zeros(())
+    for _ in range(rounds):
+        if bits == 4:
+            codes, state = bnb.quantize_4bit(weight - low, blocksize=64, quant_type="nf4", compress_statistics=False)
+            held = bnb.dequantize_4bit(codes, state)
+        else:
+            codes, scales, _ = bnb.int8_vectorwise_quant((weight - low).half())  # as Int8Params does
+            held = bnb.int8_vectorwise_dequant(codes, scales)
+        u, s, vh = torch.linalg.svd(weight - held, full_matrices=False)
+        low = (u[:, :6] * s[:6]) @ vh[:6]
+    stored, (a, b) = lora_init.loftq(jnp.asarray(weight.numpy()), 6, 1.5, bits=bits, rounds=rounds)
+    np.testing.assert_allclose(quant.dequantize(stored, jnp.float32), held.numpy(), atol=2e-5)
+    np.testing.assert_allclose(1.5 * (b @ a), low.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"layers_to_transform": [0, 2]}], ids=["all", "some"])
+def test_loftq_starts_nearer_than_quantising_does(options, checkpoint, tmp_path):
+    plain = load_folder(checkpoint)
+    model, config = fresh(checkpoint, init_lora_weights="loftq", r=8, target_modules=BLOCKS, **options)
+    for x in lora.adapters(model):
+        assert isinstance(x.node.weight.get_value(), quant.QuantizedArray) == (not options)
+        held = np.asarray(lora.float_weight(model, x.node, 0))
+        exact = np.asarray(plain_weight(plain, x.name)[0])
+        start = held + np.asarray(lora.delta_weight(x.node, 0))
+        assert np.linalg.norm(start - exact) < 0.8 * np.linalg.norm(held - exact)
+    train_ours(model)
+    logits = model(jnp.asarray(IDS))
+    ours.save_adapter(model, tmp_path / "adapter", config=config, base=str(checkpoint))
+    again = load_folder(checkpoint)
+    assert ours.load_adapter(again, tmp_path / "adapter").init_lora_weights == "loftq"
+    np.testing.assert_array_equal(again(jnp.asarray(IDS)), logits)
+    save_merged(model, tmp_path / "merged", base=checkpoint)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert largest_difference(logits, logits_of(merged)) < 5e-5
+
+
+def plain_weight(model, name):
+    return next(x.node.weight.get_value() for x in named_nodes(model, Linear) if x.name == name)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
         (dict(init_lora_weights="pissa"), TypeError, "is quantised: load the model with load_in_16bit=True, or"),
         (dict(init_lora_weights="olora", r=21), ValueError, r"k_proj .*rank says, 21, but it is \[20, 48\]"),
-        (dict(init_lora_weights="loftq"), ValueError, "init_lora_weights 'loftq' is not one of True, False, gaussian"),
+        (dict(init_lora_weights="eva"), ValueError, "init_lora_weights 'eva' is not one of True, False, gaussian"),
         (dict(init_lora_weights="pissa_niter_x"), ValueError, "'pissa_niter_x' is not one of"),
         (dict(init_lora_weights="orthogonal", r=3), ValueError, r"needs even ranks, found \[3\]"),
     ],

@@ -15,10 +15,10 @@ import transformers
 from helpers import TINY, load_folder, make_checkpoint, random_ids, torch_model
 from safetensors.torch import load_file, save_file
 
-from jaxlora import lora
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, load_model
+from jaxlora.lora_targets import target_ranks
 from jaxlora.quant import QuantizedArray, dequantize
 
 IDS = random_ids(2, 13)
@@ -125,7 +125,7 @@ def test_quantised_here_or_there_is_the_same(tmp_path):
     quantise(tmp_path, double_quant=False)
     ours, theirs = load_folder(tmp_path / "base", quant_config=QuantConfig(double_quant=False)), load(tmp_path / "bnb")
     everything = LoraConfig(target_modules="all-linear")
-    pairs = zip(lora.target_ranks(ours, everything), lora.target_ranks(theirs, everything), strict=True)
+    pairs = zip(target_ranks(ours, everything), target_ranks(theirs, everything), strict=True)
     for (a, _), (b, _) in pairs:
         a, b = a.node.weight.get_value(), b.node.weight.get_value()
         assert np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales)

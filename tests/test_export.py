@@ -232,7 +232,7 @@ def test_another_models_base(tmp_path):
     with pytest.raises(CheckpointError, match=r"1 of 3 adapters .*layers.2.mlp.up_proj.weight is missing"):
         model.save_pretrained_merged(tmp_path / "merged", base=tmp_path / "shallow")
     with pytest.raises(
-        CheckpointError, match=r"3 of 3 adapters .*up_proj.weight is \[96, 48\], its adapter \[80, 48\]"
+        CheckpointError, match=r"3 of 3 adapters .*up_proj.weight is \[96, 48\], and what it learnt \[80, 48\]"
     ):
         model.save_pretrained_merged(tmp_path / "merged", base=tmp_path / "wide")
 

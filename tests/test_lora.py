@@ -127,7 +127,7 @@ def test_unknown_targets_are_named_with_those_that_exist(tmp_path):
     theirs, model = make_pair("llama", tmp_path)
     message = (
         "target_modules: 'proj', 'qproj' matches no linear layer of this llama model. The names that exist: down_proj, "
-        "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj (or 'all-linear')"
+        "embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj (or 'all-linear')"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         adapted(model, target_modules=("q_proj", "proj", "qproj"))
