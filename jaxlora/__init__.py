@@ -18,5 +18,6 @@ from jaxlora.sft import SFTConfig as SFTConfig
 from jaxlora.sft import SFTTrainer as SFTTrainer
 from jaxlora.train import TrainState as TrainState
 from jaxlora.train import make_train_step as make_train_step
+from jaxlora.vocabulary import add_new_tokens as add_new_tokens
 
 __version__ = "0.1.0.dev0"

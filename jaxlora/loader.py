@@ -32,6 +32,7 @@ from jaxlora.hub import resolve_path
 from jaxlora.lora_targets import target_ranks
 from jaxlora.model import CausalLM
 from jaxlora.modes import choose_mode, resolve_dtype
+from jaxlora.vocabulary import repair_tokenizer, resize_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +193,9 @@ class FastLanguageModel:
         trust_remote_code: bool = False,
         text_only: bool = False,
         use_exact_model_name: bool = False,
+        fix_tokenizer: bool = True,
+        resize_model_vocab: int | None = None,
+        random_state: int = 3407,
         **unknown: Any,
     ) -> tuple[LanguageModel, Any]:
         """Load a model and its tokenizer.
@@ -234,6 +238,11 @@ class FastLanguageModel:
             text_only: say that of a model with a vision tower only the language model is wanted, which is what is
                 loaded in any case; without it there is a warning.
             use_exact_model_name: both values are the same, since no name is mapped to another.
+            fix_tokenizer: repair the pad token, the padding side and the generation prompt of the tokenizer; see
+                `vocabulary.repair_tokenizer`.
+            resize_model_vocab: number of rows of the embedding and the head, if larger than the checkpoint's; see
+                `vocabulary.resize_vocabulary`.
+            random_state: seed of the rows that `resize_model_vocab` adds. Nothing else is drawn while loading.
 
         Returns:
             (model, tokenizer). The tokenizer is None, with a warning, if the checkpoint has none.
@@ -308,6 +317,8 @@ class FastLanguageModel:
         if full_finetuning:
             lora.unfreeze(model)
             model.full_finetuning = True
+        if resize_model_vocab is not None:
+            resize_vocabulary(model, resize_model_vocab, jax.random.key(random_state))
         # Absolute where it is a path: an adapter that names it may be loaded from anywhere.
         model.base_folder = str(path.resolve())
         model.name_or_path = model.base_folder if Path(model_name).expanduser().exists() else str(model_name)
@@ -319,6 +330,8 @@ class FastLanguageModel:
             tokenizer = _tokenizer(adapter) or tokenizer
         if tokenizer is None:
             warnings.warn(f"{path} has no tokenizer files: the tokenizer is None", stacklevel=2)
+        elif fix_tokenizer:
+            repair_tokenizer(tokenizer, hf_config, model.config.vocab_size)
         return model, tokenizer
 
     @staticmethod
@@ -382,6 +395,11 @@ class FastLanguageModel:
         if model.full_finetuning:
             warnings.warn("full fine-tuning is on, so get_peft_model has no effect", stacklevel=2)
             return model
+        if model.has_new_rows:
+            raise NotImplementedError(
+                "the embedding has rows that its checkpoint has not, and adapters cannot carry them yet: train the "
+                "model with full_finetuning=True"
+            )
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = layers_to_transform
         if isinstance(layers, Sequence):
@@ -519,9 +537,21 @@ def _read_json(path: Path) -> dict:
 def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
-    from transformers import AutoTokenizer  # takes seconds to import, and a model without tokenizer needs none
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds, which a model without tokenizer saves
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError:
+        if "auto_map" not in _read_json(folder / "tokenizer_config.json"):
+            raise
+    if (folder / "tokenizer.json").exists():  # which says all that there is to say of most
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    warnings.warn(
+        f"{folder}: the tokenizer is code of its own (auto_map), which is never run here: make a tokenizer.json of it, "
+        "or pass one that transformers has",
+        stacklevel=4,
+    )
+    return None
 
 
 def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:

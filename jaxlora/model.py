@@ -339,6 +339,7 @@ class CausalLM(nnx.Module):
         self.config, self.dtype, self.quant_config = config, jnp.dtype(dtype), quant_config
         self._hf_config = json.dumps(hf_config or {})  # text, because a graphdef's attributes must hash
         self.remat_policy, self.tiled_mlp = "none", False
+        self.has_new_rows = False  # of the embedding and the head, which the checkpoint has not; see `vocabulary`
         self.model = Decoder(config, make)
         self.ties_adapters = False  # whether a tied head follows the embedding's adapter or copy as well
         self.lm_head = make.linear(config.hidden_size, config.vocab_size, ("vocab", "embed"), False)
