@@ -111,7 +111,8 @@ class MergedSource:
 
     Adapters are merged, and copies that learnt stand in for the checkpoint's. A head that was tied, and no longer
     equals the embedding, is one more tensor. `changed` are the names of the checkpoint's tensors that differ; `added`
-    of those that it has not; `unties`: whether the head is no longer tied.
+    of those that it has not; `unties`: whether the head is no longer tied; `fits_shards`: whether every tensor has its
+    place in the checkpoint's files, which it has not with more rows for new tokens.
 
     Raises:
         CheckpointError: a tensor that learnt is missing from the checkpoint, has another shape, or is quantised.
@@ -132,7 +133,9 @@ class MergedSource:
             self._untie(model)
         self.unties = bool(self.added)
         self.changed = tuple(name for name in self._merges if name not in self.added)
+        self._has_new_rows = model.has_new_rows
         self._check()
+        self.fits_shards = not self.added and all(self.shape(name) == source.shape(name) for name in self.changed)
 
     def _untie(self, model: CausalLM) -> None:
         head, embedding = (
@@ -150,7 +153,7 @@ class MergedSource:
             shape, _ = self._merges[name]
             if name not in stored:
                 problems.append(f"{name} is missing")
-            elif tuple(self._source.shape(name)) != shape:
+            elif tuple(self._source.shape(name)) != shape and not self._gained_rows(name, shape):
                 problems.append(f"{name} is {list(self._source.shape(name))}, and what it learnt {list(shape)}")
             elif self._source.dtype(name).name not in _FLOATS:
                 problems.append(f"{name} is stored as {self._source.dtype(name)}, which cannot take an adapter")
@@ -161,6 +164,10 @@ class MergedSource:
                 "the adapter was trained on, or its 16-bit original (base=...)"
             )
 
+    def _gained_rows(self, name: str, shape: tuple[int, ...]) -> bool:
+        rows, *width = self._source.shape(name)
+        return self._has_new_rows and rows < shape[0] and tuple(width) == shape[1:]
+
     def names(self) -> list[str]:
         return [*self._source.names(), *self.added]
 
@@ -168,7 +175,7 @@ class MergedSource:
         return self._tied_to if name in self.added else name
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(self._stored(name))
+        return tuple(self._merges[name][0] if name in self._merges else self._source.shape(name))
 
     def dtype(self, name: str) -> np.dtype:
         return self._source.dtype(self._stored(name))
@@ -306,10 +313,10 @@ def save_merged(
     hf_config = _with_dtype(_untied(hf_config) if merged.unties else hf_config, base_dtype)
     with staged(folder) as stage:
         if isinstance(source, SafetensorsSource):
-            if merged.added:  # for which the shards have no place
-                files = _write_tensors(merged, stage, max_shard_size)
-            else:
+            if merged.fits_shards:
                 files = _write_shards(source, merged, stage)
+            else:
+                files = _write_tensors(merged, stage, max_shard_size)
             _copy_files(base, stage, tokenizer)
         else:
             files = _write_tensors(tensors, stage, max_shard_size)

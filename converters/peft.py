@@ -281,6 +281,13 @@ def base_model_revision(folder: str | Path) -> str | None:
     return read_options(folder).get("revision")
 
 
+def vocabulary_rows(model: CausalLM, folder: str | Path) -> int:
+    """The number of rows that the embedding needs for this adapter: as many as one that it brings along has."""
+    _, table = _head_and_embedding(model)
+    entry = _open_weights(Path(folder)).entries.get(_copy_key(f"{table}.weight", set()))
+    return max(model.config.vocab_size, 0 if entry is None else entry.shape[0])
+
+
 def read_options(folder: str | Path) -> dict[str, Any]:
     """The fields of adapter_config.json.
 

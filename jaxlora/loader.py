@@ -32,7 +32,7 @@ from jaxlora.hub import resolve_path
 from jaxlora.lora_targets import target_ranks
 from jaxlora.model import CausalLM
 from jaxlora.modes import choose_mode, resolve_dtype
-from jaxlora.vocabulary import repair_tokenizer, resize_vocabulary
+from jaxlora.vocabulary import learning_rows, repair_tokenizer, resize_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -326,6 +326,7 @@ class FastLanguageModel:
         model._generation_config = json.dumps(checkpoint.generation_config)
         model.max_seq_length, model.remat_policy, model.tiled_mlp = window, policy, unsloth_tiled_mlp
         if adapter is not None:
+            resize_vocabulary(model, peft.vocabulary_rows(model, adapter), jax.random.key(random_state))
             model.lora_config = peft.load_adapter(model, adapter)
             tokenizer = _tokenizer(adapter) or tokenizer
         if tokenizer is None:
@@ -395,11 +396,6 @@ class FastLanguageModel:
         if model.full_finetuning:
             warnings.warn("full fine-tuning is on, so get_peft_model has no effect", stacklevel=2)
             return model
-        if model.has_new_rows:
-            raise NotImplementedError(
-                "the embedding has rows that its checkpoint has not, and adapters cannot carry them yet: train the "
-                "model with full_finetuning=True"
-            )
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = layers_to_transform
         if isinstance(layers, Sequence):
@@ -411,6 +407,7 @@ class FastLanguageModel:
             loftq_config=loftq_config or (), use_dora=use_dora, bias=bias, modules_to_save=modules_to_save,
             ensure_weight_tying=ensure_weight_tying,
         )  # fmt: skip
+        config = learning_rows(model, config)
         policy = remat.resolve(use_gradient_checkpointing)
         if model.lora_config is not None:
             if not _same_adapters(model, model.lora_config, config):

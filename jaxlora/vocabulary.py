@@ -2,8 +2,8 @@
 
 A checkpoint's tokenizer is repaired in three things that training and sampling lean on (`repair_tokenizer`): a pad
 token that is not the end of a text, padding on the left, and a chat template that opens the assistant's turn when it is
-asked to. New tokens get rows in the embedding and the head (`add_new_tokens`); both then have to learn, and go with the
-adapter.
+asked to. New tokens get rows in the embedding and the head (`add_new_tokens`); both then learn as a whole, and go with
+the adapter.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from jaxlora import lora
+from jaxlora.config import LoraConfig
+from jaxlora.layers import Adapted
+from jaxlora.model import CausalLM, named_nodes
 from jaxlora.sharding import variable_sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from jaxlora.model import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +216,24 @@ def resize_vocabulary(model: CausalLM, rows: int, key: Any) -> None:
     _replace_tables(model, fill)
 
 
+def learning_rows(model: CausalLM, config: LoraConfig) -> LoraConfig:
+    """`config` for a model with new rows: the embedding and the head learn as a whole, together if they are tied."""
+    if not model.has_new_rows:
+        return config
+    is_tied = model.lm_head.weight is None
+    learning = (model.model.embed_tokens,) if is_tied else (model.model.embed_tokens, model.lm_head)
+    names = [module.name for module in named_nodes(model, Adapted) if any(module.node is node for node in learning)]
+    given = config.modules_to_save or ()
+    missing = [name for name in names if not any(name == one or name.endswith("." + one) for one in given)]
+    return dataclasses.replace(
+        config,
+        modules_to_save=(*given, *sorted(name.rsplit(".", 1)[-1] for name in missing)),
+        ensure_weight_tying=config.ensure_weight_tying or is_tied,
+    )
+
+
 def _refuse_adapters(model: CausalLM) -> None:
-    if lora.adapters(model):
+    if lora.adapters(model) or any(lora.trained_copies(model)):
         raise ValueError("the model has adapters already: give it new tokens before get_peft_model")
 
 
@@ -240,7 +257,7 @@ def _replace_tables(model: CausalLM, fill: Callable[[Array, Array], Array]) -> N
     """
     embedding, head = model.model.embed_tokens, model.lm_head
     trained = jnp.max(jnp.abs(jax.device_put(embedding.weight.get_value(), jax.memory.Space.Device)), axis=1) > 1e-16
-    for module in (embedding,) if head is None else (embedding, head):
+    for module in (embedding,) if head.weight is None else (embedding, head):
         variable, old = module.weight, module.weight.get_value()
         new = fill(jax.device_put(old, jax.memory.Space.Device), trained)
         place = old.sharding
@@ -249,8 +266,7 @@ def _replace_tables(model: CausalLM, fill: Callable[[Array, Array], Array]) -> N
             place = variable_sharding(new, variable.get_metadata()["axes"], place.mesh)
         variable.set_value(jax.device_put(new, place))
     rows = embedding.weight.get_value().shape[0]
-    if head is not None:
-        head.out_features = rows
+    embedding.in_features = head.out_features = rows
     model.config = dataclasses.replace(model.config, vocab_size=rows)
     hf_config = model.hf_config
     hf_config.get("text_config", hf_config)["vocab_size"] = rows

@@ -6,10 +6,11 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
-from helpers import VOCAB, make_checkpoint, random_ids, relative_error, smollm2_path
+from helpers import VOCAB, make_checkpoint, random_ids, randomise_adapters, relative_error, smollm2_path
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from jaxlora import FastLanguageModel, sharding
@@ -275,3 +276,41 @@ def test_a_fully_trained_model_with_new_tokens_loads_in_transformers(folder, tmp
     with torch.no_grad():
         expected = theirs(**ids).logits
     assert relative_error(model(jnp.asarray(ids["input_ids"].numpy(), jnp.int32)), expected) < 5e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_an_adapter_brings_its_new_tokens_along(name, tmp_path):
+    make_checkpoint(name, tmp_path / "base")
+    make_tokenizer([f"<extra_{i}>" for i in range(VOCAB - 10)], pad_token="<pad>").save_pretrained(tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    add_new_tokens(model, tokenizer, ["<tool>", "<call>", "</call>"])
+    FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "down_proj"])
+    tables = {"llama": ("embed_tokens", "lm_head"), "llama-tied": ("embed_tokens",)}[name]
+    assert model.lora_config.modules_to_save == tables
+    assert model.lora_config.ensure_weight_tying is (name == "llama-tied")
+    learning = model.get_nb_trainable_parameters()[0]
+    assert learning == sum(4 * sum(p) for p in ((48, 60), (80, 48))) * 3 + len(tables) * (VOCAB + 2) * 48
+
+    randomise_adapters(model)
+    for module in (model.model.embed_tokens, model.lm_head)[: len(tables)]:
+        copy = module.trained_weight.value
+        copy.set_value(copy.get_value() + 0.1 * jax.random.normal(jax.random.key(1), copy.get_value().shape))
+    ids = np.concatenate([random_ids(1, 8), [[VOCAB - 1, VOCAB, VOCAB + 1]]], axis=1)
+    expected = np.asarray(model(jnp.asarray(ids, jnp.int32)))
+    assert expected.shape[-1] == VOCAB + 2
+
+    model.save_pretrained(tmp_path / "adapter", tokenizer)
+    again, tokenizer_again = load(tmp_path / "adapter")
+    assert again.config.vocab_size == len(tokenizer_again) == VOCAB + 2
+    assert relative_error(again(jnp.asarray(ids, jnp.int32)), expected) < 1e-5
+    assert again.get_nb_trainable_parameters()[0] == learning
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", attn_implementation="eager")
+    with torch.no_grad():
+        assert relative_error(theirs(torch.tensor(ids).long()).logits, expected) < 5e-5
+
+    report = model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    assert report.export_error < 1e-5 * report.largest_logit
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert merged.config.vocab_size == VOCAB + 2 and merged.config.tie_word_embeddings is (name == "llama-tied")
+    with torch.no_grad():
+        assert relative_error(merged(torch.tensor(ids).long()).logits, expected) < 5e-5
