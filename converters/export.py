@@ -39,6 +39,7 @@ from jaxlora.converters.huggingface import (
     TensorSource,
     load_model,
 )
+from jaxlora.converters.mxfp4 import Mxfp4Source, is_mxfp4
 from jaxlora.converters.staging import staged
 from jaxlora.layers import Adapted, BaseParam, LoraParam, TrainableParam
 from jaxlora.model import CausalLM, named_nodes
@@ -200,24 +201,25 @@ class ModelSource:
         for parameter in named_nodes(model, nnx.Variable):
             if isinstance(parameter.node, BaseParam | TrainableParam) and not isinstance(parameter.node, LoraParam):
                 value = parameter.node.get_value()
-                for layer, name in enumerate(parameter.names()):
-                    self._values[name] = (value, layer if parameter.layers else None)
+                for name, index in parameter.places().items():
+                    self._values[name] = (value, index)
 
     def names(self) -> list[str]:
         return list(self._values)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        value, layer = self._values[name]
-        return value.shape if layer is None or isinstance(value, QuantizedArray) else value.shape[1:]
+        value, index = self._values[name]
+        shape = (*value.leading, *value.shape) if isinstance(value, QuantizedArray) else value.shape
+        return shape[len(index) :]
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(self._values[name][0].dtype)
 
     def read(self, name: str) -> np.ndarray | QuantizedArray:
-        value, layer = self._values[name]
+        value, index = self._values[name]
         if isinstance(value, QuantizedArray):
-            return value if layer is None else jax.tree.map(lambda field: field[layer], value)
-        return np.asarray(value if layer is None else value[layer])
+            return jax.tree.map(lambda field: field[index], value)
+        return np.asarray(value[index])
 
 
 def _read(source: TensorSource, name: str) -> np.ndarray:
@@ -309,7 +311,9 @@ def save_merged(
     source = _open_base(base, base_dtype)
     merged = MergedSource(source, model)
     tensors = merged if base_dtype is None else CastSource(merged, base_dtype)
-    hf_config = {key: value for key, value in model.hf_config.items() if key != "quantization_config"}
+    hf_config = dict(model.hf_config)
+    if not is_mxfp4(hf_config):  # whose experts stay as they are
+        hf_config.pop("quantization_config", None)
     hf_config = _with_dtype(_untied(hf_config) if merged.unties else hf_config, base_dtype)
     with staged(folder) as stage:
         if isinstance(source, SafetensorsSource):
@@ -392,7 +396,8 @@ def _open_base(base: Path, dtype: str | None) -> SafetensorsSource | GGUFSource:
             f"base_dtype={dtype!r} is for a .gguf base; a tensor merged onto {base} keeps the dtype that it has there"
         )
     config = base / "config.json"
-    if config.exists() and "quantization_config" in json.loads(config.read_text()):
+    hf_config = json.loads(config.read_text()) if config.exists() else {}
+    if "quantization_config" in hf_config and not is_mxfp4(hf_config):
         raise CheckpointError(
             f"{base} holds quantised weights, and a merge goes onto unquantised ones: pass the 16-bit model that it "
             "was made from as base=..., a folder or an id"
@@ -512,8 +517,8 @@ def _verify(
     """(export error, quantisation gap, largest logit) of a checkpoint; one float32 model is alive at a time."""
     ids = (7 * jnp.arange(_CHECKED_TOKENS, dtype=jnp.int32)[None] + 1) % model.config.vocab_size
     written_config = json.loads((folder / "config.json").read_text())
-    written = np.asarray(load_model(SafetensorsSource(folder), written_config, dtype=jnp.float32)(ids))
-    expected = np.asarray(load_model(merged, hf_config, dtype=jnp.float32)(ids))
+    written = np.asarray(_load(SafetensorsSource(folder), written_config)(ids))
+    expected = np.asarray(_load(merged, hf_config)(ids))
     live = np.asarray(model(ids))
     error, gap = (float(np.abs(written - other).max()) for other in (expected, live))
     largest = float(np.abs(expected).max())
@@ -523,3 +528,7 @@ def _verify(
             "should compute: nothing was saved. Please report this"
         )
     return error, gap, largest
+
+
+def _load(source: TensorSource, hf_config: Mapping[str, Any]) -> CausalLM:
+    return load_model(Mxfp4Source(source) if is_mxfp4(hf_config) else source, hf_config, dtype=jnp.float32)

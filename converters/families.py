@@ -133,6 +133,23 @@ def _full_are_nope(hf: Json) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(_pattern(hf)) if kind == "full_attention")
 
 
+# ---- Which layers have experts, and how many ------------------------------------------------------------------------
+
+
+def _num_experts(hf: Json) -> int:
+    return hf.get("num_local_experts") or hf["num_experts"]
+
+
+def _dense_layers(hf: Json) -> tuple[int, ...]:
+    without = hf["mlp_only_layers"] or ()
+    layers = range(hf["num_hidden_layers"])
+    return tuple(i for i in layers if i in without or (i + 1) % hf["decoder_sparse_step"])
+
+
+def _router_aux_loss_coef(hf: Json) -> float:
+    return hf["router_aux_loss_coef"] if hf["output_router_logits"] else 0.0
+
+
 # ---- The table -------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +267,44 @@ _COHERE_DEFAULTS = {
     "tie_word_embeddings": True,
 }
 
+_GRANITE = {
+    **_ATTENTION_BIAS,
+    **_same("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+    "logit_scale": lambda hf: 1 / hf["logits_scaling"],
+}
+_GRANITE_DEFAULTS = {
+    "vocab_size": 32000,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+_EXPERTS = {
+    **_same("num_experts_per_tok"),
+    "num_experts": _num_experts,
+    "moe_intermediate_size": itemgetter("intermediate_size"),
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": _router_aux_loss_coef,
+}
+_QWEN_EXPERTS = {
+    **_EXPERTS,
+    **_same("moe_intermediate_size", "norm_topk_prob"),
+    "dense_layers": _dense_layers,
+}
+_EXPERTS_DEFAULTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+_ONE_FILE_ENTRY_AN_EXPERT = {"experts": "experts.{}"}
+
 
 def _falcon_parallel(hf: Json) -> bool:
     return hf["new_decoder_architecture"] or hf["parallel_attn"]
@@ -347,22 +402,7 @@ FAMILIES: Mapping[str, Family] = {
         ignored=("vision_tower.*", "multi_modal_projector.*"),
         text_config=True,
     ),
-    "granite": Family(
-        fields={
-            **_ATTENTION_BIAS,
-            **_same("mlp_bias", "attention_multiplier", "embedding_multiplier", "residual_multiplier"),
-            "logit_scale": lambda hf: 1 / hf["logits_scaling"],
-        },
-        defaults={
-            "vocab_size": 32000,
-            "intermediate_size": 11008,
-            "max_position_embeddings": 2048,
-            "attention_multiplier": 1.0,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
-    ),
+    "granite": Family(fields={**_GRANITE, **_same("mlp_bias")}, defaults=_GRANITE_DEFAULTS),
     "olmo2": Family(
         fields={**_ATTENTION_BIAS, "qk_norm": "projection", "pre_norm": False, "post_norm": True},
         defaults={
@@ -401,7 +441,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={**_COHERE_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4},
     ),
     "phi3": Family(
-        fields={"layer_types": _sliding, "fused_qkv": "concatenated", "fused_gate_up": True},
+        fields={"layer_types": _sliding, "fused_qkv": "concatenated", "fused_gate_up": "concatenated"},
         defaults={
             "vocab_size": 32064,
             "hidden_size": 3072,
@@ -436,7 +476,7 @@ FAMILIES: Mapping[str, Family] = {
         tensor_names={"up_proj": "c_fc", "down_proj": "c_proj"},
     ),
     "glm": Family(
-        fields={"qkv_bias": itemgetter("attention_bias"), "rope": _interleaved_rope, "fused_gate_up": True},
+        fields={"qkv_bias": itemgetter("attention_bias"), "rope": _interleaved_rope, "fused_gate_up": "concatenated"},
         defaults={
             "vocab_size": 151552,
             "intermediate_size": 13696,
@@ -454,7 +494,7 @@ FAMILIES: Mapping[str, Family] = {
             "qkv_bias": itemgetter("attention_bias"),
             "rope": _interleaved_rope,
             "post_norm": True,
-            "fused_gate_up": True,
+            "fused_gate_up": "concatenated",
         },
         defaults={
             "vocab_size": 151552,
@@ -520,6 +560,129 @@ FAMILIES: Mapping[str, Family] = {
             "num_ln_in_parallel_attn": None,
         },
         tensor_names=_falcon_names,
+    ),
+    "mixtral": Family(
+        fields={**_EXPERTS, "layer_types": _sliding},
+        defaults={
+            **_EXPERTS_DEFAULTS,
+            "vocab_size": 32000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+        },
+        tensor_names={
+            **_ONE_FILE_ENTRY_AN_EXPERT,
+            "mlp": "block_sparse_moe",
+            "gate_proj": "w1",
+            "up_proj": "w3",
+            "down_proj": "w2",
+        },
+    ),
+    "qwen2_moe": Family(
+        fields={
+            **_QWEN_EXPERTS,
+            **_same("qkv_bias", "shared_expert_intermediate_size"),
+            "layer_types": _layer_types(
+                lambda hf, i: hf["use_sliding_window"] and i % 2 == 0 and i < hf["max_window_layers"]
+            ),
+        },
+        defaults={
+            **_EXPERTS_DEFAULTS,
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "qkv_bias": True,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        tensor_names=_ONE_FILE_ENTRY_AN_EXPERT,
+    ),
+    "qwen3_moe": Family(
+        fields={
+            **_QWEN_EXPERTS,
+            **_ATTENTION_BIAS,
+            "qk_norm": "head",
+            "layer_types": lambda hf: _sliding(hf) if hf["use_sliding_window"] else _full(hf),
+        },
+        defaults={
+            **_EXPERTS_DEFAULTS,
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        tensor_names=_ONE_FILE_ENTRY_AN_EXPERT,
+    ),
+    "gpt_oss": Family(
+        fields={
+            **_EXPERTS,
+            **_ATTENTION_BIAS,
+            **_same("swiglu_alpha", "swiglu_limit"),
+            "layer_types": _layer_types(lambda hf, i: i % 2 == 0),
+            "attention_sinks": True,
+            "fused_gate_up": "interleaved",
+            "router_bias": True,
+            "expert_bias": True,
+            "experts_in_out": True,
+        },
+        defaults={
+            **_EXPERTS_DEFAULTS,
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+            "sliding_window": 128,
+            "attention_bias": True,
+            "num_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        tensor_names={
+            "gate": "router",
+            "gate_up_proj.weight": "gate_up_proj",
+            "gate_up_proj.bias": "gate_up_proj_bias",
+            "down_proj.weight": "down_proj",
+            "down_proj.bias": "down_proj_bias",
+        },
+    ),
+    "granitemoe": Family(
+        fields={**_GRANITE, **_EXPERTS, "fused_gate_up": "concatenated"},
+        defaults={**_GRANITE_DEFAULTS, **_EXPERTS_DEFAULTS},
+        tensor_names={
+            "mlp": "block_sparse_moe",
+            "experts.gate_up_proj": "input_linear",
+            "experts.down_proj": "output_linear",
+            "gate": "router.layer",
+        },
     ),
     "ministral": Family(
         fields={"layer_types": _layer_types(lambda hf, i: hf["sliding_window"] is not None)},

@@ -41,7 +41,7 @@ class TensorSource(Protocol):
 
     def dtype(self, name: str) -> np.dtype: ...
 
-    def read(self, name: str) -> np.ndarray | QuantizedArray: ...
+    def read(self, name: str) -> np.ndarray | jax.Array | QuantizedArray: ...
 
 
 SAFETENSORS_DTYPES = {
@@ -187,9 +187,11 @@ def parameter_shapes(model: CausalLM) -> Iterator[tuple[Named, tuple[int, ...]]]
     for parameter in named_nodes(model, nnx.Variable):
         value = parameter.node.get_value()
         if isinstance(value, QuantizedArray):
-            yield parameter, tuple(value.shape)
+            shape = (*value.leading, *value.shape)
         else:
-            yield parameter, tuple(value.shape[1:] if parameter.layers else value.shape)
+            shape = value.shape
+        stacked = len(next(iter(parameter.places().values())))  # axes that the checkpoint's tensors lack
+        yield parameter, tuple(shape[stacked:])
 
 
 def check_tensors(model: CausalLM, source: TensorSource) -> None:
@@ -258,9 +260,9 @@ def load_model(
         shardings = place(parameter, abstract) if place else None
         if parameter.layers:
             value = _empty(abstract, shardings)
-            for layer, name in enumerate(parameter.names()):
+            for name, index in parameter.places().items():
                 # Wait, because JAX would run ahead, and the tensors that it has yet to quantise would pile up.
-                value = jax.block_until_ready(_store_layer(value, _fetch(source, name), layer))
+                value = jax.block_until_ready(_store(value, _fetch(source, name), index))
         else:
             value = jax.block_until_ready(_like(abstract, _fetch(source, parameter.name)))
         if shardings is not None:
@@ -292,7 +294,11 @@ def _like(target: Any, tensor: Any) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _store_layer(target, tensor, layer):
-    """`target` with `tensor` at `layer` of its stack; `target`'s buffers are given up for the result's."""
-    tensor = _like(target, tensor)
-    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, layer, 0), target, tensor)
+def _store(target, tensor, index):
+    """`target` with `tensor` at `index` of its leading axes; `target`'s buffers are given up for the result's."""
+
+    def put(old, new):
+        start = (*index, *[0] * new.ndim)
+        return jax.lax.dynamic_update_slice(old, new[(None,) * len(index)], start)
+
+    return jax.tree.map(put, target, _like(target, tensor))

@@ -19,6 +19,7 @@ NORMS = ("rms_norm", "layer_norm")
 QK_NORMS = ("head", "per_head", "projection")
 BIASES = ("none", "all", "lora_only")
 FUSED_QKV = ("concatenated", "grouped")
+FUSED_GATE_UP = ("concatenated", "interleaved")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -64,14 +65,15 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """What the attention of one layer does and that of another may not.
+    """What one layer does and another may not.
 
     sliding_window: number of tokens, itself included, that a token attends to; None for all before it. rope: None for
-    no positions (NoPE, arXiv:2305.19466).
+    no positions (NoPE, arXiv:2305.19466). sparse: whether a router chooses among experts where others have an MLP.
     """
 
     sliding_window: int | None
     rope: RopeConfig | None
+    sparse: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +89,22 @@ class ModelConfig:
         position, see `rope.alibi_bias`, before they are multiplied.
       attention_multiplier: what scores are multiplied by; None for head_dim ** -0.5.
       attn_logit_softcapping: scores become cap * tanh(scores / cap).
+      attention_sinks: each head has the score of a key that stands for nothing, see `kernels.attention`.
       qk_norm: None, or a norm of queries and keys: "head", over each head with one weight [head_dim]; "per_head", over
         each head with a weight [heads, head_dim]; "projection", over all heads together.
       fused_qkv: None, or one linear `qkv_proj` for queries, keys and values, whose outputs are "concatenated" in this
         order, or "grouped": for each key head its queries, its key, its value.
     MLP
-      gated_mlp: down(act(gate(x)) * up(x)), or down(act(up(x))); fused_gate_up: one linear `gate_up_proj` for both.
+      gated_mlp: down(act(gate(x)) * up(x)), or down(act(up(x))); fused_gate_up: None, or one linear `gate_up_proj` for
+        both, whose outputs are "concatenated", or "interleaved": gate, up, gate, up, ...
+    Mixture of experts (`jaxlora.moe`)
+      num_experts: in each layer, 0 for none; num_experts_per_tok: how many of them a token goes through;
+        moe_intermediate_size: their inner width; dense_layers: indices of layers with an MLP all the same.
+      norm_topk_prob: the weights of a token's experts sum to 1. router_bias, expert_bias: those have one.
+      shared_expert_intermediate_size: inner width of an expert for every token, behind a gate; 0 for none.
+      experts_in_out: the experts' matrices are [in, out]. swiglu_alpha, swiglu_limit: of `moe.clamped_swiglu`, which
+        experts have in place of an activation; None for none.
+      router_aux_loss_coef: the factor of the load-balancing loss in `causal_lm_loss`.
     Norms and residuals
       norm: one of `NORMS`; norm_bias: they have a bias; norm_offset: what is added to their weights (Gemma: 1).
       pre_norm, post_norm: attention and MLP have a norm before them, after them.
@@ -123,6 +135,7 @@ class ModelConfig:
     alibi: bool = False
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
+    attention_sinks: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: str | None = None
@@ -131,7 +144,20 @@ class ModelConfig:
     hidden_act: str = "silu"
     mlp_bias: bool = False
     gated_mlp: bool = True
-    fused_gate_up: bool = False
+    fused_gate_up: str | None = None
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+    norm_topk_prob: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    shared_expert_intermediate_size: int = 0
+    experts_in_out: bool = False
+    swiglu_alpha: float | None = None
+    swiglu_limit: float | None = None
+    router_aux_loss_coef: float = 0.0
 
     norm: str = "rms_norm"
     norm_eps: float = 1e-6
@@ -172,6 +198,15 @@ class ModelConfig:
         _require(
             self.gated_mlp or not self.fused_gate_up, "fused_gate_up fuses a gate, and gated_mlp says there is none"
         )
+        _require(
+            self.fused_gate_up is None or self.fused_gate_up in FUSED_GATE_UP,
+            f"fused_gate_up {self.fused_gate_up!r} is not None or one of {', '.join(FUSED_GATE_UP)}",
+        )
+        _require(
+            not self.num_experts or 0 < self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and the number of experts "
+            f"({self.num_experts})",
+        )
 
     @property
     def attention_scale(self) -> float:
@@ -183,7 +218,9 @@ class ModelConfig:
         sliding = self.layer_types[index] == "sliding_attention"
         rope = self.sliding_rope if sliding and self.sliding_rope is not None else self.rope
         return LayerConfig(
-            sliding_window=self.sliding_window if sliding else None, rope=None if index in self.nope_layers else rope
+            sliding_window=self.sliding_window if sliding else None,
+            rope=None if index in self.nope_layers else rope,
+            sparse=self.num_experts > 0 and index not in self.dense_layers,
         )
 
     @property

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlora import quant
+from jaxlora import quant, remat
 from jaxlora.config import QuantConfig
 from jaxlora.kernels.lora import lora_delta, row_norms
 from jaxlora.offload import take_rows
@@ -61,7 +61,8 @@ ACTIVATIONS = {
 }
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> Array:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> Array:
+    """Random weights of a standard deviation of 0.02."""
     return (jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02).astype(dtype)
 
 
@@ -171,7 +172,7 @@ class Linear(Adapted):
     ):
         self.in_features, self.out_features, self.stack, self.axes = in_features, out_features, stack, axes
         lead, lead_axes = ((stack,), ("layers",)) if stack is not None else ((), ())
-        weight = _normal(rngs, (*lead, out_features, in_features), dtype)
+        weight = normal(rngs, (*lead, out_features, in_features), dtype)
         if quant_config is not None:
             weight = quant.quantize(
                 weight, scheme=quant_config.scheme, double_quant=quant_config.double_quant, dtype=dtype
@@ -216,7 +217,7 @@ class Embedding(Adapted):
     def __init__(self, num_embeddings: int, features: int, *, dtype: Any, rngs: nnx.Rngs):
         self.in_features, self.out_features, self.axes = num_embeddings, features, ("embed", "vocab")
         self.stack = self.bias = None
-        self.weight = base_param(_normal(rngs, (num_embeddings, features), dtype), ("vocab", "embed"))
+        self.weight = base_param(normal(rngs, (num_embeddings, features), dtype), ("vocab", "embed"))
         self.without_adapter()
         self.without_copies()
 
@@ -270,6 +271,24 @@ class Norm(Weighted):
         if self.bias is not None:
             out = out + self.current_bias().astype(jnp.float32)
         return out.astype(x.dtype)
+
+
+class TokenwiseModule(nnx.Module):
+    """A module that treats tokens alike, and so can take them a tile at a time: a subclass has `_forward(x, keys)`."""
+
+    def __call__(self, x: Float[Array, "*batch d"], keys: list, tile: int | None = None) -> Float[Array, "*batch d"]:
+        """x [B, T, D] -> [B, T, D]; `tile` tokens at a time if given, see `remat`."""
+        if tile is None or x.shape[0] * x.shape[1] <= tile:
+            return self._forward(x, keys)
+        dense = quant.dense(self, x.dtype)  # once for all tiles
+
+        def one_tile(rows, index):
+            return dense._forward(rows, [None if key is None else jax.random.fold_in(key, index) for key in keys])
+
+        return remat.over_tiles(one_tile, x, tile)
+
+    def _forward(self, x: Any, keys: list) -> Any:
+        raise NotImplementedError
 
 
 class Identity(nnx.Module):

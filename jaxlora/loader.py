@@ -26,6 +26,7 @@ from jaxlora.converters.export import MergeReport, export_base, save_merged, sav
 from jaxlora.converters.families import FAMILIES
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, TensorSource, load_model, model_config
+from jaxlora.converters.mxfp4 import Mxfp4Source, is_mxfp4
 from jaxlora.converters.scaled import ScaledSource
 from jaxlora.generate import generate
 from jaxlora.hub import resolve_path
@@ -514,7 +515,9 @@ def _open(path: Path) -> _Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
     hf_config, generation_config = _read_json(config_file), _read_json(path / "generation_config.json")
     source: TensorSource = SafetensorsSource(path)
-    if "quantization_config" in hf_config:
+    if is_mxfp4(hf_config):
+        source = Mxfp4Source(source)
+    elif "quantization_config" in hf_config:
         quantization = hf_config["quantization_config"]
         is_scaled = quantization.get("quant_method") in ("fp8", "fbgemm_fp8") or quantization.get("load_in_8bit")
         source = (ScaledSource if is_scaled else BitsandbytesSource)(source, quantization)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxlora.kernels.cross_entropy import IGNORE_INDEX, chunk_length, linear_cross_entropy
 from jaxlora.model import CausalLM
+from jaxlora.moe import load_balancing_loss
 
 Batch = Mapping[str, Array]
 
@@ -31,17 +32,31 @@ def shift_labels(labels: Array, segment_ids: Array | None = None) -> Array:
 
 
 def causal_lm_loss(
-    model: CausalLM, batch: Batch, key: Any = None
+    model: CausalLM, batch: Batch, key: Any = None, *, router_aux_loss_coef: float | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]:
-    """Next-token cross entropy: (sum over supervised tokens, their number, {}).
+    """Next-token cross entropy: (sum over supervised tokens, their number, metrics).
 
     `batch` has input_ids and labels [B, T] (aligned; shifted here; -100 ignored), and may have positions and
     segment_ids. The full logits never exist: see `kernels.cross_entropy`.
+
+    A model with experts may add `moe.load_balancing_loss` of the batch, times `router_aux_loss_coef`, to the mean loss
+    of a token. By default the factor is the model's own, which is 0 unless its config.json says
+    `"output_router_logits": true`, as in transformers. The metric "router_aux_loss" is that loss, without the factor.
     """
     segment_ids = batch.get("segment_ids")
-    hidden, _ = model.hidden_states(batch["input_ids"], batch.get("positions"), segment_ids, key=key)
+    coefficient = model.config.router_aux_loss_coef if router_aux_loss_coef is None else router_aux_loss_coef
+    arguments = batch["input_ids"], batch.get("positions"), segment_ids
+    load = None
+    if coefficient and model.config.num_experts:
+        hidden, load = model.hidden_states_and_load(*arguments, key=key)
+    else:
+        hidden, _ = model.hidden_states(*arguments, key=key)
     labels = shift_labels(batch["labels"], segment_ids).reshape(-1)
     rows, weight = model.head_product(hidden.reshape(-1, hidden.shape[-1]))
     chunk = chunk_length(rows.shape[0], weight.shape[0])
     total = linear_cross_entropy(rows, weight, labels, chunk, model.config.final_logit_softcapping)
-    return cast(Array, total), jnp.sum(labels != IGNORE_INDEX).astype(jnp.float32), {}
+    tokens = jnp.sum(labels != IGNORE_INDEX).astype(jnp.float32)
+    if load is None:
+        return cast(Array, total), tokens, {}
+    balance = tokens * load_balancing_loss(load)
+    return cast(Array, total) + coefficient * balance, tokens, {"router_aux_loss": balance}

@@ -15,8 +15,8 @@ Shapes: B batch, T tokens of this call, S places of the cache, D hidden size, N 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import re
 from collections.abc import Hashable, Iterator
 from typing import Any, cast
 
@@ -29,7 +29,8 @@ from jaxtyping import Array, Float, Int
 from jaxlora import quant, remat
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.kernels import api as kernels
-from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm
+from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm, TokenwiseModule, base_param
+from jaxlora.moe import ExpertLinear, Gate, RouterLoad, SparseMLP
 from jaxlora.rope import alibi_bias, apply_rope, rope_tables, segment_positions
 
 
@@ -55,7 +56,8 @@ class KVCache:
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What every layer of one forward pass shares. rotary: cos and sin [B, T, pairs] of each of `config.ropes`.
-    key_bias: None, or what is added to the scores of the keys, [B, N, T or S]."""
+    key_bias: None, or what is added to the scores of the keys, [B, N, T or S]. with_load: whether layers with experts
+    return their `moe.RouterLoad`."""
 
     rotary: list[tuple[Any, Any]]
     query_segments: Array | None
@@ -63,6 +65,7 @@ class Context:
     offset: Array | int
     mlp_tile: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     key_bias: Array | None = None
+    with_load: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @property
     def is_prefill(self) -> bool:
@@ -73,7 +76,8 @@ class Context:
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, make_linear, make_norm):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, make: _Make):
+        make_linear, make_norm = make.linear, make.norm
         width, dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
@@ -90,6 +94,7 @@ class Attention(nnx.Module):
             self.k_proj = make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
             self.v_proj = make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
         self.o_proj = make_linear(heads * dim, width, ("embed", "heads"), config.o_bias)
+        self.sinks = make.zeros((heads,), ("heads",)) if config.attention_sinks else None
         self.q_norm, self.k_norm = Identity(), Identity()
         if config.qk_norm == "head":
             self.q_norm, self.k_norm = make_norm((dim,), ("head_dim",)), make_norm((dim,), ("head_dim",))
@@ -140,6 +145,7 @@ class Attention(nnx.Module):
             window=self.window,
             softcap=self.softcap,
             key_bias=context.key_bias,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
             query_segments=context.query_segments,
             key_segments=context.key_segments,
             offset=context.offset,
@@ -152,13 +158,13 @@ def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) 
     return jax.lax.dynamic_update_slice(stacked, new[None].astype(stacked.dtype), (layer, 0, offset, 0, 0))
 
 
-class MLP(nnx.Module):
+class MLP(TokenwiseModule):
     """down(act(gate(x)) * up(x)) (arXiv:2002.05202), or without a gate down(act(up(x)))."""
 
-    def __init__(self, config: ModelConfig, make_linear):
-        width, inner, axes, bias = config.hidden_size, config.intermediate_size, ("mlp", "embed"), config.mlp_bias
+    def __init__(self, config: ModelConfig, inner: int, make_linear):
+        width, axes, bias = config.hidden_size, ("mlp", "embed"), config.mlp_bias
         self.gated, self.fused, self.hidden_act = config.gated_mlp, config.fused_gate_up, config.hidden_act
-        if self.fused:
+        if self.fused is not None:
             self.gate_up_proj = make_linear(width, 2 * inner, axes, bias)
         else:
             if self.gated:
@@ -166,22 +172,11 @@ class MLP(nnx.Module):
             self.up_proj = make_linear(width, inner, axes, bias)
         self.down_proj = make_linear(inner, width, ("embed", "mlp"), bias)
 
-    def __call__(self, x, keys: list, tile: int | None = None):
-        """x [B, T, D] -> [B, T, D]; `tile` tokens at a time if given, see `remat`."""
-        if tile is None or x.shape[0] * x.shape[1] <= tile:
-            return self._forward(x, keys)
-        dense = quant.dense(self, x.dtype)  # once for all tiles
-
-        def one_tile(rows, index):
-            return dense._forward(rows, [None if key is None else jax.random.fold_in(key, index) for key in keys])
-
-        return remat.over_tiles(one_tile, x, tile)
-
     def _forward(self, x, keys: list):
         act = ACTIVATIONS[self.hidden_act]
         if not self.gated:
             return self.down_proj(act(checkpoint_name(self.up_proj(x, keys[1]), "up")), keys[2])
-        if self.fused:
+        if self.fused is not None:
             gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
@@ -195,17 +190,22 @@ class DecoderLayer(nnx.Module):
     In a parallel block (PaLM, arXiv:2204.02311 section 2) the MLP reads x too, through attention's norm or its own.
     """
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, make_linear, make_norm):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, make: _Make):
         def norm(wanted: bool):
-            return make_norm((config.hidden_size,), ("embed",)) if wanted else Identity()
+            return make.norm((config.hidden_size,), ("embed",)) if wanted else Identity()
 
         self.parallel, self.multiplier = config.parallel_block, config.residual_multiplier
         self.shared_norm = config.parallel_block and config.num_ln_in_parallel_attn == 1
         self.input_layernorm = norm(config.pre_norm)
-        self.self_attn = Attention(config, layer, make_linear, make_norm)
+        self.self_attn = Attention(config, layer, make)
         self.post_self_attn_layernorm = norm(config.post_norm)
         self.post_attention_layernorm = norm(config.pre_norm and not self.shared_norm)  # it stands before the MLP
-        self.mlp = MLP(config, make_linear)
+        inner = config.shared_expert_intermediate_size
+        if layer.sparse:
+            shared = MLP(config, inner, make.linear) if inner else None
+            self.mlp = SparseMLP(config, make.gate, make.experts, shared)
+        else:
+            self.mlp = MLP(config, config.intermediate_size, make.linear)
         self.post_mlp_layernorm = norm(config.post_norm)
 
     def __call__(self, x, context: Context, key=None, cache=None):
@@ -217,49 +217,63 @@ class DecoderLayer(nnx.Module):
         if not self.shared_norm:
             normed = self.post_attention_layernorm(x if self.parallel else residual)
         out = self.mlp(normed, keys[4:], context.mlp_tile)
-        return residual + self.multiplier * self.post_mlp_layernorm(out), cache
+        load = None
+        if context.with_load and isinstance(self.mlp, SparseMLP):
+            load = self.mlp.load(normed, context.query_segments)
+        return residual + self.multiplier * self.post_mlp_layernorm(out), cache, load
 
 
 class Run(nnx.Module):
     """`repeats` times a period of layers; layer `start + r * period + j` is slice r of `period[j]`."""
 
-    def __init__(self, config: ModelConfig, period: tuple[LayerConfig, ...], start: int, repeats: int, make):
+    def __init__(self, config: ModelConfig, period: tuple[LayerConfig, ...], start: int, repeats: int, make: _Make):
         self.start, self.repeats = start, repeats
-        linear, norm = functools.partial(make.linear, stack=repeats), functools.partial(make.norm, stack=repeats)
-        self.period = nnx.List([DecoderLayer(config, layer, linear, norm) for layer in period])
+        make = dataclasses.replace(make, stack=repeats)
+        self.period = nnx.List([DecoderLayer(config, layer, make) for layer in period])
 
     def layers_of(self, place: int) -> tuple[int, ...]:
         """The model's layer indices that `period[place]` holds, in the order of its leading axis."""
         return tuple(self.start + r * len(self.period) + place for r in range(self.repeats))
 
     def __call__(self, x, context: Context, policy: str, key=None, cache=None):
-        """x [B, T, D]; `cache` is (keys, values), a stacked array for each place of the period, or None."""
+        """x [B, T, D]; `cache` is (keys, values), a stacked array for each place of the period, or None.
+
+        Returns x, the cache, and the `RouterLoad` of its layers where `context.with_load` and there are experts.
+        """
 
         def body(carry, layer):
             x, cache = carry
             period, index, key = layer
+            loads = []
             for place, block in enumerate(period):
                 block_key = None if key is None else jax.random.fold_in(key, place)
                 if cache is None:
-                    x, _ = block(x, context, block_key)
+                    x, _, load = block(x, context, block_key)
                 else:
                     keys, values = list(cache[0]), list(cache[1])
-                    x, (keys[place], values[place], _) = block(
+                    x, (keys[place], values[place], _), load = block(
                         x, context, block_key, (keys[place], values[place], index)
                     )
                     cache = (keys, values)
-            return (x, cache), None
+                loads.append(load)
+            return (x, cache), _total_load(loads)
 
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
-        (x, cache), _ = jax.lax.scan(remat.checkpoint(body, policy), (x, cache), (self.period, index, keys))
-        return x, cache
+        (x, cache), loads = jax.lax.scan(remat.checkpoint(body, policy), (x, cache), (self.period, index, keys))
+        return x, cache, jax.tree.map(lambda each: jnp.sum(each, axis=0), loads)
+
+
+def _total_load(loads: list[RouterLoad | None]) -> RouterLoad | None:
+    """The sum, None being of layers without experts; None for none but those."""
+    known = [load for load in loads if load is not None]
+    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *known) if known else None
 
 
 class Decoder(nnx.Module):
     """Embedding, layers, final norm: ids [B, T] -> hidden states [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, make):
+    def __init__(self, config: ModelConfig, make: _Make):
         self.embed_tokens = make.embedding(config.vocab_size, config.hidden_size)
         self.layers = nnx.List(
             [Run(config, period, start, repeats, make) for start, period, repeats in layer_runs(config.layers)]
@@ -295,23 +309,38 @@ def layer_runs(layer_types: tuple[Hashable, ...]) -> list[tuple[int, tuple[Any, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Make:
-    """Builds the layers of one model: what they share is said once."""
+    """Builds the layers of one model: what they share is said once. stack: how many of a run each holds, or None."""
 
     config: ModelConfig
     dtype: Any
     rngs: nnx.Rngs
     quant_config: QuantConfig | None
+    stack: int | None = None
 
-    def linear(self, d_in, d_out, axes, bias, stack=None):
+    def linear(self, d_in, d_out, axes, bias):
         return Linear(
-            d_in, d_out, axes=axes, bias=bias, stack=stack, dtype=self.dtype, rngs=self.rngs,
-            quant_config=self.quant_config if stack is not None else None,
+            d_in, d_out, axes=axes, bias=bias, stack=self.stack, dtype=self.dtype, rngs=self.rngs,
+            quant_config=self.quant_config if self.stack is not None else None,
         )  # fmt: skip
 
-    def norm(self, shape, axes, stack=None):
+    def experts(self, d_in, d_out, axes):
+        return ExpertLinear(
+            self.config.num_experts, d_in, d_out, axes=axes, bias=self.config.expert_bias,
+            in_out=self.config.experts_in_out, stack=cast(int, self.stack), dtype=self.dtype, rngs=self.rngs,
+            quant_config=self.quant_config,
+        )  # fmt: skip
+
+    def gate(self, d_in, d_out, bias):
+        return Gate(d_in, d_out, bias=bias, stack=cast(int, self.stack), dtype=self.dtype, rngs=self.rngs)
+
+    def zeros(self, shape, axes):
+        lead, lead_axes = ((self.stack,), ("layers",)) if self.stack is not None else ((), ())
+        return base_param(jnp.zeros((*lead, *shape), self.dtype), (*lead_axes, *axes))
+
+    def norm(self, shape, axes):
         return Norm(
             shape, axes=axes, kind=self.config.norm, eps=self.config.norm_eps, bias=self.config.norm_bias,
-            offset=self.config.norm_offset, dtype=self.dtype, stack=stack,
+            offset=self.config.norm_offset, dtype=self.dtype, stack=self.stack,
         )  # fmt: skip
 
     def embedding(self, rows, features):
@@ -375,6 +404,22 @@ class CausalLM(nnx.Module):
         earlier tokens with its own id only; 0 is padding. key: adapter dropout; None for none. cache: places for
         earlier and these tokens.
         """
+        hidden, cache, _ = self._hidden_states(input_ids, positions, segment_ids, key, cache, with_load=False)
+        return hidden, cache
+
+    def hidden_states_and_load(
+        self,
+        input_ids: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        *,
+        key: Any = None,
+    ) -> tuple[Float[Array, "b t d"], RouterLoad | None]:
+        """`hidden_states` without a cache, and what the routers did; None for a model without experts."""
+        hidden, _, load = self._hidden_states(input_ids, positions, segment_ids, key, None, with_load=True)
+        return hidden, load
+
+    def _hidden_states(self, input_ids, positions, segment_ids, key, cache, *, with_load: bool):
         if positions is None and cache is not None:
             raise ValueError("with a cache, positions must be given: they go on from the tokens already in it")
         if positions is None and segment_ids is not None:
@@ -385,7 +430,7 @@ class CausalLM(nnx.Module):
         places = None if cache is None else cache.segment_ids.shape[1]
         rotary = [rope_tables(rope, head_dim, native, positions, places) for rope in self.config.ropes]
         tile = remat.mlp_tile(self.remat_policy, self.tiled_mlp)
-        filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile)
+        filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile, with_load=with_load)
         if cache is not None:
             segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
             filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
@@ -398,17 +443,19 @@ class CausalLM(nnx.Module):
             context = dataclasses.replace(context, key_bias=bias)
 
         x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
-        new_keys, new_values = [], []
+        new_keys, new_values, loads = [], [], []
         for i, run in enumerate(self.model.layers):
             run_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, run_cache = run(x, context, self.remat_policy if cache is None else "none", key, run_cache)
+            x, run_cache, load = run(x, context, self.remat_policy if cache is None else "none", key, run_cache)
+            loads.append(load)
             if run_cache is not None:
                 new_keys.append(run_cache[0])
                 new_values.append(run_cache[1])
         x = self.model.norm(x)
         if cache is None:
-            return x, None
-        return x, KVCache(new_keys, new_values, filled, jnp.asarray(cache.length + input_ids.shape[1], jnp.int32))
+            return x, None, _total_load(loads)
+        cache = KVCache(new_keys, new_values, filled, jnp.asarray(cache.length + input_ids.shape[1], jnp.int32))
+        return x, cache, None
 
     def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
         """Rows and a matrix [vocab, E] whose product is the logits of these hidden states, before their softcap.
@@ -467,35 +514,54 @@ def _logits(model: CausalLM, input_ids, positions, segment_ids):
 class Named:
     """A parameter or module under its name in the checkpoint.
 
-    name: with "{}" in place of the layer index when `layers` is not empty; layers: the model's layer indices that its
-    leading axis holds; node: the Variable or Module.
+    name: with "{}" in place of the layer index when `layers` is not empty, and in place of the expert's where
+    `experts` is not 0; layers: the model's layer indices that its leading axis holds; experts: how many its second axis
+    holds, where the checkpoint has a tensor for each; node: the Variable or Module.
     """
 
     name: str
     layers: tuple[int, ...]
     node: Any
+    experts: int = 0
+
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """Where each of the checkpoint's tensors lies in the value: {name: index of its leading axes}."""
+        if not self.layers:
+            return {self.name: ()}
+        if not self.experts:
+            return {self.name.format(layer): (i,) for i, layer in enumerate(self.layers)}
+        return {
+            self.name.format(layer, expert): (i, expert)
+            for i, layer in enumerate(self.layers)
+            for expert in range(self.experts)
+        }
 
     def names(self) -> tuple[str, ...]:
-        """One name for each layer, or the one name."""
-        return tuple(self.name.format(i) for i in self.layers) or (self.name,)
+        """The names of the checkpoint's tensors or modules, in the order of the value's leading axes."""
+        return tuple(self.places())
 
 
 def named_nodes(model: CausalLM, kind: type) -> Iterator[Named]:
     """Every Variable or Module of this type, in the order of the layers, under its checkpoint name.
 
-    The path model.layers.0.period.0.mlp.up_proj becomes model.layers.{}.mlp.up_proj, and each of its parts what
-    `config.tensor_names` says.
+    The path model.layers.0.period.0.mlp.up_proj becomes model.layers.{}.mlp.up_proj, and parts of it, one or some in a
+    row, what `config.tensor_names` says.
     """
     names = dict(model.config.tensor_names)
+    longest_first = sorted(names, key=lambda parts: -parts.count("."))
+    known = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, longest_first))})(?![^.])") if names else None
 
     def checkpoint_name_of(*parts) -> str:
-        return ".".join(names.get(str(part), str(part)) for part in parts)
+        path = ".".join(map(str, parts))
+        return path if known is None else known.sub(lambda match: names[match[0]], path)
 
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, kind):
             continue
         if path[:2] == ("model", "layers") and len(path) > 4:
             run, place = model.model.layers[cast(int, path[2])], cast(int, path[4])
-            yield Named(checkpoint_name_of("model", "layers", "{}", *path[5:]), run.layers_of(place), node)
+            name = checkpoint_name_of("model", "layers", "{}", *path[5:])
+            experts = model.config.num_experts if name.count("{}") == 2 else 0
+            yield Named(name, run.layers_of(place), node, experts)
         else:
             yield Named(checkpoint_name_of(*path), (), node)

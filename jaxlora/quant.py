@@ -178,13 +178,13 @@ _SCHEMES: dict[str, _Functions] = {
 
 
 def quantize(
-    w: Float[Array, "*layers out in"],
+    w: Float[Array, "*leading out in"],
     *,
     scheme: QuantScheme = "nf4",
     double_quant: bool = True,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> QuantizedArray:
-    """Quantise a weight [out, in], or each of a stack [layers, out, in]. Can be jitted, and traced by `jax.eval_shape`.
+    """Quantise a weight [out, in], or each of a stack [..., out, in]. Can be jitted, and traced by `jax.eval_shape`.
 
     Args:
       w: float32, bfloat16 or float16.
@@ -193,15 +193,17 @@ def quantize(
       dtype: what it dequantises to; w's own if None.
 
     Raises:
-      ValueError: w has neither two dimensions nor three, is empty or is no float; or there is no such scheme.
+      ValueError: w has fewer than two dimensions, is empty or is no float; or there is no such scheme.
     """
     if scheme not in _SCHEMES:
         raise ValueError(f"there is no quantisation scheme {scheme!r}: there is {', '.join(_SCHEMES)}")
-    if w.ndim not in (2, 3) or not w.size or w.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"can quantise float [out, in] or [layers, out, in], not {w.dtype.name} {list(w.shape)}")
+    if w.ndim < 2 or not w.size or w.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"can quantise float [out, in] or a stack [..., out, in], not {w.dtype.name} {list(w.shape)}")
     dtype = jnp.dtype(w.dtype if dtype is None else dtype)
-    one = lambda w: _SCHEMES[scheme].quantize(w, double_quant, dtype)
-    return one(w) if w.ndim == 2 else jax.vmap(one)(w)
+    function = lambda w: _SCHEMES[scheme].quantize(w, double_quant, dtype)
+    for _ in w.shape[:-2]:
+        function = jax.vmap(function)
+    return function(w)
 
 
 def dequantize(

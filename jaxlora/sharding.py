@@ -30,6 +30,7 @@ DEFAULT_RULES: Rules = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": None,
     "layers": None,
     "rank": None,
     "head_dim": None,

@@ -4,7 +4,8 @@ Layout: q [B, T, N, H]; k, v [B, S, K, H], with N a multiple of K: query head n 
 stands at index `offset + t` of the keys. It sees key s when s <= offset + t, when they carry the same segment id,
 and, with a window w, when offset + t - s < w. The softmax is float32. With a softcap c the scores, scaled and before
 the mask, become c * tanh(scores / c) (Gemma 2, arXiv:2408.00118). A key bias [B, N, S] is added to them after that
-(ALiBi, arXiv:2108.12409).
+(ALiBi, arXiv:2108.12409). Sinks [N] are the score of one more key for each head, whose value is zero: a query may
+attend to nothing (gpt-oss, arXiv:2508.10925).
 
 The forms in jnp mark their result "attention_output" for `jax.checkpoint`; cuDNN's is kept by its primitive's name.
 
@@ -59,6 +60,7 @@ def attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
+    sinks: Float[Array, " n"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -74,7 +76,10 @@ def attention_reference(
         scores = scores + key_bias.reshape(b, kv, n // kv, 1, -1)
     mask = attention_mask(query_segments, key_segments, (t, k.shape[1]), offset, window)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(kv, n // kv, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
     return checkpoint_name(out.reshape(b, t, n, h).astype(q.dtype), "attention_output")
 
@@ -88,6 +93,7 @@ def attention_chunked(
     window: int | None = None,
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
+    sinks: Float[Array, " n"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -107,8 +113,8 @@ def attention_chunked(
         index, q, marks = inputs
         start = offset + index * chunk
         return attention_reference(
-            q, k, v, scale=scale, window=window, softcap=softcap, key_bias=key_bias, query_segments=marks,
-            key_segments=keys, offset=start,
+            q, k, v, scale=scale, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks,
+            query_segments=marks, key_segments=keys, offset=start,
         )  # fmt: skip
 
     out = jax.lax.map(one_chunk, (jnp.arange(chunks, dtype=jnp.int32), rows, marks))
@@ -124,6 +130,7 @@ def attention_cudnn(
     window: int | None = None,
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
+    sinks: Float[Array, " n"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, ""] = 0,
@@ -131,11 +138,11 @@ def attention_cudnn(
     """cuDNN's flash attention.
 
     Raises:
-        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, a softcap, a key bias, or
+        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, a softcap, a key bias, sinks, or
             queries that are not the keys' own tokens (decoding).
     """
-    if softcap is not None or key_bias is not None:
-        raise NotImplementedError("cuDNN attention here has no softcap on the scores and no bias of the keys")
+    if softcap is not None or key_bias is not None or sinks is not None:
+        raise NotImplementedError("cuDNN attention here has no softcap on the scores, no bias of the keys and no sinks")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, found {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 256:

@@ -194,6 +194,84 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Experts, in all layers or some; `sliding_window` of qwen3_moe is for all layers or none.
+TINY |= {
+    "mixtral": _case("mixtral", sliding_window=5, num_local_experts=5, num_experts_per_tok=2, rms_norm_eps=1e-3),
+    "mixtral-tied": _case("mixtral", num_local_experts=3, num_experts_per_tok=3, tie_word_embeddings=True),
+    "qwen2_moe": _case(
+        "qwen2_moe",
+        head_dim=10,
+        num_experts=6,
+        num_experts_per_tok=4,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=2,
+        mlp_only_layers=[1],
+    ),
+    "qwen2_moe-normed": _case(
+        "qwen2_moe",
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=20,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        qkv_bias=False,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe": _case(
+        "qwen3_moe",
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=12,
+        norm_topk_prob=True,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        mlp_only_layers=[0],
+    ),
+    "qwen3_moe-plain": _case(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, tie_word_embeddings=True
+    ),
+    "granitemoe": _case(
+        "granitemoe",
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        attention_bias=True,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.7,
+        logits_scaling=5.0,
+    ),
+    "gpt_oss": _case(
+        "gpt_oss",
+        sliding_window=5,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        swiglu_alpha=1.3,
+        swiglu_limit=0.9,
+        rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
+    ),
+    "gpt_oss-plain": _case(
+        "gpt_oss",
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        sliding_window=3,
+        num_local_experts=3,
+        num_experts_per_tok=3,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rope_parameters=_rope("default"),
+    ),
+    "granitemoe-tied": _case("granitemoe", num_local_experts=4, num_experts_per_tok=1, tie_word_embeddings=True),
+}
+
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss")
+
+# The linears of a layer that are neither experts nor gates.
+LINEARS_OF_SPARSE = r"(.*\.)?(self_attn|shared_expert|mlp)\.\w+_proj"
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # One row for each of the families whose layers do something else.
@@ -208,7 +286,7 @@ _COMPOSED = ("gemma", "smollm3", "cohere2", "seed_oss", "ministral")
 
 def marked(names: Iterable[str]) -> list[tuple[str, Any]]:
     """(name, pytest's marks): slow for second rows of a family of `DENSE`, and for those of like parts."""
-    second = [name for name in TINY if name.split("-")[0] in DENSE and name not in DENSE]
+    second = [name for name in TINY if name.split("-")[0] in (*DENSE, *SPARSE) and name not in (*DENSE, *SPARSE)]
     return [(name, pytest.mark.slow if name in second or name in _COMPOSED else ()) for name in names]
 
 
@@ -315,14 +393,17 @@ def peft_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def peft_twin(theirs: Any, ours: CausalLM, config: LoraConfig) -> Any:
     """A PEFT model of the same options on `theirs`, with the adapters of `ours` copied in."""
-    targets = config.target_modules if config.target_modules == "all-linear" else list(config.target_modules)
-    twin = peft.get_peft_model(
-        theirs,
-        peft.LoraConfig(
-            r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, use_rslora=config.use_rslora,
-            target_modules=targets, task_type="CAUSAL_LM",
-        ),
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    options = peft.LoraConfig(
+        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, use_rslora=config.use_rslora,
+        target_modules=targets, task_type="CAUSAL_LM",
     )  # fmt: skip
+    if ours.config.num_experts:
+        # Not the model itself, whose type tells PEFT to take any gate_proj for the experts', also of a shared expert.
+        twin = theirs.requires_grad_(False)
+        peft.inject_adapter_in_model(options, theirs.model.layers)
+    else:
+        twin = peft.get_peft_model(theirs, options)
     matrices, parameters = adapter_matrices(ours), peft_parameters(twin)
     assert set(matrices) == set(parameters)
     with torch.no_grad():

@@ -13,6 +13,7 @@ import transformers
 from flax import nnx
 from helpers import (
     DENSE,
+    SPARSE,
     TINY,
     adapter_matrices,
     load_folder,
@@ -113,6 +114,30 @@ REAL = {
         dict(model_type="ministral", vocab_size=131072, intermediate_size=12288, num_hidden_layers=36, head_dim=128),
         8_019_808_256,
     ),
+    "Mixtral-8x7B": (dict(model_type="mixtral"), 46_702_792_704),
+    "Mixtral-8x22B": (
+        dict(model_type="mixtral", vocab_size=32768, hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
+             num_attention_heads=48),
+        140_630_071_296,
+    ),
+    "Qwen1.5-MoE-A2.7B": (dict(model_type="qwen2_moe"), 14_315_784_192),
+    "Qwen3-30B-A3B": (
+        dict(model_type="qwen3_moe", num_hidden_layers=48, head_dim=128), 30_532_122_624,
+    ),
+    "Qwen3-235B-A22B": (
+        dict(model_type="qwen3_moe", hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, head_dim=128,
+             moe_intermediate_size=1536),
+        235_093_634_560,
+    ),
+    # Their makers' counts are of the parameters in float; transformers has the same tensors.
+    "gpt-oss-20b": (dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32), 20_914_757_184),
+    "gpt-oss-120b": (dict(model_type="gpt_oss"), 116_829_156_672),
+    "granite-3.1-3b-a800m": (
+        dict(model_type="granitemoe", vocab_size=49155, hidden_size=1536, intermediate_size=512, num_hidden_layers=32,
+             num_attention_heads=24, num_key_value_heads=8, num_local_experts=40, num_experts_per_tok=8,
+             tie_word_embeddings=True),
+        3_298_793_472,
+    ),
 }  # fmt: skip
 
 
@@ -128,12 +153,15 @@ def test_real_shapes_have_the_published_number_of_weights(name):
     expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
+    if config.num_experts:  # which it holds together, where its files have them apart
+        assert sum(np.prod(shape) for shape in found.values()) == sum(np.prod(shape) for shape in expected.values())
+        found, expected = ({n: s for n, s in x.items() if "mlp" not in n and "moe" not in n} for x in (found, expected))
     assert found == expected
 
 
 def test_every_family_has_a_tiny_model_and_a_real_one():
     assert {fields["model_type"] for fields, _ in REAL.values()} >= FAMILIES.keys() - {"mistral", "qwen2", "gemma3"}
-    assert {*DENSE, "llama", "mistral", "qwen2", "qwen3", "gemma3"} == FAMILIES.keys()
+    assert {*DENSE, *SPARSE, "llama", "mistral", "qwen2", "qwen3", "gemma3"} == FAMILIES.keys()
 
 
 @jax.jit

@@ -113,6 +113,16 @@ def assert_same_settings(ours, theirs):
     assert ours.hidden_act == first_of(theirs, "hidden_activation", "activation", "hidden_act")
     assert ours.norm_eps == first_of(theirs, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    for field in (
+        "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+        "shared_expert_intermediate_size",
+    ):  # fmt: skip
+        if hasattr(theirs, field):
+            assert getattr(ours, field) == getattr(theirs, field), field
+    if hasattr(theirs, "mlp_only_layers"):
+        step, without = theirs.decoder_sparse_step, theirs.mlp_only_layers
+        sparse = [i not in without and (i + 1) % step == 0 for i in range(theirs.num_hidden_layers)]
+        assert [layer.sparse for layer in ours.layers] == sparse
     ropes = theirs.rope_parameters
     for layer_type, rope in (("full_attention", ours.rope), ("sliding_attention", ours.sliding_rope or ours.rope)):
         expected = ropes.get(layer_type, ropes)

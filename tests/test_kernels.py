@@ -74,28 +74,35 @@ def test_attention_equals_torch(groups, window, segments, offset):
 
 
 @pytest.mark.parametrize("attend", [attention_reference, functools.partial(attention_chunked, chunk=4)])
-def test_attention_with_a_softcap_and_a_bias_equals_torch(attend):
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention_with_a_softcap_a_bias_and_sinks_equals_torch(attend, with_sinks):
     q, k, v = normal(0, 2, 11, 6, 10), normal(1, 2, 11, 2, 10), normal(2, 2, 11, 2, 10)
-    dy, bias = normal(3, 2, 11, 6, 10), normal(4, 2, 6, 11)
+    dy, bias, sinks = normal(3, 2, 11, 6, 10), normal(4, 2, 6, 11), normal(5, 6)
     arrays = [double(x) for x in (q, k, v)]
     heads = [arrays[0], *(x.repeat_interleave(3, dim=2) for x in arrays[1:])]
     scores = 2.0 * torch.tanh(torch.einsum("btnh,bsnh->bnts", *heads[:2]) * 0.7 / 2.0)
     scores = scores + torch.tensor(np.asarray(bias))[:, :, None]
     scores = scores.masked_fill(~torch.tensor(visible(None, None, 11, 11, 0, 5)), -torch.inf)
-    expected = torch.einsum("bnts,bsnh->btnh", scores.softmax(-1), heads[2])
+    if with_sinks:
+        arrays.append(double(sinks))
+        scores = torch.cat([scores, arrays[3][None, :, None, None].expand(2, 6, 11, 1)], dim=-1)
+    expected = torch.einsum("bnts,bsnh->btnh", scores.softmax(-1)[..., :11], heads[2])
     expected.backward(double(dy))
-    out, vjp = jax.vjp(
-        jax.jit(lambda q, k, v: attend(q, k, v, scale=0.7, window=5, softcap=2.0, key_bias=bias)), q, k, v
-    )
+
+    def ours(q, k, v, *sinks):
+        options = dict(sinks=sinks[0]) if sinks else {}
+        return attend(q, k, v, scale=0.7, window=5, softcap=2.0, key_bias=bias, **options)
+
+    out, vjp = jax.vjp(jax.jit(ours), q, k, v, *([sinks] if with_sinks else []))
     assert relative_error(out, expected.detach()) < 1e-6
     for found, array in zip(vjp(dy), arrays, strict=True):
         assert relative_error(found, array.grad) < 2e-6
 
 
-def test_cudnn_leaves_softcaps_and_biases_to_the_others():
+def test_cudnn_leaves_softcaps_biases_and_sinks_to_the_others():
     q = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
-    for options in (dict(softcap=2.0), dict(key_bias=jnp.zeros((1, 2, 8)))):
-        with pytest.raises(NotImplementedError, match="no softcap on the scores and no bias"):
+    for options in (dict(softcap=2.0), dict(key_bias=jnp.zeros((1, 2, 8))), dict(sinks=jnp.zeros(2))):
+        with pytest.raises(NotImplementedError, match="no softcap on the scores, no bias of the keys and no sinks"):
             attention_cudnn(q, q, q, scale=1.0, **options)
         assert attention(q, q, q, scale=1.0, **options).shape == q.shape
 

@@ -157,5 +157,5 @@ def test_bad_meshes_and_rules_are_refused():
         sharding.make_mesh(data=3, fsdp=3)
     with pytest.raises(ValueError, match="tensor=0"):
         sharding.make_mesh(tensor=0)
-    with pytest.raises(ValueError, match="nothing of the axis 'experts'; they have embed, vocab"):
-        sharding.variable_sharding(jnp.zeros(4), ("experts",), sharding.make_mesh(fsdp=2))
+    with pytest.raises(ValueError, match="nothing of the axis 'stages'; they have embed, vocab"):
+        sharding.variable_sharding(jnp.zeros(4), ("stages",), sharding.make_mesh(fsdp=2))

@@ -1,5 +1,6 @@
 """The training step: the updates of PEFT and torch's AdamW, and what must change nothing does change nothing."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,6 +13,8 @@ from flax import nnx
 from helpers import (
     DENSE,
     FAMILIES,
+    LINEARS_OF_SPARSE,
+    SPARSE,
     VOCAB,
     adapter_matrices,
     load_folder,
@@ -107,16 +110,17 @@ def train(model, optimizer, batches, loss=causal_lm_loss, key=None):
     "name, layout",
     [
         *itertools.product([*FAMILIES, "qwen2-windows"], [padded, packed]),
-        *(pytest.param(name, packed, marks=marks) for name, marks in marked(DENSE)),
+        *(pytest.param(name, packed, marks=marks) for name, marks in marked([*DENSE, *SPARSE])),
     ],
 )
 def test_four_steps_equal_peft(name, layout, tmp_path):
     # Where logits are scaled down some gradients are 1e-8, mostly rounding, which Adam would blow up to whole steps.
-    eps = 1e-5 if name in DENSE else 1e-8
+    eps = 1e-5 if name in (*DENSE, *SPARSE) else 1e-8
+    config = dataclasses.replace(LORA, target_modules=LINEARS_OF_SPARSE) if name in SPARSE else LORA
     theirs, ours = make_pair(name, tmp_path)
-    with_adapters(ours)
+    with_adapters(ours, config)
     start = adapter_matrices(ours)
-    twin = peft_twin(theirs, ours, LORA).train()
+    twin = peft_twin(theirs, ours, config).train()
     torch_optimizer = torch.optim.AdamW(
         [p for p in twin.parameters() if p.requires_grad], lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1, eps=eps
     )

@@ -1,0 +1,266 @@
+"""Mixture of experts: a token goes through a few of many MLPs, those that a router gives it to (arXiv:1701.06538).
+
+The maths, for a token x, the router's matrix W [E, D] and experts f_1 ... f_E:
+
+    p = softmax(W x)            over all experts
+    C = the k experts of largest p
+    y = sum of p_e f_e(x) over e in C,  with the p_e of C made to sum to 1 where `norm_topk_prob` says so
+
+The layout. N tokens and their choices are N k pairs of a token and an expert. Sorted by expert, the pairs of one expert
+are rows that lie together, a group, and a grouped product multiplies each group with a matrix of its own:
+
+    rows  [N k, in]          tokens, repeated k times and sorted
+    w     [E, out, in]       or [E, in, out], as the checkpoint has it
+    sizes [E]                rows of each group; they add up to N k
+    ->    [N k, out]
+
+So the work is that of k experts a token, whatever E is, every shape is static, and no expert is ever too full to take a
+token. The rows go there and back by permutations, never by adding into places, so a step gives the same bits each time.
+
+Experts are frozen, dense or quantised, each expert's matrix on its own. Quantised ones are dequantised before the
+grouped product and again in its backward pass, which keeps the packed form only, as in `quant.matmul`. The router is a
+`Gate`: never quantised, no adapter's target.
+
+Nothing so far keeps a router from sending every token to the same experts. The load-balancing loss does
+(arXiv:2101.03961, equation 4), of the shares of tokens and of probability that each expert gets over all layers:
+
+    E * sum over e of  share_of_tokens_e * share_of_probability_e
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxlora import quant
+from jaxlora.config import ModelConfig, QuantConfig
+from jaxlora.layers import ACTIVATIONS, TokenwiseModule, base_param, normal
+from jaxlora.quant import QuantizedArray
+
+
+class Groups(NamedTuple):
+    """Rows that are sorted by expert. sizes: rows of each expert [E]; expert: the expert of each row [rows]; int32."""
+
+    sizes: Array
+    expert: Array
+
+
+class RouterLoad(NamedTuple):
+    """What routers did with the tokens, summed over layers, float32.
+
+    chosen: how often each expert was chosen [E]; probability: the sum of the probabilities that it got [E]; tokens:
+    how many tokens there were [], in each layer anew. Padding is no token.
+    """
+
+    chosen: Array
+    probability: Array
+    tokens: Array
+
+
+def load_balancing_loss(load: RouterLoad) -> Float[Array, ""]:
+    """The loss of this file's header; k if all experts get the same, up to E where k of them get everything."""
+    tokens = jnp.maximum(load.tokens, 1.0)
+    return load.chosen.size * jnp.sum((load.chosen / tokens) * (load.probability / tokens))
+
+
+# ---- The grouped product ---------------------------------------------------------------------------------------------
+
+
+def grouped_matmul(
+    x: Float[Array, "rows d_in"],
+    w: Float[Array, "experts d0 d1"] | QuantizedArray,
+    sizes: Int[Array, " experts"],
+    *,
+    in_out: bool = False,
+) -> Float[Array, "rows d_out"]:
+    """Multiply each group of rows with the transpose of its matrix [out, in], or with its matrix [in, out] if `in_out`.
+
+    In x's dtype with float32 sums. A quantised `w` is a constant, as in `quant.matmul`.
+
+    Raises:
+      TypeError: the shapes do not fit.
+    """
+    shape = (*w.leading, *w.shape) if isinstance(w, QuantizedArray) else w.shape
+    contracted = 1 if in_out else 2
+    if len(shape) != 3 or x.ndim != 2 or shape[contracted] != x.shape[1] or sizes.shape != shape[:1]:
+        expected = "[experts, in, out]" if in_out else "[experts, out, in]"
+        raise TypeError(
+            f"grouped_matmul takes x [rows, in], w {expected} and sizes [experts], not {list(x.shape)}, {list(shape)} "
+            f"and {list(sizes.shape)}"
+        )
+    if isinstance(w, QuantizedArray):
+        return _grouped_quantized(contracted, x, w, sizes)
+    return _grouped(x, w.astype(x.dtype), sizes, contracted)
+
+
+def _grouped(x: Array, w: Array, sizes: Array, contracted: int) -> Array:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (contracted,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    return lax.ragged_dot_general(x, w, sizes, numbers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_quantized(contracted: int, x: Array, w: QuantizedArray, sizes: Array) -> Array:
+    return _grouped(x, quant.dequantize(w, x.dtype), sizes, contracted)
+
+
+def _grouped_forward(contracted, x, w, sizes):
+    return _grouped_quantized(contracted, x, w, sizes), (w, sizes)
+
+
+def _grouped_backward(contracted, kept, dy):
+    w, sizes = kept
+    dx = _grouped(dy, quant.dequantize(w, dy.dtype), sizes, 3 - contracted)
+    return dx, None, None  # None: a zero for every field of w, and for the sizes, which are integers
+
+
+_grouped_quantized.defvjp(_grouped_forward, _grouped_backward)
+
+
+# ---- Modules ---------------------------------------------------------------------------------------------------------
+
+
+class Gate(nnx.Module):
+    """y = x W^T + b, for what decides on tokens: never quantised, no adapter's target. x [..., in] -> [..., out]."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, dtype: Any, rngs: nnx.Rngs, bias: bool = False, stack: int
+    ):
+        weight = normal(rngs, (stack, out_features, in_features), dtype)
+        self.weight = base_param(weight, ("layers", None, "embed"))
+        self.bias = base_param(jnp.zeros((stack, out_features), dtype), ("layers", None)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        y = quant.matmul(x, self.weight.get_value())
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
+class ExpertLinear(nnx.Module):
+    """A linear of every expert, on rows that are sorted by expert: [rows, in] -> [rows, out].
+
+    weight: [stack, E, out, in], or [stack, E, in, out] if `in_out`; bias: [stack, E, out]. A scan slices the stack off
+    before the call. `axes` names (out, in).
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        dtype: Any,
+        rngs: nnx.Rngs,
+        bias: bool,
+        in_out: bool,
+        stack: int,
+        quant_config: QuantConfig | None,
+    ):
+        self.in_features, self.out_features, self.in_out = in_features, out_features, in_out
+        shape, weight_axes = (out_features, in_features), axes
+        if in_out:
+            shape, weight_axes = shape[::-1], axes[::-1]
+        weight = normal(rngs, (stack, experts, *shape), dtype)
+        if quant_config is not None:
+            weight = quant.quantize(
+                weight, scheme=quant_config.scheme, double_quant=quant_config.double_quant, dtype=dtype
+            )
+        self.weight = base_param(weight, ("layers", "experts", *weight_axes))
+        zeros = jnp.zeros((stack, experts, out_features), dtype)
+        self.bias = base_param(zeros, ("layers", "experts", axes[0])) if bias else None
+
+    def __call__(self, x: Float[Array, "rows d_in"], groups: Groups) -> Float[Array, "rows d_out"]:
+        y = grouped_matmul(x, self.weight.get_value(), groups.sizes, in_out=self.in_out)
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)[groups.expert]
+
+
+class Experts(nnx.Module):
+    """The MLPs of all experts, on rows that are sorted by expert: [rows, D] -> [rows, D]."""
+
+    def __init__(self, config: ModelConfig, make_experts: Callable):
+        width, inner, axes = config.hidden_size, config.moe_intermediate_size, ("mlp", "embed")
+        self.fused, self.hidden_act = config.fused_gate_up, config.hidden_act
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        if self.fused is not None:
+            self.gate_up_proj = make_experts(width, 2 * inner, axes)
+        else:
+            self.gate_proj, self.up_proj = make_experts(width, inner, axes), make_experts(width, inner, axes)
+        self.down_proj = make_experts(inner, width, axes[::-1])
+
+    def __call__(self, x: Float[Array, "rows d"], groups: Groups) -> Float[Array, "rows d"]:
+        if self.fused is None:
+            gate, up = self.gate_proj(x, groups), self.up_proj(x, groups)
+        elif self.fused == "interleaved":
+            both = self.gate_up_proj(x, groups)
+            gate, up = both[:, 0::2], both[:, 1::2]
+        else:
+            gate, up = jnp.split(self.gate_up_proj(x, groups), 2, axis=-1)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        if self.alpha is None or self.limit is None:
+            return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up, groups)
+        return self.down_proj(clamped_swiglu(gate, up, self.alpha, self.limit), groups)
+
+
+def clamped_swiglu(
+    gate: Float[Array, "*shape"], up: Float[Array, "*shape"], alpha: float, limit: float
+) -> Float[Array, "*shape"]:
+    """gpt-oss's gate * sigmoid(alpha gate) * (up + 1), of a gate of at most `limit` and an up within both limits."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
+class SparseMLP(TokenwiseModule):
+    """The experts that the router chooses for each token, and the shared expert, behind a gate of its own, if any."""
+
+    def __init__(self, config: ModelConfig, make_gate: Callable, make_experts: Callable, shared: nnx.Module | None):
+        width = config.hidden_size
+        self.num_experts, self.chosen = config.num_experts, config.num_experts_per_tok
+        self.normalised = config.norm_topk_prob
+        self.gate = make_gate(width, self.num_experts, config.router_bias)
+        self.experts = Experts(config, make_experts)
+        self.shared_expert: Any = shared
+        self.shared_expert_gate: Any = None if shared is None else make_gate(width, 1, False)
+
+    def _route(self, rows: Float[Array, "n d"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"], Float[Array, "n e"]]:
+        """Weights and indices of each token's experts, and the probabilities of all; float32."""
+        probabilities = jax.nn.softmax(self.gate(rows).astype(jnp.float32), axis=-1)
+        weights, experts = lax.top_k(probabilities, self.chosen)
+        if self.normalised:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, experts, probabilities
+
+    def load(self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None) -> RouterLoad:
+        """What the router does with these tokens, those of segment 0 left out."""
+        _, experts, probabilities = self._route(x.reshape(-1, x.shape[-1]))
+        real = jnp.ones(math.prod(x.shape[:2]), bool) if segment_ids is None else segment_ids.reshape(-1) != 0
+        real = real.astype(jnp.float32)
+        chosen = jnp.sum(jax.nn.one_hot(experts, self.num_experts, dtype=jnp.float32), axis=1)
+        return RouterLoad(real @ chosen, real @ probabilities, jnp.sum(real))
+
+    def _forward(self, x: Float[Array, "*batch d"], keys: list) -> Float[Array, "*batch d"]:
+        rows = x.reshape(-1, x.shape[-1])
+        weights, experts, _ = self._route(rows)
+        pairs = experts.reshape(-1)  # pair i is token i // k's
+        order = jnp.argsort(pairs)
+        groups = Groups(jnp.bincount(pairs, length=self.num_experts).astype(jnp.int32), pairs[order])
+        out = self.experts(_permute(jnp.repeat(rows, self.chosen, axis=0), order), groups)
+        out = _permute(out, jnp.argsort(order)).reshape(*weights.shape, -1)
+        y = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
+        if self.shared_expert is not None:
+            y = y + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x, keys)
+        return y
+
+
+def _permute(rows: Float[Array, "n d"], order: Int[Array, " n"]) -> Float[Array, "n d"]:
+    """`rows[order]`, of an order that has each row once: so the gradient, too, moves rows and adds nothing up."""
+    return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
