@@ -30,7 +30,7 @@ from jaxlora.converters.mxfp4 import Mxfp4Source, is_mxfp4
 from jaxlora.converters.scaled import ScaledSource
 from jaxlora.generate import generate
 from jaxlora.hub import resolve_path
-from jaxlora.lora_targets import target_ranks
+from jaxlora.lora_targets import copied, target_ranks
 from jaxlora.model import CausalLM
 from jaxlora.modes import choose_mode, resolve_dtype
 from jaxlora.vocabulary import learning_rows, repair_tokenizer, resize_vocabulary
@@ -418,8 +418,33 @@ class FastLanguageModel:
                 )
             warnings.warn("the model already has these LoRA adapters: nothing was changed", stacklevel=2)
             return model
+        _check_offloaded(model, config)
         lora.add_adapters(model, config, jax.random.key(random_state))
         model.lora_config, model.remat_policy = config, policy
+        return model
+
+    @staticmethod
+    def for_inference(model: LanguageModel) -> LanguageModel:
+        """The model as it is: nothing has to be switched before it generates.
+
+        What differs while training is said to each call: dropout is on where a key is given, as the trainer does,
+        and gradient checkpointing is there only where a gradient is taken.
+        """
+        return model
+
+    @staticmethod
+    def for_training(model: LanguageModel, use_gradient_checkpointing: bool | str | None = None) -> LanguageModel:
+        """The model as it is, see `for_inference`.
+
+        Args:
+            use_gradient_checkpointing: what a layer keeps for its backward pass from now on, as in `get_peft_model`;
+                None leaves it.
+
+        Raises:
+            ValueError: no such policy.
+        """
+        if use_gradient_checkpointing is not None:
+            model.remat_policy = remat.resolve(use_gradient_checkpointing)
         return model
 
 
@@ -435,6 +460,19 @@ def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> boo
 
     alike = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in _PER_MODULE})
     return ours == alike and adapters(ours) == adapters(theirs)
+
+
+def _check_offloaded(model: LanguageModel, config: LoraConfig) -> None:
+    """Refuse to train, or to take norms of, an embedding that is in host memory."""
+    table = model.model.embed_tokens
+    if jax.typeof(table.weight.get_value()).memory_space != jax.memory.Space.Host:
+        return
+    learns = any(copy.module.node is table for copy in copied(model, config))
+    if learns or (config.use_dora and any(target.node is table for target, _ in target_ranks(model, config))):
+        raise ValueError(
+            "the embedding is in host memory, and only rows of it reach the device, but modules_to_save, new tokens or "
+            "use_dora need all of it there: load the model without offload_embedding"
+        )
 
 
 def _refuse_unknown(unknown: Mapping[str, Any]) -> None:

@@ -258,6 +258,19 @@ def test_an_embedding_that_cannot_be_offloaded(tmp_path):
         load(tmp_path / "base", offload_embedding=True, device_map=sharding.make_mesh(fsdp=2))
 
 
+def test_an_embedding_in_host_memory_takes_an_adapter_and_nothing_more(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    hosted, plain = (load(tmp_path, offload_embedding=flag) for flag in (True, False))
+    for options in ({"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"], "use_dora": True}):
+        with pytest.raises(ValueError, match="the embedding is in host memory, and only rows of it reach the device"):
+            FastLanguageModel.get_peft_model(hosted, r=4, **options)
+    for model in (hosted, plain):
+        FastLanguageModel.get_peft_model(model, r=4, target_modules=["embed_tokens"])
+        randomise_adapters(model)
+    ids = jnp.asarray(random_ids(1, 9))
+    assert np.array_equal(hosted(ids), plain(ids))
+
+
 # ---- unsloth_tiled_mlp -----------------------------------------------------------------------------------------------
 
 
@@ -289,3 +302,20 @@ def test_a_tiled_mlp_computes_the_same_in_less_memory(policy, tmp_path, monkeypa
     for ours, theirs in zip(results[True][0], results[False][0], strict=True):
         assert relative_error(ours, theirs) < 1e-4
     assert results[False][1] - results[True][1] > 2 * ids.size * 1024 * 4  # gate and up of a layer
+
+
+# ---- for_inference, for_training -------------------------------------------------------------------------------------
+
+
+def test_nothing_has_to_be_switched(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    model = with_adapters(load(tmp_path))
+    ids = random_ids(1, 6)
+    before = np.asarray(model.generate(ids, max_new_tokens=3))
+    assert FastLanguageModel.for_inference(model) is model
+    assert np.array_equal(model.generate(ids, max_new_tokens=3), before)
+    assert FastLanguageModel.for_training(model) is model and model.remat_policy == "none"
+    FastLanguageModel.for_training(model, use_gradient_checkpointing="unsloth")
+    assert model.remat_policy == "offload"
+    with pytest.raises(ValueError, match="use_gradient_checkpointing='all' is not one of"):
+        FastLanguageModel.for_training(model, use_gradient_checkpointing="all")
