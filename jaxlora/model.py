@@ -40,16 +40,20 @@ class KVCache:
     """Keys and values of the tokens seen so far, for every layer. (Any: a transformation may put what it likes in a
     pytree.)
 
-    keys, values: for each run, for each place of its period, [repeats, B, S, K, H]. segment_ids: [B, S] int32, 0 where
-    nothing is. length: int32, the number of places filled, the same for every row, since prompts are padded on the
-    left. The number 0, not an array, says while tracing that the cache is empty: the first tokens look at themselves
-    only.
+    keys, values: for each run, for each place of its period, [repeats, B, S, K, H]; a narrower dtype than the model
+    computes in is cast on reading. segment_ids: [B, S] int32, 0 where nothing is. length: int32, the number of places
+    filled: one for all rows, whose prompts are padded on the left, or [B], one for each, padded on the right. The
+    number 0, not an array, says while tracing that the cache is empty: the first tokens look at themselves only.
+
+    reach: given where the rows are requests that know nothing of each other: the most tokens that one may grow to.
+    Rope types that look at the length then look at each row's own, and "longrope" at this; see `rope_tables`.
     """
 
     keys: list[list[Any]]
     values: list[list[Any]]
     segment_ids: Any
     length: Any
+    reach: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -135,8 +139,8 @@ class Attention(nnx.Module):
             all_values = _write_cache(all_values, v, layer, context.offset)
             cache = (all_keys, all_values, layer)
             if not context.is_prefill:
-                k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)
-                v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False)
+                k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False).astype(k.dtype)
+                v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False).astype(v.dtype)
         out = kernels.attention(
             q,
             k,
@@ -154,8 +158,29 @@ class Attention(nnx.Module):
 
 
 def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) -> Array:
-    """`new` [B, T, K, H] put into [repeats, B, S, K, H] at one layer, from place `offset` on."""
-    return jax.lax.dynamic_update_slice(stacked, new[None].astype(stacked.dtype), (layer, 0, offset, 0, 0))
+    """`new` [B, T, K, H] put into [repeats, B, S, K, H] at one layer, from place `offset` on, or each row's `offset`.
+
+    float8 takes what is beyond its range as its largest value, and not as NaN. A place beyond the last of a row's own
+    is not written.
+    """
+    if stacked.dtype.itemsize == 1:
+        new = jnp.clip(new, *(jnp.asarray(limit, new.dtype) for limit in _range(stacked.dtype)))
+    new = new.astype(stacked.dtype)
+    if jnp.ndim(offset) == 0:
+        return jax.lax.dynamic_update_slice(stacked, new[None], (layer, 0, offset, 0, 0))
+    rows, places = _rows_and_places(jnp.asarray(offset), new.shape[1])
+    return stacked.at[layer, rows, places].set(new, indices_are_sorted=True, unique_indices=True)
+
+
+def _range(dtype: Any) -> tuple[float, float]:
+    info = jnp.finfo(dtype)
+    return float(info.min), float(info.max)
+
+
+def _rows_and_places(offset: Array, tokens: int) -> tuple[Array, Array]:
+    """Indices [B, 1] and [B, T] of the places that T tokens of each row take from its offset on."""
+    rows = jnp.arange(offset.shape[0], dtype=jnp.int32)[:, None]
+    return rows, offset[:, None] + jnp.arange(tokens, dtype=jnp.int32)
 
 
 class MLP(TokenwiseModule):
@@ -427,13 +452,17 @@ class CausalLM(nnx.Module):
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         head_dim, native = self.config.head_dim, self.config.max_position_embeddings
-        places = None if cache is None else cache.segment_ids.shape[1]
-        rotary = [rope_tables(rope, head_dim, native, positions, places) for rope in self.config.ropes]
+        alone = cache is not None and cache.reach is not None
+        places = None if cache is None else cache.reach or cache.segment_ids.shape[1]
+        rotary = [rope_tables(rope, head_dim, native, positions, places, alone) for rope in self.config.ropes]
         tile = remat.mlp_tile(self.remat_policy, self.tiled_mlp)
         filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile, with_load=with_load)
         if cache is not None:
             segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
-            filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
+            if jnp.ndim(cache.length) == 0:
+                filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
+            else:
+                filled = cache.segment_ids.at[_rows_and_places(cache.length, input_ids.shape[1])].set(segment_ids)
             context = Context(rotary, segment_ids, filled, cache.length)
             if context.is_prefill:
                 context = dataclasses.replace(context, key_segments=segment_ids)
@@ -454,8 +483,8 @@ class CausalLM(nnx.Module):
         x = self.model.norm(x)
         if cache is None:
             return x, None, _total_load(loads)
-        cache = KVCache(new_keys, new_values, filled, jnp.asarray(cache.length + input_ids.shape[1], jnp.int32))
-        return x, cache, None
+        length = jnp.asarray(cache.length + input_ids.shape[1], jnp.int32)
+        return x, KVCache(new_keys, new_values, filled, length, cache.reach), None
 
     def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
         """Rows and a matrix [vocab, E] whose product is the logits of these hidden states, before their softcap.

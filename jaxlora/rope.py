@@ -83,11 +83,12 @@ def _longrope_attention_factor(rope: RopeConfig, native: int) -> float:
 
 
 def rope_frequencies(
-    rope: RopeConfig, head_dim: int, max_position_embeddings: int, length: int | Int[Array, ""]
-) -> tuple[Float[Array, " pairs"], float]:
+    rope: RopeConfig, head_dim: int, max_position_embeddings: int, length: int | Int[Array, "*each"]
+) -> tuple[Float[Array, "*rows pairs"], float]:
     """Frequencies [rotary / 2] in radians per position, and the factor on cos and sin.
 
-    `length` is the longest position in the batch plus one; only "dynamic" and "longrope" read it.
+    `length` is the longest position in the batch plus one, or of each row, [B, 1, 1] for frequencies [B, 1, pairs];
+    only "dynamic" and "longrope" read it.
     """
     dim = int(head_dim * rope.partial_rotary_factor)
     if rope.rope_type == "dynamic":
@@ -108,13 +109,16 @@ def rope_tables(
     max_position_embeddings: int,
     positions: Int[Array, "b t"],
     cache_length: int | None = None,
+    alone: bool = False,
 ) -> tuple[Float[Array, "b t pairs"], Float[Array, "b t pairs"]]:
     """cos and sin [B, T, rotary / 2] in float32 at these positions.
 
     With a cache of `cache_length` places, "longrope" chooses its list by what the cache can hold, so that all of its
-    keys have the same frequencies.
+    keys have the same frequencies. "dynamic" looks at the longest position of the batch, or of each row `alone`.
     """
-    length = cache_length if cache_length is not None and rope.rope_type == "longrope" else positions.max() + 1
+    length = jnp.max(positions, axis=1)[:, None, None] + 1 if alone else jnp.max(positions) + 1
+    if cache_length is not None and rope.rope_type == "longrope":
+        length = cache_length
     inv_freq, factor = rope_frequencies(rope, head_dim, max_position_embeddings, length)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor

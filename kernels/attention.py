@@ -1,9 +1,10 @@
 """Causal attention over grouped heads, documents and windows:  out = softmax(q k^T * scale + mask) v.
 
 Layout: q [B, T, N, H]; k, v [B, S, K, H], with N a multiple of K: query head n reads key head n // (N / K). Query t
-stands at index `offset + t` of the keys. It sees key s when s <= offset + t, when they carry the same segment id,
-and, with a window w, when offset + t - s < w. The softmax is float32. With a softcap c the scores, scaled and before
-the mask, become c * tanh(scores / c) (Gemma 2, arXiv:2408.00118). A key bias [B, N, S] is added to them after that
+stands at index `offset + t` of the keys, the offset one for all rows or one for each, [B]. It sees key s when
+s <= offset + t, when they carry the same segment id, and, with a window w, when offset + t - s < w. The softmax is
+float32. With a softcap c the scores, scaled and before the mask, become c * tanh(scores / c) (Gemma 2,
+arXiv:2408.00118). A key bias [B, N, S] is added to them after that
 (ALiBi, arXiv:2108.12409). Sinks [N] are the score of one more key for each head, whose value is zero: a query may
 attend to nothing (gpt-oss, arXiv:2508.10925).
 
@@ -36,16 +37,16 @@ def attention_mask(
     query_segments: Int[Array, "b t"] | None,
     key_segments: Int[Array, "b s"] | None,
     lengths: tuple[int, int],
-    offset: int | Int[Array, ""] = 0,
+    offset: int | Int[Array, "*b"] = 0,
     window: int | None = None,
 ) -> Bool[Array, "b_or_1 t s"]:
     """Which query sees which key; `lengths` is (T, S)."""
-    query = (jnp.arange(lengths[0], dtype=jnp.int32) + offset)[:, None]
-    key = jnp.arange(lengths[1], dtype=jnp.int32)[None, :]
+    query = jnp.arange(lengths[0], dtype=jnp.int32)[:, None] + jnp.asarray(offset)[..., None, None]
+    key = jnp.arange(lengths[1], dtype=jnp.int32)
     mask = key <= query
     if window is not None:
         mask &= query - key < window
-    mask = mask[None]
+    mask = mask.reshape(-1, *lengths)
     if query_segments is not None and key_segments is not None:
         mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
     return mask
@@ -63,7 +64,7 @@ def attention_reference(
     sinks: Float[Array, " n"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
-    offset: int | Int[Array, ""] = 0,
+    offset: int | Int[Array, "*b"] = 0,
 ) -> Float[Array, "b t n h"]:
     """The formula of this file's header, in plain jnp. Every query must see at least itself."""
     b, t, n, h = q.shape
@@ -96,7 +97,7 @@ def attention_chunked(
     sinks: Float[Array, " n"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
-    offset: int | Int[Array, ""] = 0,
+    offset: int | Int[Array, "*b"] = 0,
     chunk: int = 512,
 ) -> Float[Array, "b t n h"]:
     """`attention_reference`, `chunk` queries at a time, none of whose scores outlive the chunk."""
@@ -133,7 +134,7 @@ def attention_cudnn(
     sinks: Float[Array, " n"] | None = None,
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
-    offset: int | Int[Array, ""] = 0,
+    offset: int | Int[Array, "*b"] = 0,
 ) -> Float[Array, "b t n h"]:
     """cuDNN's flash attention.
 
