@@ -1,9 +1,9 @@
 """Continue prompts:  prefill (read the prompts into a KV cache) -> decode (write one token a step until all rows end).
 
 Each of the two is one compiled program, and the decoding loop never comes back to the host. Programs are reused from
-call to call: prompts are padded on the left to a multiple of `PROMPT_BUCKET` tokens, the cache to a multiple of
-`CACHE_BUCKET` places, and every option but `top_k` and the batch size is an argument. Padding is masked out, so a
-bucket changes no logits but in their last bits.
+call to call: prompts are padded on the left to a size that `bucket` knows, the cache to a multiple of `CACHE_BUCKET`
+places, and every option but `top_k` and the batch size is an argument. Padding is masked out, so it changes no logits
+but in their last bits.
 
 Rotary scaling of the type "dynamic" grows its frequencies with the longest position of the batch, whereas keys that are
 already in the cache keep the frequencies they were written with. That is what transformers does, and it means that
@@ -30,7 +30,6 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxlora.model import CausalLM, KVCache
 
-PROMPT_BUCKET = 64
 CACHE_BUCKET = 256
 
 
@@ -98,7 +97,7 @@ def generate(
         attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
         input_ids = input_ids["input_ids"]
     own_pad = _model_token(model, "pad_token_id") if pad_token_id is None else pad_token_id
-    own_eos = _stop_tokens(_model_token(model, "eos_token_id"))
+    own_eos = model_stop_tokens(model)
     eos = own_eos if eos_token_id is None else _stop_tokens(eos_token_id)
     pad = own_pad if own_pad is not None else next(iter(eos), 0)
 
@@ -108,7 +107,7 @@ def generate(
     sampling = _sampling(do_sample, temperature, top_k, top_p, min_p, seed)
 
     batch, length = ids.shape
-    places = _round_up(length, PROMPT_BUCKET)
+    places = bucket(length)
     left = ((0, 0), (places - length, 0))
     padded, mask = np.pad(np.where(mask, ids, 0), left), np.pad(mask, left)
     logits, cache = _prefill(model, padded, mask, places=_round_up(places + max_new_tokens, CACHE_BUCKET))
@@ -212,6 +211,14 @@ def _from(scores: Float[Array, "b v"], threshold: Float[Array, "b 1"]) -> Float[
 # arguments
 
 
+def bucket(n: int) -> int:
+    """The size that n tokens are padded to: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
+
+    Four sizes to a doubling: few programs, and from 32 tokens on less than a fifth of a size is padding.
+    """
+    return max(32, _round_up(n, max(8, 2 ** ((n - 1).bit_length() - 3))))
+
+
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -230,6 +237,11 @@ def _model_token(model: CausalLM, name: str) -> Any:
     """A special token by the model's generation settings, where it has some, or else by its config.json."""
     settings = getattr(model, "generation_config", None) or {}
     return settings[name] if settings.get(name) is not None else model.hf_config.get(name)
+
+
+def model_stop_tokens(model: CausalLM) -> tuple[int, ...]:
+    """The tokens that end a text of this model, by its generation settings or its config.json."""
+    return _stop_tokens(_model_token(model, "eos_token_id"))
 
 
 def _stop_tokens(eos: int | Iterable[int] | None) -> tuple[int, ...]:
@@ -291,8 +303,13 @@ def _check_ids(ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> None:
         )
 
 
+def model_window(model: CausalLM) -> int:
+    """The most tokens that a prompt and its continuation may have together."""
+    return getattr(model, "max_seq_length", 0) or model.config.max_position_embeddings
+
+
 def _check_window(model: CausalLM, longest: int, max_new_tokens: int) -> None:
-    window = getattr(model, "max_seq_length", 0) or model.config.max_position_embeddings
+    window = model_window(model)
     if longest + max_new_tokens > window:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are {longest + max_new_tokens} tokens, "
