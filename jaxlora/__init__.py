@@ -14,6 +14,7 @@ from jaxlora.lora import partition as partition
 from jaxlora.loss import causal_lm_loss as causal_lm_loss
 from jaxlora.model import CausalLM as CausalLM
 from jaxlora.quant import QuantizedArray as QuantizedArray
+from jaxlora.sampling import SamplingParams as SamplingParams
 from jaxlora.sft import SFTConfig as SFTConfig
 from jaxlora.sft import SFTTrainer as SFTTrainer
 from jaxlora.train import TrainState as TrainState

@@ -35,7 +35,8 @@ from jaxlora.quickstart import quickstart
 from jaxlora.rows import load_rows
 from jaxlora.sft import SFTConfig, SFTTrainer
 
-LOAD = from_signature(FastLanguageModel.from_pretrained, skip=["model_name"])
+ENGINE = ["fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank", "disable_log_stats"]
+LOAD = from_signature(FastLanguageModel.from_pretrained, skip=["model_name", *ENGINE])  # which no command here runs
 ADAPTER = from_signature(FastLanguageModel.get_peft_model, skip=["model"])
 TRAINING = from_dataclass(SFTConfig, skip=["output_dir"])
 SAMPLING = from_signature(generate, skip=["model", "input_ids", "attention_mask"])

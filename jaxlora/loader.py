@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlora import lora, offload, remat, sharding
+from jaxlora.completion import RequestOutput
 from jaxlora.config import LoraConfig, ModelConfig
 from jaxlora.converters import peft
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
@@ -28,11 +30,14 @@ from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, TensorSource, load_model, model_config
 from jaxlora.converters.mxfp4 import Mxfp4Source, is_mxfp4
 from jaxlora.converters.scaled import ScaledSource
+from jaxlora.engine import Engine
 from jaxlora.generate import generate
 from jaxlora.hub import resolve_path
+from jaxlora.layers import Adapted, Weighted
 from jaxlora.lora_targets import copied, target_ranks
-from jaxlora.model import CausalLM
+from jaxlora.model import CausalLM, named_nodes
 from jaxlora.modes import choose_mode, resolve_dtype
+from jaxlora.sampling import SamplingParams
 from jaxlora.vocabulary import learning_rows, repair_tokenizer, resize_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -54,6 +59,7 @@ class LanguageModel(CausalLM):
     name_or_path: what `from_pretrained` was given for the base model; base_folder: where its files lie (a folder, or a
     .gguf file), "" for a model made in memory; max_seq_length: the window in tokens; lora_config: the adapter's, or
     None. revision: of the base model on the hub, None for its newest. full_finetuning: whether every weight learns.
+    engine: what `fast_generate` runs on, None without `fast_inference=True`.
     """
 
     name_or_path: str = ""
@@ -62,6 +68,7 @@ class LanguageModel(CausalLM):
     max_seq_length: int = 0
     lora_config: LoraConfig | None = None
     full_finetuning: bool = False
+    engine: Engine | None = None
     _generation_config: str = "{}"  # text, because a graphdef's attributes must hash
 
     @property
@@ -86,6 +93,28 @@ class LanguageModel(CausalLM):
     def generate(self, input_ids: Any, **options: Any) -> jax.Array:
         """Continue prompts; see `jaxlora.generate.generate`."""
         return generate(self, input_ids, **options)
+
+    def fast_generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: str | Path | None = None,
+    ) -> list[RequestOutput]:
+        """Continue many prompts at once, with vLLM's names; see `engine.Engine.generate` and `sampling.SamplingParams`.
+
+        Args:
+            lora_request: a folder of PEFT files, whose adapter goes on in place of the model's own, in this call only.
+                None is the model as it is, its adapter included.
+
+        Raises:
+            ValueError: the model was loaded without `fast_inference=True`; an adapter of a rank above `max_lora_rank`;
+                a `lora_request` where the model's own adapter took its start out of the base weights; and see
+                `engine.Engine.generate`.
+        """
+        if self.engine is None:
+            raise ValueError("fast_generate needs the engine: load the model with fast_inference=True, or use generate")
+        model = self if lora_request is None else _with_adapter_of(self, lora_request)
+        return self.engine.generate(model, prompts, sampling_params)
 
     def save_pretrained(
         self,
@@ -197,6 +226,11 @@ class FastLanguageModel:
         fix_tokenizer: bool = True,
         resize_model_vocab: int | None = None,
         random_state: int = 3407,
+        fast_inference: bool = False,
+        gpu_memory_utilization: float = 0.5,
+        float8_kv_cache: bool = False,
+        max_lora_rank: int = 64,
+        disable_log_stats: bool = True,
         **unknown: Any,
     ) -> tuple[LanguageModel, Any]:
         """Load a model and its tokenizer.
@@ -243,7 +277,13 @@ class FastLanguageModel:
                 `vocabulary.repair_tokenizer`.
             resize_model_vocab: number of rows of the embedding and the head, if larger than the checkpoint's; see
                 `vocabulary.resize_vocabulary`.
-            random_state: seed of the rows that `resize_model_vocab` adds. Nothing else is drawn while loading.
+            random_state: seed of the rows that `resize_model_vocab` adds, and of the requests of
+                `fast_generate` that have none. Nothing else is drawn while loading.
+            fast_inference: make `model.fast_generate` ready, which continues many prompts at once; see `engine`.
+            gpu_memory_utilization: with fast_inference: share of the device's memory for weights and KV cache together.
+            float8_kv_cache: with fast_inference: keep the KV cache in float8 (e4m3), half the memory of a 16-bit one.
+            max_lora_rank: with fast_inference: the largest rank of an adapter.
+            disable_log_stats: with fast_inference: False logs each call's tokens per second.
 
         Returns:
             (model, tokenizer). The tokenizer is None, with a warning, if the checkpoint has none.
@@ -252,7 +292,8 @@ class FastLanguageModel:
             FileNotFoundError, PermissionError, ConnectionError: the files cannot be had; see `hub.resolve_path`.
             CheckpointError: they cannot be read as a supported model.
             TypeError: an argument that there is none of.
-            ValueError: two modes at once, an unknown dtype, a window that the rope does not reach.
+            ValueError: two modes at once, an unknown dtype, a window that the rope does not reach, or no room for a KV
+                cache of one sequence.
         """
         _refuse_unknown(unknown)
         del use_exact_model_name  # no name is mapped to another, so every name is exact
@@ -334,6 +375,22 @@ class FastLanguageModel:
             warnings.warn(f"{path} has no tokenizer files: the tokenizer is None", stacklevel=2)
         elif fix_tokenizer:
             repair_tokenizer(tokenizer, hf_config, model.config.vocab_size)
+        if fast_inference:
+            model.engine = Engine(
+                tokenizer,
+                gpu_memory_utilization=gpu_memory_utilization,
+                cache_dtype=jnp.float8_e4m3fn if float8_kv_cache else None,
+                max_lora_rank=max_lora_rank,
+                disable_log_stats=disable_log_stats,
+                seed=random_state,
+            )
+            model.engine.cache_bytes(model)  # says now if there is no room
+        elif (gpu_memory_utilization, float8_kv_cache, max_lora_rank, disable_log_stats) != (0.5, False, 64, True):
+            warnings.warn(
+                "gpu_memory_utilization, float8_kv_cache, max_lora_rank and disable_log_stats do nothing without "
+                "fast_inference=True",
+                stacklevel=2,
+            )
         return model, tokenizer
 
     @staticmethod
@@ -446,6 +503,23 @@ class FastLanguageModel:
         if use_gradient_checkpointing is not None:
             model.remat_policy = remat.resolve(use_gradient_checkpointing)
         return model
+
+
+def _with_adapter_of(model: LanguageModel, folder: str | Path) -> LanguageModel:
+    """A copy that shares the base weights and has the adapter of a folder in place of its own."""
+    if model.lora_config is not None and model.lora_config.changes_base:
+        raise ValueError(
+            f"lora_request={str(folder)!r} is for the base weights, and the model's own adapter "
+            f"(init_lora_weights={model.lora_config.init_lora_weights!r}) has changed those: load the base anew"
+        )
+    copy = nnx.merge(*nnx.split(model))
+    for module in named_nodes(copy, Weighted):
+        module.node.without_copies()
+        if isinstance(module.node, Adapted):
+            module.node.without_adapter()
+    copy.ties_adapters = False
+    copy.lora_config = peft.load_adapter(copy, folder)
+    return copy
 
 
 def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> bool:

@@ -54,7 +54,7 @@ def test_the_python_of_the_readme_runs(checkpoint, tmp_path, monkeypatch, capsys
     """All blocks in one namespace, on a tiny checkpoint and for two steps."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     code = "\n".join(blocks)
     for shown, here in {
         '"Qwen/Qwen3-0.6B"': repr(str(checkpoint)),
@@ -68,6 +68,7 @@ def test_the_python_of_the_readme_runs(checkpoint, tmp_path, monkeypatch, capsys
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["logits"].shape == (1, 6, len(WORDS))
+    assert [1 <= len(answer.outputs[0].token_ids) <= 32 for answer in names["answers"]] == [True, True]
     assert float(names["metrics"]["num_tokens"]) == 5
     for file in ("out/metrics.jsonl", "out/loss.png", "out/checkpoint-2", "adapter/adapter_config.json", "merged"):
         assert (tmp_path / file).exists(), file

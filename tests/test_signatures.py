@@ -71,10 +71,7 @@ GET_PEFT_MODEL = {
 }
 # What is being added. Nothing else may be missing, and what is there may not stay here.
 TO_COME = {
-    "from_pretrained": {
-        "fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank", "disable_log_stats",
-        "qat_scheme",
-    },
+    "from_pretrained": {"qat_scheme"},
     "get_peft_model": {
         "finetune_last_n_layers", "max_seq_length", "temporary_location", "qat_scheme", "target_parameters",
     },
