@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -338,7 +337,8 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
         )
 
     for target, ranks in targets:
-        _attach(model, target, ranks, config, file)
+        keys = {name: _keys_of(name, target, config) for name in target.names()}
+        lora.attach_named(model, target, ranks, config, lambda name, keys=keys: [file.read(key) for key in keys[name]])
     for copy in copies:
         lora.add_copy(model, copy.module, copy.part, copy.layers)
         variable = getattr(copy.module.node, f"trained_{copy.part}").value
@@ -349,30 +349,6 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
         variable.set_value(jnp.asarray(value))
     lora.tie_adapters(model, config)
     return config
-
-
-def _attach(model: CausalLM, target: Named, ranks: tuple[int, ...], config: LoraConfig, file: SafetensorsFile) -> None:
-    """One module's adapter from the file."""
-    node, size = target.node, len(ranks)
-    values = [
-        np.zeros((size, max(ranks), node.in_features), np.float32),
-        np.zeros((size, node.out_features, max(ranks)), np.float32),
-        np.ones((size, node.out_features), np.float32),
-    ]
-    for i, (name, rank) in enumerate(zip(target.names(), ranks, strict=True)):
-        if rank:
-            places = (values[0][i, :rank], values[1][i, :, :rank], values[2][i])
-            for place, key in zip(places, _keys_of(name, target, config), strict=False):
-                place[...] = file.read(key)
-    a, b, magnitude = (jnp.asarray(value if target.layers else value[0]) for value in values)
-    if config.changes_base and not isinstance(node, Embedding):  # as PEFT does: change the base in the same way again
-        lora.start_from_base(model, target, ranks, config, jax.random.key(0))
-        node.lora_A.set_value(a)
-        node.lora_B.set_value(b)
-    else:
-        lora.attach_stack(model, target, *(jnp.asarray(value) for value in values[:2]), config, ranks)
-    if config.use_dora:
-        node.lora_magnitude.set_value(magnitude)
 
 
 def _keys_of(name: str, target: Named, config: LoraConfig) -> list[str]:

@@ -1,5 +1,9 @@
 """LoRA and QLoRA fine-tuning of language models in JAX."""
 
+from jaxlora.adapters import new_adapter as new_adapter
+from jaxlora.adapters import put_adapter as put_adapter
+from jaxlora.adapters import stack_adapters as stack_adapters
+from jaxlora.adapters import take_adapter as take_adapter
 from jaxlora.config import LoraConfig as LoraConfig
 from jaxlora.config import ModelConfig as ModelConfig
 from jaxlora.config import QuantConfig as QuantConfig

@@ -77,7 +77,7 @@ class Copy(nnx.Module):
     `layers` says of each layer of a stack whether its copy is used. The others are padding, which is masked.
     """
 
-    def __init__(self, base: Float[Array, "*shape"], axes: tuple[str, ...], layers: tuple[bool, ...]):
+    def __init__(self, base: Float[Array, "*shape"], axes: tuple[str | None, ...], layers: tuple[bool, ...]):
         self.layers = layers
         self.value = TrainableParam(base.astype(jnp.float32), axes=axes)
         self.mask = nnx.data(None if all(layers) else LayerMask(jnp.asarray(layers), axes=("layers",)))

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -212,6 +212,37 @@ def attach(module: Adapted, a, b, scaling, dropout: float, ranks: tuple[int, ...
     module.lora_B = LoraParam(b, axes=(*lead, out_axis, "rank"))
     module.lora_scaling = AdapterScale(scaling, axes=(*lead, "rank") if padded else lead)
     module.lora_dropout, module.lora_ranks = dropout, ranks
+
+
+def attach_named(
+    model: CausalLM,
+    target: Named,
+    ranks: tuple[int, ...],
+    config: LoraConfig,
+    read: Callable[[str], Sequence[np.ndarray]],
+) -> None:
+    """Give a module the adapter that `read` has for each of its names: A [r, in], B [out, r] and, with DoRA, the
+    magnitudes [out]. A base that the adapter's start changed is changed in the same way again, as PEFT does."""
+    node, size = target.node, len(ranks)
+    values = [
+        np.zeros((size, max(ranks), node.in_features), np.float32),
+        np.zeros((size, node.out_features, max(ranks)), np.float32),
+        np.ones((size, node.out_features), np.float32),
+    ]
+    for i, (name, rank) in enumerate(zip(target.names(), ranks, strict=True)):
+        if rank:
+            places = (values[0][i, :rank], values[1][i, :, :rank], values[2][i])
+            for place, value in zip(places, read(name), strict=False):
+                place[...] = value
+    a, b, magnitude = (jnp.asarray(value) for value in values)
+    if config.changes_base and not isinstance(node, Embedding):
+        start_from_base(model, target, ranks, config, jax.random.key(0))
+        node.lora_A.set_value(a if target.layers else a[0])
+        node.lora_B.set_value(b if target.layers else b[0])
+    else:
+        attach_stack(model, target, a, b, config, ranks)
+    if config.use_dora:
+        node.lora_magnitude.set_value(magnitude if target.layers else magnitude[0])
 
 
 # ---- What is there ---------------------------------------------------------------------------------------------------

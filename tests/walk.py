@@ -35,6 +35,7 @@ def largest_difference(found, expected) -> float:
 def peft_model(theirs, seed=0, **options):
     """PEFT's adapter with everything random that starts as zero, as a one or as a copy."""
     options = {"r": 4, "lora_alpha": 6, "target_modules": BLOCKS, "task_type": "CAUSAL_LM"} | options
+    torch.manual_seed(seed)
     model = peft.get_peft_model(theirs, peft.LoraConfig(**options)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
