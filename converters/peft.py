@@ -302,6 +302,15 @@ def read_options(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
 
 
+def read_config(model: CausalLM, folder: str | Path) -> LoraConfig:
+    """The settings of an adapter in a folder, if they fit the model.
+
+    Raises:
+        CheckpointError: see `load_adapter`.
+    """
+    return _read_config(model, read_options(folder), Path(folder) / CONFIG)[-1]
+
+
 def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
     """Put an adapter, written by us or by PEFT, on a model, in place; it can be trained on. Returns its settings.
 

@@ -55,6 +55,17 @@ class Adapter:
     modules: Mapping[str, Mapping[str, Any]]
 
 
+class Shelf:
+    """The adapters of a model by their names. Only the active one is on the model; the others are here.
+
+    Part of the model as a plain object, so that no program takes the waiting adapters as arguments.
+    """
+
+    def __init__(self):
+        self.active: str | None = None
+        self.waiting: dict[str, Adapter] = {}
+
+
 # ---- On and off ------------------------------------------------------------------------------------------------------
 
 
@@ -66,7 +77,7 @@ def new_adapter(model: CausalLM, config: LoraConfig, key: Any) -> Adapter:
     """
     if lora.adapters(model):
         raise ValueError("the model carries an adapter: take it off first (jaxlora.take_adapter)")
-    _check_shares_base(config)
+    check_shares_base(config)
     lora.add_adapters(model, config, key)
     return take_adapter(model, config)
 
@@ -79,7 +90,7 @@ def take_adapter(model: CausalLM, config: LoraConfig) -> Adapter:
     """
     if not lora.adapters(model):
         raise ValueError("the model carries no adapter")
-    _check_shares_base(config)
+    check_shares_base(config)
     modules = {}
     for module in named_nodes(model, Weighted):
         fields = (*_COPY_FIELDS, *(_ADAPTER_FIELDS if isinstance(module.node, Adapted) else ()))
@@ -111,7 +122,12 @@ def put_adapter(model: CausalLM, adapter: Adapter) -> None:
     lora.tie_adapters(model, adapter.config)
 
 
-def _check_shares_base(config: LoraConfig) -> None:
+def check_shares_base(config: LoraConfig) -> None:
+    """Refuse an adapter that others cannot stand beside.
+
+    Raises:
+        ValueError: its start changed the weights of the base.
+    """
     if config.changes_base:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changed the weights of the base, which adapters share: "

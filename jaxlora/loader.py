@@ -10,7 +10,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlora import lora, offload, remat, sharding
+from jaxlora.adapters import Shelf, check_shares_base, put_adapter, take_adapter, weighted_adapter
 from jaxlora.completion import RequestOutput
 from jaxlora.config import LoraConfig, ModelConfig
 from jaxlora.converters import peft
@@ -69,6 +70,7 @@ class LanguageModel(CausalLM):
     lora_config: LoraConfig | None = None
     full_finetuning: bool = False
     engine: Engine | None = None
+    _shelf: Shelf | None = None
     _generation_config: str = "{}"  # text, because a graphdef's attributes must hash
 
     @property
@@ -80,6 +82,129 @@ class LanguageModel(CausalLM):
     def writes_base(self) -> bool:
         """Whether saving an adapter writes the base out as well: PEFT reads no GGUF file."""
         return self.base_folder.endswith(".gguf") and not self.full_finetuning
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the adapter that the model computes with, "default" unless another was given; None without."""
+        if self._shelf is not None:
+            return self._shelf.active
+        return "default" if lora.adapters(self) else None
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of all adapters, the active one first."""
+        waiting = [] if self._shelf is None else list(self._shelf.waiting)
+        return [*([] if self.active_adapter is None else [self.active_adapter]), *waiting]
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, **hub: Any) -> None:
+        """Read another adapter, from a folder or the hub, under a name. The active one stays active, if there is one.
+
+        Args:
+            hub: token, revision, cache_dir, local_files_only; see `FastLanguageModel.from_pretrained`.
+
+        Raises:
+            ValueError: there is one of this name, or one that changed the base's weights.
+            CheckpointError: see `converters.peft.load_adapter`.
+        """
+        folder = resolve_path(model_id, **hub)
+        config = peft.read_config(self, folder)
+        self._check_new(adapter_name, config)
+        self._add(adapter_name, config, lambda: peft.load_adapter(self, folder))
+
+    def add_adapter(self, adapter_name: str, config: LoraConfig, random_state: int = 3407) -> None:
+        """Make another fresh adapter, under a name. The active one stays active, if there is one.
+
+        Raises:
+            ValueError: there is one of this name, one that changed the base's weights; and see `lora.add_adapters`.
+        """
+        self._check_new(adapter_name, config)
+        self._add(adapter_name, config, lambda: lora.add_adapters(self, config, jax.random.key(random_state)))
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add up adapters by their names into a new one; see `jaxlora.adapters.weighted_adapter`."""
+        self._check_new(adapter_name, None)
+        active, shelf = self._put_away(), self._shelf
+        assert shelf is not None
+        try:
+            parts = [shelf.waiting[name] for name in map(self._known, adapters)]
+            shelf.waiting[adapter_name] = weighted_adapter(self, parts, weights, combination_type, svd_rank)
+        finally:
+            self._activate(active)
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Compute with, and train, the adapter of this name. Train states and programs made before are of the other.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if self._known(adapter_name) != self.active_adapter:
+            self._put_away()
+            self._activate(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. If it is the active one, the first of the others becomes active.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        active = self.active_adapter
+        self._known(adapter_name)
+        self._put_away()
+        assert self._shelf is not None
+        del self._shelf.waiting[adapter_name]
+        self._activate(active if active != adapter_name else next(iter(self._shelf.waiting), None))
+
+    def _known(self, name: str) -> str:
+        if name not in self.adapter_names:
+            raise ValueError(f"there is no adapter {name!r}: the model has {', '.join(self.adapter_names) or 'none'}")
+        return name
+
+    def _check_new(self, name: str, config: LoraConfig | None) -> None:
+        if name in self.adapter_names:
+            raise ValueError(f"there is an adapter {name!r} already: choose another name, or delete_adapter it")
+        if self.full_finetuning:
+            raise ValueError("a fully fine-tuned model takes no adapters: save it, and load the result")
+        for owner in (config, self.lora_config):
+            if owner is not None and (self.active_adapter is not None or owner is not config):
+                check_shares_base(owner)
+
+    def _add(self, name: str, config: LoraConfig, make: Callable[[], Any]) -> None:
+        """Put what `make` puts on the bare model on the shelf; without an active adapter it becomes active."""
+        active = self._put_away()
+        try:
+            make()
+            assert self._shelf is not None
+            if active is None:
+                self._shelf.active, self.lora_config = name, config
+            else:
+                self._shelf.waiting[name] = take_adapter(self, config)
+        finally:
+            if active is not None:
+                self._activate(active)
+
+    def _put_away(self) -> str | None:
+        """Take the active adapter off, to the others; returns its name."""
+        active = self.active_adapter
+        shelf = self._shelf = Shelf() if self._shelf is None else self._shelf
+        if active is not None:
+            assert self.lora_config is not None
+            shelf.waiting[active] = take_adapter(self, self.lora_config)
+        shelf.active = self.lora_config = None
+        return active
+
+    def _activate(self, name: str | None) -> None:
+        assert self._shelf is not None
+        if name is not None:
+            adapter = self._shelf.waiting.pop(name)
+            put_adapter(self, adapter)
+            self._shelf.active, self.lora_config = name, adapter.config
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all), as PEFT counts them."""

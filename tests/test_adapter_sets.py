@@ -17,6 +17,7 @@ from jaxlora.adapters import weighted_adapter
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters import peft as ours
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer files:UserWarning")
 BATCH = {"input_ids": jnp.asarray(IDS), "labels": jnp.asarray(IDS)}
 
 
@@ -29,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 def optimizer_of(learning_rate):
     # With an eps above the gradients' rounding, which Adam would make whole steps of.
-    return optax.inject_hyperparams(optax.adamw)(learning_rate=learning_rate, weight_decay=0.1, eps=1e-4)
+    return optax.inject_hyperparams(optax.adamw)(learning_rate=learning_rate, weight_decay=0.1, eps=1e-3)
 
 
 def train_alone(model, adapter, learning_rate, batch=BATCH, steps=3):
@@ -192,3 +193,83 @@ def test_sums_that_there_are_not(options, message, checkpoint):
     adapters = [jaxlora.new_adapter(model, LoraConfig(r=r), jax.random.key(r)) for r in (2, 3)]
     with pytest.raises(ValueError, match=message):
         weighted_adapter(model, adapters, **{"weights": [1.0, 1.0], **options})
+
+
+# ---- By name ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(checkpoint, tmp_path):
+    """Two adapters of PEFT in folders "0" and "1", and PEFT's model with both."""
+    options = dict(target_modules=["q_proj", "up_proj"], modules_to_save=["model.norm"])
+    for i in range(2):
+        base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+        save_peft(peft_model(base, seed=i, r=2 + i, **options), tmp_path / str(i))
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "0")
+    theirs.load_adapter(tmp_path / "1", "other")
+    return theirs
+
+
+def test_adapters_by_name_as_in_peft(named, checkpoint, tmp_path):
+    model, _ = jaxlora.FastLanguageModel.from_pretrained(tmp_path / "0", load_in_16bit=True, dtype="float32")
+    model.load_adapter(tmp_path / "1", "other")
+    assert model.active_adapter == named.active_adapter == "default" and model.adapter_names == ["default", "other"]
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        named.set_adapter(name)
+        assert model.active_adapter == name and model.lora_config.r == 2 + (name == "other")
+        assert largest_difference(model(jnp.asarray(IDS)), logits_of(named)) < 5e-5
+    model.set_adapter("other")
+    graphdef, trainable, frozen = jaxlora.partition(model)  # the waiting one is no part of it
+    assert sum(x.size for x in jax.tree.leaves(trainable)) == model.get_nb_trainable_parameters()[0]
+    state, _ = jaxlora.make_train_step(graphdef, optax.sgd(0.1))(
+        jaxlora.TrainState.create(trainable, optax.sgd(0.1)), frozen, BATCH
+    )
+    nnx.update(model, state.trainable)
+    trained = model(jnp.asarray(IDS))
+    model.save_pretrained(tmp_path / "trained")
+    model.delete_adapter("default")
+    assert model.adapter_names == ["other"]
+    np.testing.assert_array_equal(model(jnp.asarray(IDS)), trained)
+    model.load_adapter(tmp_path / "trained", "again")
+    model.delete_adapter("other")
+    assert model.active_adapter == "again"
+    np.testing.assert_array_equal(model(jnp.asarray(IDS)), trained)
+    model.delete_adapter("again")
+    assert model.active_adapter is None and model.lora_config is None and not lora.adapters(model)
+    model.load_adapter(tmp_path / "0", "first")
+    assert model.active_adapter == "first"
+    named.set_adapter("default")
+    assert largest_difference(model(jnp.asarray(IDS)), logits_of(named)) < 5e-5
+
+
+def test_a_sum_by_name_and_what_is_refused(checkpoint, tmp_path):
+    model, _ = jaxlora.FastLanguageModel.from_pretrained(checkpoint, load_in_16bit=True, dtype="float32")
+    plain = model(jnp.asarray(IDS))
+    model = jaxlora.FastLanguageModel.get_peft_model(model, r=2, init_lora_weights=False)
+    first = model(jnp.asarray(IDS))
+    model.add_adapter("other", LoraConfig(r=3, init_lora_weights=False), random_state=1)
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "sum", combination_type="cat")
+    np.testing.assert_array_equal(model(jnp.asarray(IDS)), first)
+    model.set_adapter("sum")
+    assert largest_difference(model(jnp.asarray(IDS)), first) < 5e-5 < largest_difference(first, plain)
+    with pytest.raises(ValueError, match="there is no adapter 'third': the model has sum, other, default"):
+        model.set_adapter("third")
+    with pytest.raises(ValueError, match="there is no adapter 'third'"):
+        model.add_weighted_adapter(["third"], [1.0], "fourth")
+    assert model.active_adapter == "sum"
+    with pytest.raises(ValueError, match="there is an adapter 'other' already"):
+        model.add_adapter("other", LoraConfig())
+    with pytest.raises(ValueError, match="'olora' changed the weights of the base"):
+        model.add_adapter("olora", LoraConfig(init_lora_weights="olora"))
+    assert model.adapter_names == ["sum", "other", "default"]
+
+
+def test_a_first_adapter_may_change_the_base_and_then_stays_alone(checkpoint):
+    model, _ = jaxlora.FastLanguageModel.from_pretrained(checkpoint, load_in_16bit=True, dtype="float32")
+    model.add_adapter("first", LoraConfig(r=2, init_lora_weights="olora"))
+    assert model.active_adapter == "first"
+    with pytest.raises(ValueError, match="'olora' changed the weights of the base"):
+        model.add_adapter("second", LoraConfig(r=2))
+    assert model.active_adapter == "first" and model.lora_config.r == 2
