@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -356,6 +357,7 @@ class FastLanguageModel:
         float8_kv_cache: bool = False,
         max_lora_rank: int = 64,
         disable_log_stats: bool = True,
+        base_model_name_or_path: str | Path | None = None,
         **unknown: Any,
     ) -> tuple[LanguageModel, Any]:
         """Load a model and its tokenizer.
@@ -409,6 +411,8 @@ class FastLanguageModel:
             float8_kv_cache: with fast_inference: keep the KV cache in float8 (e4m3), half the memory of a 16-bit one.
             max_lora_rank: with fast_inference: the largest rank of an adapter.
             disable_log_stats: with fast_inference: False logs each call's tokens per second.
+            base_model_name_or_path: for an adapter, the base to load in place of the one that it names: a folder, a
+                .gguf file or an id. An adapter that was trained on a 4-bit repository names that one.
 
         Returns:
             (model, tokenizer). The tokenizer is None, with a warning, if the checkpoint has none.
@@ -446,13 +450,19 @@ class FastLanguageModel:
         path = resolve_path(model_name, **hub)
         adapter = None
         if (path / "adapter_config.json").exists():
-            adapter, model_name, revision = path, peft.base_model_name(path), peft.base_model_revision(path)
-            path = resolve_path(model_name, **{**hub, "revision": revision})
             if full_finetuning:
                 raise ValueError(
-                    f"{adapter} is an adapter, and full_finetuning=True trains no adapters: merge it with "
+                    f"{path} is an adapter, and full_finetuning=True trains no adapters: merge it with "
                     "save_pretrained_merged and load the result"
                 )
+            adapter = path
+            if base_model_name_or_path is not None:
+                model_name, revision = base_model_name_or_path, None
+            else:
+                model_name, revision = peft.base_model_name(path), peft.base_model_revision(path)
+            path = _resolve_base(adapter, model_name, {**hub, "revision": revision})
+        elif base_model_name_or_path is not None:
+            raise ValueError(f"base_model_name_or_path is for adapters, and {path} is none")
 
         checkpoint = _open(path)
         source, hf_config, tokenizer = checkpoint.source, checkpoint.hf_config, checkpoint.tokenizer
@@ -466,10 +476,7 @@ class FastLanguageModel:
         if isinstance(source, BitsandbytesSource | ScaledSource):
             stored = source.quant_config()
             if not mode.agrees(stored):
-                raise ValueError(
-                    f"{path} holds weights quantised as {stored.scheme}: load it without {mode.asked}, or load the "
-                    "16-bit model"
-                )
+                raise ValueError(_other_mode(path, stored.scheme, mode.asked, model_name if adapter else None))
             quant_config = stored
         model = load_model(
             source,
@@ -682,6 +689,28 @@ def _refuse_unknown(unknown: Mapping[str, Any]) -> None:
             f"from_pretrained has no argument {', '.join(map(repr, unknown))}, and passes nothing on to transformers. "
             f"It has {', '.join(known)}"
         )
+
+
+def _resolve_base(adapter: Path, name: str | Path, hub: dict[str, Any]) -> Path:
+    try:
+        return resolve_path(name, **hub)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the base model of the adapter {adapter} cannot be had: {error}. Pass base_model_name_or_path=... to load "
+            "it onto another, a folder say"
+        ) from error
+
+
+def _other_mode(path: Path, scheme: str, asked: str, base: str | Path | None) -> str:
+    """Why a checkpoint of quantised weights is not loaded in another mode. base: the name of it, for an adapter's."""
+    if base is None:
+        return f"{path} holds weights quantised as {scheme}: load it without {asked}, or load the 16-bit model"
+    original = re.sub(r"(-unsloth)?-bnb-4bit$", "", str(base))
+    hint = f"base_model_name_or_path={original!r}" if original != str(base) else "base_model_name_or_path=..."
+    return (
+        f"the adapter's base {base} holds weights quantised as {scheme}: load it without {asked}, or pass the 16-bit "
+        f"model that it was made of, {hint}"
+    )
 
 
 def _say_what_is_not_loaded(path: Path, hf_config: dict, *, trust_remote_code: bool, text_only: bool) -> None:

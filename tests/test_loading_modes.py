@@ -1,6 +1,7 @@
 """How `from_pretrained` holds the weights: all of them learning, 8-bit, fp8, float16."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import bitsandbytes
@@ -17,6 +18,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer, quant
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
+from jaxlora.converters.peft import load_adapter
 from jaxlora.layers import BaseParam, TrainableParam
 from jaxlora.lora import partition, unfreeze
 from jaxlora.loss import causal_lm_loss
@@ -476,3 +478,46 @@ def test_the_trainer_scales_the_loss_in_float16(tmp_path):
     assert np.isfinite(output.training_loss)
     manifest = json.loads((tmp_path / "out" / "checkpoint-4" / "checkpoint.json").read_text())
     assert sum("loss_scale" in name for name in manifest["arrays"]) == 2
+
+
+# ---- Adapters and their bases ----------------------------------------------------------------------------------------
+
+
+def adapter_of(folder, base, **options):
+    """An adapter in `folder`/adapter, trained on `base`."""
+    model = FastLanguageModel.get_peft_model(load(base, **options), r=4, target_modules=["q_proj", "down_proj"])
+    randomise_adapters(model)
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+def test_an_adapter_of_a_quantised_base_on_the_original(tmp_path):
+    quantised_on_disk(tmp_path, "fp8_block")
+    (tmp_path / "fp8").rename(tmp_path / "Base-bnb-4bit")
+    (tmp_path / "base").rename(tmp_path / "Base")
+    trained = adapter_of(tmp_path, tmp_path / "Base-bnb-4bit")
+    ids = jnp.asarray(random_ids(2, 9))
+    assert np.array_equal(load(tmp_path / "adapter")(ids), trained(ids))
+    with pytest.raises(
+        ValueError, match="quantised as fp8_block: load it without load_in_16bit=True, or pass"
+    ) as error:
+        load(tmp_path / "adapter", load_in_16bit=True)
+    (named,) = re.findall("base_model_name_or_path='(.*?)'", str(error.value))
+    assert named == str(tmp_path / "Base")
+    model = load(tmp_path / "adapter", load_in_16bit=True, base_model_name_or_path=named)
+    twin = load(tmp_path / "Base", load_in_16bit=True)
+    load_adapter(twin, tmp_path / "adapter")
+    assert np.array_equal(model(ids), twin(ids)) and model.name_or_path == named
+
+
+def test_an_adapter_whose_base_is_elsewhere(tmp_path):
+    make_checkpoint("llama", tmp_path / "base")
+    trained = adapter_of(tmp_path, tmp_path / "base", load_in_16bit=True)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="base model of the adapter .* cannot be had: .*no such file or folder"):
+        load(tmp_path / "adapter")
+    model = load(tmp_path / "adapter", load_in_16bit=True, base_model_name_or_path=tmp_path / "moved")
+    ids = jnp.asarray(random_ids(2, 9))
+    assert np.array_equal(model(ids), trained(ids))
+    with pytest.raises(ValueError, match="base_model_name_or_path is for adapters, and .* is none"):
+        load(tmp_path / "moved", base_model_name_or_path=tmp_path / "adapter")
