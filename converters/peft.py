@@ -24,6 +24,7 @@ from jaxlora.converters.staging import staged
 from jaxlora.layers import Adapted, Embedding, Weighted
 from jaxlora.lora_targets import Copied, copied, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
+from jaxlora.vocabulary import learning_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -282,9 +283,14 @@ def base_model_revision(folder: str | Path) -> str | None:
 
 def vocabulary_rows(model: CausalLM, folder: str | Path) -> int:
     """The number of rows that the embedding needs for this adapter: as many as one that it brings along has."""
+    return max(model.config.vocab_size, _table_rows(model, Path(folder)))
+
+
+def _table_rows(model: CausalLM, folder: Path) -> int:
+    """Rows of the embedding that the adapter brings along, 0 if it brings none."""
     _, table = _head_and_embedding(model)
-    entry = _open_weights(Path(folder)).entries.get(_copy_key(f"{table}.weight", set()))
-    return max(model.config.vocab_size, 0 if entry is None else entry.shape[0])
+    entry = _open_weights(folder).entries.get(_copy_key(f"{table}.weight", set()))
+    return 0 if entry is None else entry.shape[0]
 
 
 def read_options(folder: str | Path) -> dict[str, Any]:
@@ -404,6 +410,8 @@ def _read_config(
             init_lora_weights=options["init_lora_weights"] if options.get("init_lora_weights") in _FROM_BASE else True,
             **{"target_modules": (), **given},
         )
+        if model.has_new_rows and _table_rows(model, path.parent):
+            config = learning_rows(model, config)  # PEFT brings new rows along also where they do not learn
         targets, copies = target_ranks(model, config), list(copied(model, config))
         lora.check_start(config, targets)
         return targets, copies, config

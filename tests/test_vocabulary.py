@@ -314,3 +314,23 @@ def test_an_adapter_brings_its_new_tokens_along(name, tmp_path):
     assert merged.config.vocab_size == VOCAB + 2 and merged.config.tie_word_embeddings is (name == "llama-tied")
     with torch.no_grad():
         assert relative_error(merged(torch.tensor(ids).long()).logits, expected) < 5e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_an_adapter_of_peft_with_rows_that_do_not_learn_there(name, tmp_path):
+    theirs = make_checkpoint(name, tmp_path / "base")
+    theirs.name_or_path = theirs.config._name_or_path = str(tmp_path / "base")
+    theirs.resize_token_embeddings(VOCAB + 3)
+    with torch.no_grad():
+        theirs.get_input_embeddings().weight[VOCAB:] += 0.3
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(theirs, config)
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
+        adapted.save_pretrained(tmp_path / "adapter")
+    model, _ = load(tmp_path / "adapter")
+    ids = np.concatenate([random_ids(1, 8), [[VOCAB, VOCAB + 2]]], axis=1)
+    with torch.no_grad():
+        assert relative_error(model(jnp.asarray(ids, jnp.int32)), adapted(torch.tensor(ids).long()).logits) < 5e-5
+    model.save_pretrained(tmp_path / "again")
+    again, _ = load(tmp_path / "again")
+    assert np.array_equal(again(jnp.asarray(ids, jnp.int32)), model(jnp.asarray(ids, jnp.int32)))
