@@ -1,4 +1,4 @@
-"""4-bit checkpoints of transformers and bitsandbytes, read without either.
+"""4-bit checkpoints of transformers and bitsandbytes, read and written without either.
 
 Where a weight X of such a checkpoint is quantised, its tensors are
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -26,13 +26,14 @@ import numpy as np
 
 from jaxlora import quant
 from jaxlora.config import QuantConfig
-from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
+from jaxlora.converters.huggingface import CheckpointError, TensorSource
 from jaxlora.kernels.reference import ABSMAX_BLOCK, DYNAMIC_MAP, NF4, NF4_BLOCK
 from jaxlora.quant import QuantizedArray
 
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 _PLAIN_PARTS = ("absmax", "quant_map")
 _NESTED_PARTS = ("nested_absmax", "nested_quant_map")
+_STATE_PART = "quant_state.bitsandbytes__nf4"
 _DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -56,7 +57,7 @@ class BitsandbytesSource:
         NotImplementedError: some projections of the blocks are quantised and others are not.
     """
 
-    def __init__(self, source: SafetensorsSource, quantization_config: Mapping[str, Any]):
+    def __init__(self, source: TensorSource, quantization_config: Mapping[str, Any]):
         self._source = source
         self._config = _check_config(quantization_config)
         stored = source.names()
@@ -153,6 +154,96 @@ class BitsandbytesSource:
             )
 
 
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+class QuantizingSource:
+    """The tensors of a 4-bit checkpoint of another source's weights: a `TensorSource` of what is stored.
+
+    `quantised` are the names of the weights that are quantised, [out, in], from the dtype that they have; the rest is
+    as it is. One quantised weight is held at a time, while its parts are read one after the other.
+    """
+
+    def __init__(self, source: TensorSource, quantised: Collection[str]):
+        self._source = source
+        self._held: tuple[str, QuantizedArray | None] = ("", None)
+        self._parts: dict[str, tuple[str, str]] = {}
+        for name in source.names():
+            self._parts[name] = name, "codes" if name in quantised else ""
+            if name in quantised:
+                self._parts |= {f"{name}.{part}": (name, part) for part in (*_PLAIN_PARTS, *_NESTED_PARTS, _STATE_PART)}
+
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        weight, part = self._parts[name]
+        if not part:
+            return self._source.shape(name)
+        count = math.prod(self._source.shape(weight))
+        blocks = -(-count // NF4_BLOCK)
+        return {
+            "codes": (-(-count // 2), 1),
+            "absmax": (blocks,),
+            "nested_absmax": (-(-blocks // ABSMAX_BLOCK),),
+            "quant_map": NF4.shape,
+            "nested_quant_map": DYNAMIC_MAP.shape,
+            _STATE_PART: (len(self._state(weight, 0.0)),),
+        }[part]
+
+    def dtype(self, name: str) -> np.dtype:
+        _, part = self._parts[name]
+        if not part:
+            return self._source.dtype(name)
+        return np.dtype(np.uint8 if part in ("codes", "absmax", _STATE_PART) else np.float32)
+
+    def read(self, name: str) -> np.ndarray:
+        weight, part = self._parts[name]
+        if part in ("quant_map", "nested_quant_map"):
+            return np.asarray(NF4 if part == "quant_map" else DYNAMIC_MAP)
+        if not part:
+            return np.asarray(self._source.read(name))
+        held, array = self._held
+        if held != weight or array is None:
+            array = quant.quantize(jnp.asarray(self._source.read(weight)))
+            self._held = weight, array
+        if part == _STATE_PART:
+            return np.frombuffer(self._state(weight, float(array.nested_offset)), np.uint8)
+        fields = {"codes": array.codes, "absmax": array.scales, "nested_absmax": array.nested_absmax}
+        return np.asarray(fields[part]).reshape(self.shape(name))
+
+    def _state(self, weight: str, offset: float) -> bytes:
+        """bitsandbytes' JSON, filled up to one length for every offset, so that sizes are known before quantising."""
+        state = {
+            "quant_type": "nf4",
+            "blocksize": NF4_BLOCK,
+            "dtype": self._source.dtype(weight).name,
+            "shape": list(self._source.shape(weight)),
+            "nested_blocksize": ABSMAX_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": offset,
+        }
+        number = len(repr(offset))
+        return json.dumps(state).encode() + b" " * (32 - number)
+
+
+def quantization_config(compute_dtype: str, skipped: Collection[str]) -> dict[str, Any]:
+    """What config.json says of such a checkpoint. skipped: names of the linear layers that are not quantised."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": sorted(skipped),
+        "llm_int8_threshold": 6.0,
+    }
+
+
 def _is_in_block(name: str) -> bool:
     return name.startswith("model.layers.")
 
@@ -175,7 +266,7 @@ def _check_config(config: Mapping[str, Any]) -> QuantConfig:
     return QuantConfig(scheme="nf4", double_quant=bool(config.get("bnb_4bit_use_double_quant", False)))
 
 
-def _read_state(source: SafetensorsSource, name: str) -> dict[str, Any]:
+def _read_state(source: TensorSource, name: str) -> dict[str, Any]:
     try:
         state = json.loads(np.asarray(source.read(name)).tobytes())
     except ValueError as error:

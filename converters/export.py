@@ -31,6 +31,7 @@ from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxlora import lora
+from jaxlora.converters.bitsandbytes import BitsandbytesSource, QuantizingSource, quantization_config
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import (
     SAFETENSORS_DTYPES,
@@ -41,7 +42,7 @@ from jaxlora.converters.huggingface import (
 )
 from jaxlora.converters.mxfp4 import Mxfp4Source, is_mxfp4
 from jaxlora.converters.staging import staged
-from jaxlora.layers import Adapted, BaseParam, LoraParam, TrainableParam
+from jaxlora.layers import Adapted, BaseParam, Linear, LoraParam, TrainableParam
 from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import QuantizedArray
 
@@ -58,6 +59,7 @@ _TOKENIZER_FILES = (
     "*.model",
 )
 _FLOATS = ("float32", "bfloat16", "float16")
+_METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced")  # the last is Unsloth's name for the second
 _LARGEST_EXPORT_ERROR = 1e-4  # of the largest logit: far above what the order of float32 sums can do
 _CHECKED_TOKENS = 32
 
@@ -287,7 +289,9 @@ def save_merged(
     Args:
         tokenizer: is saved too; None copies the base's.
         base: the checkpoint to merge onto: a folder of unquantised safetensors, or a .gguf file.
-        save_method: "merged_16bit".
+        save_method: "merged_16bit", or "merged_4bit": the projections of the blocks are quantised to NF4 after the
+            merge, as transformers and bitsandbytes store them. That rounds what the adapter learnt: the report's
+            quantisation gap says how far.
         base_dtype: for a GGUF base only, as for `export_base`.
         max_shard_size: for a GGUF base only, as for `export_base`: bytes, or a text such as "5GB".
         verify: False skips the check and saves its memory.
@@ -298,7 +302,6 @@ def save_merged(
         CheckpointError: the base is quantised, or is another model's.
         RuntimeError: what was written does not compute what it should.
         OSError: the folder cannot be written to.
-        NotImplementedError: the save method is "merged_4bit".
     """
     _check_method(save_method)
     if not lora.adapters(model):
@@ -315,15 +318,18 @@ def save_merged(
     if not is_mxfp4(hf_config):  # whose experts stay as they are
         hf_config.pop("quantization_config", None)
     hf_config = _with_dtype(_untied(hf_config) if merged.unties else hf_config, base_dtype)
+    if save_method != "merged_16bit":
+        quantised, others = _quantised_names(model)
+        hf_config["quantization_config"] = quantization_config(tensors.dtype(quantised[0]).name, others)
+        tensors = QuantizingSource(tensors, frozenset(quantised))
     with staged(folder) as stage:
-        if isinstance(source, SafetensorsSource):
-            if merged.fits_shards:
-                files = _write_shards(source, merged, stage)
-            else:
-                files = _write_tensors(merged, stage, max_shard_size)
-            _copy_files(base, stage, tokenizer)
+        if isinstance(source, SafetensorsSource) and merged.fits_shards and tensors is merged:
+            files = _write_shards(source, merged, stage)
         else:
             files = _write_tensors(tensors, stage, max_shard_size)
+        if isinstance(source, SafetensorsSource):
+            _copy_files(base, stage, tokenizer)
+        else:
             _write_gguf_files(GGUFSource(base), stage, tokenizer)
         _write_json(stage / "config.json", hf_config)
         error, gap, largest = _verify(model, tensors, stage, hf_config) if verify else (None, None, None)
@@ -379,13 +385,25 @@ def save_model(
 
 
 def _check_method(save_method: str) -> None:
-    if save_method == "merged_4bit":
-        raise NotImplementedError(
-            'save_method "merged_4bit" is not there yet: save with "merged_16bit" and load the result with '
-            "load_in_4bit=True, which quantises as bitsandbytes does"
+    if save_method not in _METHODS:
+        raise ValueError(f'save_method {save_method!r} is not one of "merged_16bit", "merged_4bit", "lora"')
+
+
+def _quantised_names(model: CausalLM) -> tuple[list[str], list[str]]:
+    """The names of the linear weights that a 4-bit checkpoint quantises, and of the modules that it leaves alone.
+
+    Raises:
+        ValueError: the model has experts, whose weights bitsandbytes leaves as they are.
+    """
+    linears = list(named_nodes(model, Linear))
+    quantised = [f"{name}.weight" for linear in linears if linear.layers for name in linear.names()]
+    others = [p.name for p in named_nodes(model, BaseParam) if isinstance(p.node.get_value(), QuantizedArray)]
+    if strange := sorted(set(others) - {f"{linear.name}.weight" for linear in linears}):
+        raise ValueError(
+            f'save_method="merged_4bit": {strange[0]} is no linear layer, and bitsandbytes quantises no others: save '
+            'with "merged_16bit"'
         )
-    if save_method != "merged_16bit":
-        raise ValueError(f'save_method {save_method!r} is not one of "merged_16bit", "lora"')
+    return quantised, [linear.name for linear in linears if not linear.layers]
 
 
 def _open_base(base: Path, dtype: str | None) -> SafetensorsSource | GGUFSource:
@@ -531,4 +549,8 @@ def _verify(
 
 
 def _load(source: TensorSource, hf_config: Mapping[str, Any]) -> CausalLM:
+    quantization = hf_config.get("quantization_config", {})
+    if quantization.get("quant_method") == "bitsandbytes":
+        source = BitsandbytesSource(source, quantization)
+        return load_model(source, hf_config, dtype=jnp.float32, quant_config=source.quant_config())
     return load_model(Mxfp4Source(source) if is_mxfp4(hf_config) else source, hf_config, dtype=jnp.float32)

@@ -299,7 +299,8 @@ class LanguageModel(CausalLM):
         weights rounded to the model's compute dtype.
 
         Args:
-            save_method: "merged_16bit", or "lora" for `save_pretrained`, which takes its own options and returns None.
+            save_method: "merged_16bit", "merged_4bit" (NF4, for transformers with bitsandbytes), or "lora" for
+                `save_pretrained`, which takes its own options and returns None.
             base: the checkpoint to merge onto, a folder, a .gguf file or an id; by default the one that was loaded. A
                 model loaded from a 4-bit checkpoint needs the 16-bit original here.
 

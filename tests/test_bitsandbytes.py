@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import bitsandbytes
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ import transformers
 from helpers import TINY, load_folder, make_checkpoint, random_ids, torch_model
 from safetensors.torch import load_file, save_file
 
+from jaxlora import lora
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
+from jaxlora.converters.export import save_merged
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, load_model
 from jaxlora.lora_targets import target_ranks
 from jaxlora.quant import QuantizedArray, dequantize
@@ -239,3 +242,58 @@ def test_a_state_against_config_json(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="is not doubly quantised, against config.json"):
         open_source(tmp_path / "bnb")
+
+
+# ---- Written here ----------------------------------------------------------------------------------------------------
+
+
+def adapted(folder, **options):
+    model = load_folder(folder)
+    lora.add_adapters(model, LoraConfig(r=4, init_lora_weights=False, **options), jax.random.key(0))
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-windows", "llama-tied"])
+def test_what_is_written_here_loads_there(name, tmp_path):
+    """transformers' 4-bit weights of our file are bitsandbytes' of the merged model, and so are its logits."""
+    make_checkpoint(name, tmp_path / "base")
+    model = adapted(tmp_path / "base")
+    report = save_merged(
+        model, tmp_path / "four", base=tmp_path / "base", save_method="merged_4bit", max_shard_size="50KB"
+    )
+    assert len(report.files) > 1 and report.export_error < 1e-5 < 1e-3 < report.quantisation_gap
+    save_merged(model, tmp_path / "sixteen", base=tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "four", device_map="cpu", dtype=torch.float32)
+    settings = transformers.BitsAndBytesConfig(
+        **json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]
+    )
+    anew = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "sixteen", quantization_config=settings, device_map="cpu", dtype=torch.float32
+    )
+    expected = dict(anew.named_parameters())
+    for key, weight in theirs.named_parameters():
+        assert type(weight) is type(expected[key]), key
+        np.testing.assert_array_equal(weight.data.numpy(), expected[key].data.numpy(), err_msg=key)
+        if isinstance(weight, bitsandbytes.nn.Params4bit):
+            np.testing.assert_allclose(dequantised(weight), dequantised(expected[key]), rtol=1e-6, atol=1e-7)
+    found = load(tmp_path / "four")(jnp.asarray(IDS))
+    assert np.abs(np.asarray(found) - logits_of(dense(theirs, name))).max() < 1e-4
+
+
+def test_a_bfloat16_base_is_written_as_such(tmp_path):
+    make_checkpoint("llama", tmp_path / "float32").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base")
+    save_merged(model, tmp_path / "four", base=tmp_path / "base", save_method="merged_4bit")
+    source = open_source(tmp_path / "four")
+    assert source.dtype(PROJECTION) == source.dtype("lm_head.weight") == jnp.bfloat16
+    settings = json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]
+    assert settings["bnb_4bit_compute_dtype"] == "bfloat16" and settings["llm_int8_skip_modules"] == ["lm_head"]
+
+
+def test_experts_are_not_written_in_4_bit(tmp_path):
+    make_checkpoint("mixtral", tmp_path / "base")
+    model = load_folder(tmp_path / "base", quant_config=QuantConfig())
+    lora.add_adapters(model, LoraConfig(r=4, target_modules=["q_proj"]), jax.random.key(0))
+    with pytest.raises(ValueError, match="experts.* is no linear layer, and bitsandbytes quantises no others"):
+        save_merged(model, tmp_path / "four", base=tmp_path / "base", save_method="merged_4bit")
+    assert not (tmp_path / "four").exists()

@@ -201,8 +201,8 @@ def test_merges_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="no adapter to merge: call FastLanguageModel.get_peft_model"):
         model.save_pretrained_merged(tmp_path / "merged")
     adapt(model)
-    with pytest.raises(NotImplementedError, match='"merged_4bit" is not there yet: save with "merged_16bit"'):
-        model.save_pretrained_merged(tmp_path / "merged", save_method="merged_4bit")
+    with pytest.raises(ValueError, match="save_method 'gguf' is not one of"):
+        model.save_pretrained_merged(tmp_path / "merged", save_method="gguf")
     with pytest.raises(ValueError, match='\'gguf\' is not one of "merged_16bit", "lora"'):
         model.save_pretrained_merged(tmp_path / "merged", save_method="gguf")
     with pytest.raises(ValueError, match="is the base checkpoint itself"):
