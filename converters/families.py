@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
 
-from jaxlora.config import ModelConfig, RopeConfig
+from jaxlora.config import MambaConfig, ModelConfig, RopeConfig
 from jaxlora.layers import ACTIVATIONS
 
 Json = Mapping[str, Any]
@@ -144,6 +144,23 @@ def _dense_layers(hf: Json) -> tuple[int, ...]:
     without = hf["mlp_only_layers"] or ()
     layers = range(hf["num_hidden_layers"])
     return tuple(i for i in layers if i in without or (i + 1) % hf["decoder_sparse_step"])
+
+
+def _mamba(hf: Json) -> MambaConfig:
+    inner = hf["mamba_d_ssm"] or hf["mamba_expand"] * hf["hidden_size"]
+    limit = hf["time_step_limit"] or (0.0, float("inf"))
+    same = ("n_heads", "n_groups", "d_state", "d_conv", "chunk_size", "conv_bias", "proj_bias", "rms_norm")
+    return MambaConfig(
+        d_ssm=inner,
+        d_head=inner // hf["mamba_n_heads"] if hf["mamba_d_head"] == "auto" else hf["mamba_d_head"],
+        out_bias=hf["projectors_bias"],
+        norm_before_gate=hf["mamba_norm_before_gate"],
+        # JSON has no infinity, and transformers writes an object in its place.
+        time_step_limit=tuple(float(x["__float__"] if isinstance(x, Mapping) else x) for x in limit),
+        in_multiplier=hf["ssm_in_multiplier"],
+        multipliers=tuple(hf["ssm_multipliers"] or (1.0,) * 5),
+        **{name: hf[f"mamba_{name}"] for name in same},
+    )
 
 
 def _router_aux_loss_coef(hf: Json) -> float:
@@ -672,6 +689,52 @@ FAMILIES: Mapping[str, Family] = {
             "gate_up_proj.bias": "gate_up_proj_bias",
             "down_proj.weight": "down_proj",
             "down_proj.bias": "down_proj_bias",
+        },
+    ),
+    "falcon_h1": Family(
+        fields={
+            **_ATTENTION_BIAS,
+            **_same("mlp_bias", "embedding_multiplier", "attention_in_multiplier", "attention_out_multiplier"),
+            "logit_scale": itemgetter("lm_head_multiplier"),
+            "attention_multiplier": lambda hf: hf["key_multiplier"] * _FIELDS["head_dim"](hf) ** -0.5,
+            "mlp_multipliers": lambda hf: tuple(hf["mlp_multipliers"] or (1.0, 1.0)),
+            "mamba": _mamba,
+            "mamba_out_multiplier": itemgetter("ssm_out_multiplier"),
+        },
+        defaults={
+            "vocab_size": 128000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "embedding_multiplier": 1.0,
+            "lm_head_multiplier": 1.0,
+            "mlp_multipliers": None,
+            "key_multiplier": 1.0,
+            "attention_in_multiplier": 1.0,
+            "attention_out_multiplier": 1.0,
+            "ssm_multipliers": None,
+            "ssm_in_multiplier": 1.0,
+            "ssm_out_multiplier": 1.0,
+            "mamba_d_ssm": 1024,
+            "mamba_n_heads": 128,
+            "mamba_d_head": "auto",
+            "mamba_n_groups": 1,
+            "mamba_d_state": 256,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 256,
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": False,
+            "projectors_bias": False,
+            "mamba_rms_norm": False,
+            "mamba_norm_before_gate": True,
+            "time_step_limit": None,
+        },
+        tensor_names={
+            "mlp": "feed_forward",
+            "post_attention_layernorm": "pre_ff_layernorm",
+            "model.norm": "model.final_layernorm",
         },
     ),
     "granitemoe": Family(

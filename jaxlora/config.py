@@ -64,6 +64,45 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """A Mamba-2 mixer (`jaxlora.mamba`), with Falcon-H1's names less their `mamba_`.
+
+    d_ssm: n_heads * d_head; n_groups: of heads that share B and C; d_state, d_conv: of the state, and taps of the
+    convolution; chunk_size: tokens of the scan's chunks. conv_bias, proj_bias, out_bias: of the convolution, in_proj
+    and out_proj. rms_norm: the gate goes with a norm, which comes first with norm_before_gate. time_step_limit: bounds
+    of dt. in_multiplier, multipliers: factors on the input, and on the gate, x, B, C and dt.
+    """
+
+    d_ssm: int
+    n_heads: int
+    d_head: int
+    n_groups: int
+    d_state: int
+    d_conv: int
+    chunk_size: int
+    conv_bias: bool = True
+    proj_bias: bool = False
+    out_bias: bool = False
+    rms_norm: bool = False
+    norm_before_gate: bool = True
+    time_step_limit: tuple[float, ...] = (0.0, float("inf"))
+    in_multiplier: float = 1.0
+    multipliers: tuple[float, ...] = (1.0,) * 5
+
+    def __post_init__(self):
+        _require(
+            self.n_heads * self.d_head == self.d_ssm and self.n_heads % self.n_groups == 0,
+            f"mamba_d_ssm ({self.d_ssm}) must be mamba_n_heads ({self.n_heads}) times mamba_d_head ({self.d_head}), "
+            f"and mamba_n_groups ({self.n_groups}) must divide mamba_n_heads",
+        )
+
+    @property
+    def channels(self) -> int:
+        """Those of the convolution: x, B and C."""
+        return self.d_ssm + 2 * self.n_groups * self.d_state
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """What one layer does and another may not.
 
@@ -105,6 +144,10 @@ class ModelConfig:
       experts_in_out: the experts' matrices are [in, out]. swiglu_alpha, swiglu_limit: of `moe.clamped_swiglu`, which
         experts have in place of an activation; None for none.
       router_aux_loss_coef: the factor of the load-balancing loss in `causal_lm_loss`.
+    Mamba
+      mamba: None, or a mixer that reads what attention reads, and is added to it; mamba_out_multiplier: its factor.
+      attention_in_multiplier, attention_out_multiplier: attention's, on what it reads and adds.
+      mlp_multipliers: on the MLP's gate, before its activation, and on what the MLP adds.
     Norms and residuals
       norm: one of `NORMS`; norm_bias: they have a bias; norm_offset: what is added to their weights (Gemma: 1).
       pre_norm, post_norm: attention and MLP have a norm before them, after them.
@@ -158,6 +201,12 @@ class ModelConfig:
     swiglu_alpha: float | None = None
     swiglu_limit: float | None = None
     router_aux_loss_coef: float = 0.0
+
+    mamba: MambaConfig | None = None
+    mamba_out_multiplier: float = 1.0
+    attention_in_multiplier: float = 1.0
+    attention_out_multiplier: float = 1.0
+    mlp_multipliers: tuple[float, float] = (1.0, 1.0)
 
     norm: str = "rms_norm"
     norm_eps: float = 1e-6

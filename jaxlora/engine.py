@@ -94,7 +94,13 @@ class Engine:
 
         Raises:
             ValueError: there is no room for one sequence of the model's whole window.
+            NotImplementedError: the model has Mamba mixers, whose states the slots do not hold.
         """
+        if model.config.mamba is not None:
+            raise NotImplementedError(
+                f"fast_inference keeps keys and values, and a {model.config.model_type} model has Mamba states as "
+                "well: load it without fast_inference, and use generate"
+            )
         weights, window, place = _weight_bytes(model), model_window(model), self._place_bytes(model)
         budget = cache_budget(self.memory, self.utilization, weights)
         if budget < window * place:

@@ -199,6 +199,31 @@ class Linear(Adapted):
         return y if self.bias is None else y + self.current_bias().astype(y.dtype)
 
 
+class PlainLinear(nnx.Module):
+    """y = x W^T + b, for what is never quantised and no adapter's target: routers, gates, Mamba's last projection.
+
+    Shapes: x [..., in] -> [..., out] in x's dtype; `stack` layers on a leading axis. `axes` names (out, in).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None],
+        dtype: Any,
+        rngs: nnx.Rngs,
+        bias: bool,
+        stack: int,
+    ):
+        self.weight = base_param(normal(rngs, (stack, out_features, in_features), dtype), ("layers", *axes))
+        self.bias = base_param(jnp.zeros((stack, out_features), dtype), ("layers", axes[0])) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        y = quant.matmul(x, self.weight.get_value())
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
 def dropout(x: Float[Array, "*shape"], rate: float, key: Any) -> Float[Array, "*shape"]:
     """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate). No key means no dropout."""
     if rate == 0.0 or key is None:

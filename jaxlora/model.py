@@ -29,8 +29,9 @@ from jaxtyping import Array, Float, Int
 from jaxlora import quant, remat
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.kernels import api as kernels
-from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm, TokenwiseModule, base_param
-from jaxlora.moe import ExpertLinear, Gate, RouterLoad, SparseMLP
+from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm, PlainLinear, TokenwiseModule, base_param
+from jaxlora.mamba import Mamba, segment_runs
+from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
 from jaxlora.rope import alibi_bias, apply_rope, rope_tables, segment_positions
 
 
@@ -41,7 +42,8 @@ class KVCache:
     pytree.)
 
     keys, values: for each run, for each place of its period, [repeats, B, S, K, H]; a narrower dtype than the model
-    computes in is cast on reading. segment_ids: [B, S] int32, 0 where nothing is. length: int32, the number of places
+    computes in is cast on reading. convolutions, states: so for the mixers of a model that has some, see
+    `mamba.Mamba`, else empty. segment_ids: [B, S] int32, 0 where nothing is. length: int32, the number of places
     filled: one for all rows, whose prompts are padded on the left, or [B], one for each, padded on the right. The
     number 0, not an array, says while tracing that the cache is empty: the first tokens look at themselves only.
 
@@ -54,14 +56,17 @@ class KVCache:
     segment_ids: Any
     length: Any
     reach: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    convolutions: list[list[Any]] = dataclasses.field(default_factory=list)
+    states: list[list[Any]] = dataclasses.field(default_factory=list)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What every layer of one forward pass shares. rotary: cos and sin [B, T, pairs] of each of `config.ropes`.
-    key_bias: None, or what is added to the scores of the keys, [B, N, T or S]. with_load: whether layers with experts
-    return their `moe.RouterLoad`."""
+    key_bias: None, or what is added to the scores of the keys, [B, N, T or S]. runs: the tokens'
+    `mamba.segment_runs`, where there are mixers. with_load: whether layers with experts return their
+    `moe.RouterLoad`."""
 
     rotary: list[tuple[Any, Any]]
     query_segments: Array | None
@@ -69,6 +74,7 @@ class Context:
     offset: Array | int
     mlp_tile: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     key_bias: Array | None = None
+    runs: Any = None
     with_load: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @property
@@ -189,6 +195,7 @@ class MLP(TokenwiseModule):
     def __init__(self, config: ModelConfig, inner: int, make_linear):
         width, axes, bias = config.hidden_size, ("mlp", "embed"), config.mlp_bias
         self.gated, self.fused, self.hidden_act = config.gated_mlp, config.fused_gate_up, config.hidden_act
+        self.gate_multiplier, self.multiplier = config.mlp_multipliers
         if self.fused is not None:
             self.gate_up_proj = make_linear(width, 2 * inner, axes, bias)
         else:
@@ -206,7 +213,7 @@ class MLP(TokenwiseModule):
         else:
             gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        return self.down_proj(act(gate) * up, keys[2])
+        return self.multiplier * self.down_proj(act(self.gate_multiplier * gate) * up, keys[2])
 
 
 class DecoderLayer(nnx.Module):
@@ -223,21 +230,35 @@ class DecoderLayer(nnx.Module):
         self.shared_norm = config.parallel_block and config.num_ln_in_parallel_attn == 1
         self.input_layernorm = norm(config.pre_norm)
         self.self_attn = Attention(config, layer, make)
+        self.attention_multipliers = config.attention_in_multiplier, config.attention_out_multiplier
+        self.mamba_multiplier, mixer = config.mamba_out_multiplier, config.mamba
+        make_mixer = lambda mixer: Mamba(config, mixer, make.linear, make.plain_linear, make.zeros)
+        self.mamba = make_mixer(mixer) if mixer is not None else None
         self.post_self_attn_layernorm = norm(config.post_norm)
         self.post_attention_layernorm = norm(config.pre_norm and not self.shared_norm)  # it stands before the MLP
         inner = config.shared_expert_intermediate_size
         if layer.sparse:
             shared = MLP(config, inner, make.linear) if inner else None
-            self.mlp = SparseMLP(config, make.gate, make.experts, shared)
+            self.mlp = SparseMLP(config, make.plain_linear, make.experts, shared)
         else:
             self.mlp = MLP(config, config.intermediate_size, make.linear)
         self.post_mlp_layernorm = norm(config.post_norm)
 
     def __call__(self, x, context: Context, key=None, cache=None):
+        """`cache` is (keys, values, layer), or (keys, values, convolutions, states, layer) with a mixer."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
+        before, after = self.attention_multipliers
         x = checkpoint_name(x, "layer_input")
         normed = self.input_layernorm(x)
-        attended, cache = self.self_attn(normed, context, keys[:4], cache)
+        of_attention, of_mixer = (None, None) if cache is None else ((*cache[:2], cache[-1]), cache[2:])
+        attended, cache = self.self_attn(before * normed, context, keys[:4], of_attention)
+        attended = after * attended
+        if self.mamba is not None:
+            mixer_key = None if key is None else jax.random.fold_in(key, 7)
+            mixed, of_mixer = self.mamba(normed, context.runs, mixer_key, of_mixer)
+            attended = attended + self.mamba_multiplier * mixed
+            if cache is not None and of_mixer is not None:
+                cache = (*cache[:2], *of_mixer)
         residual = checkpoint_name(x + self.multiplier * self.post_self_attn_layernorm(attended), "residual")
         if not self.shared_norm:
             normed = self.post_attention_layernorm(x if self.parallel else residual)
@@ -261,7 +282,7 @@ class Run(nnx.Module):
         return tuple(self.start + r * len(self.period) + place for r in range(self.repeats))
 
     def __call__(self, x, context: Context, policy: str, key=None, cache=None):
-        """x [B, T, D]; `cache` is (keys, values), a stacked array for each place of the period, or None.
+        """x [B, T, D]; `cache` is the run's part of each list of a `KVCache`, or None.
 
         Returns x, the cache, and the `RouterLoad` of its layers where `context.with_load` and there are experts.
         """
@@ -275,11 +296,12 @@ class Run(nnx.Module):
                 if cache is None:
                     x, _, load = block(x, context, block_key)
                 else:
-                    keys, values = list(cache[0]), list(cache[1])
-                    x, (keys[place], values[place], _), load = block(
-                        x, context, block_key, (keys[place], values[place], index)
-                    )
-                    cache = (keys, values)
+                    part = (*(stacked[place] for stacked in cache), index)
+                    x, part, load = block(x, context, block_key, part)
+                    cache = [
+                        [*stacked[:place], new, *stacked[place + 1 :]]
+                        for stacked, new in zip(cache, part[:-1], strict=True)
+                    ]
                 loads.append(load)
             return (x, cache), _total_load(loads)
 
@@ -342,10 +364,10 @@ class _Make:
     quant_config: QuantConfig | None
     stack: int | None = None
 
-    def linear(self, d_in, d_out, axes, bias):
+    def linear(self, d_in, d_out, axes, bias, quantised=True):
         return Linear(
             d_in, d_out, axes=axes, bias=bias, stack=self.stack, dtype=self.dtype, rngs=self.rngs,
-            quant_config=self.quant_config if self.stack is not None else None,
+            quant_config=self.quant_config if self.stack is not None and quantised else None,
         )  # fmt: skip
 
     def experts(self, d_in, d_out, axes):
@@ -355,8 +377,10 @@ class _Make:
             quant_config=self.quant_config,
         )  # fmt: skip
 
-    def gate(self, d_in, d_out, bias):
-        return Gate(d_in, d_out, bias=bias, stack=cast(int, self.stack), dtype=self.dtype, rngs=self.rngs)
+    def plain_linear(self, d_in, d_out, axes, bias):
+        return PlainLinear(
+            d_in, d_out, axes=axes, bias=bias, stack=cast(int, self.stack), dtype=self.dtype, rngs=self.rngs
+        )
 
     def zeros(self, shape, axes):
         lead, lead_axes = ((self.stack,), ("layers",)) if self.stack is not None else ((), ())
@@ -471,20 +495,27 @@ class CausalLM(nnx.Module):
             bias = alibi_bias(keys_at, self.config.num_attention_heads) * self.config.attention_scale
             context = dataclasses.replace(context, key_bias=bias)
 
+        if self.config.mamba is not None:
+            before = None
+            if cache is not None and not context.is_prefill:
+                last = jnp.broadcast_to(cache.length - 1, input_ids.shape[:1])
+                before = jnp.take_along_axis(cache.segment_ids, last[:, None], axis=1)[:, 0]
+            context = dataclasses.replace(context, runs=segment_runs(segment_ids, input_ids.shape, before))
+
         x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
-        new_keys, new_values, loads = [], [], []
+        parts, loads = [] if cache is None else _parts(cache), []
         for i, run in enumerate(self.model.layers):
-            run_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            run_cache = None if cache is None else [part[i] for part in parts]
             x, run_cache, load = run(x, context, self.remat_policy if cache is None else "none", key, run_cache)
             loads.append(load)
             if run_cache is not None:
-                new_keys.append(run_cache[0])
-                new_values.append(run_cache[1])
+                parts = [[*part[:i], new, *part[i + 1 :]] for part, new in zip(parts, run_cache, strict=True)]
         x = self.model.norm(x)
         if cache is None:
             return x, None, _total_load(loads)
+        keys, values, *of_mixers = parts
         length = jnp.asarray(cache.length + input_ids.shape[1], jnp.int32)
-        return x, KVCache(new_keys, new_values, filled, length, cache.reach), None
+        return x, KVCache(keys, values, filled, length, cache.reach, *of_mixers), None
 
     def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
         """Rows and a matrix [vocab, E] whose product is the logits of these hidden states, before their softcap.
@@ -523,14 +554,22 @@ class CausalLM(nnx.Module):
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """An empty cache of `length` places a row, in the compute dtype unless another is given."""
-        shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
+        dtype = dtype or self.dtype
 
-        def empty():
-            return [
-                [jnp.zeros((run.repeats, *shape), dtype or self.dtype) for _ in run.period] for run in self.model.layers
-            ]
+        def empty(shape, dtype):
+            return [[jnp.zeros((run.repeats, batch, *shape), dtype) for _ in run.period] for run in self.model.layers]
 
-        return KVCache(empty(), empty(), jnp.zeros((batch, length), jnp.int32), 0)
+        keys, values = (empty((length, self.config.num_key_value_heads, self.config.head_dim), dtype) for _ in "kv")
+        mamba, of_mixers = self.config.mamba, ()
+        if mamba is not None:
+            convolutions = empty((mamba.d_conv - 1, mamba.channels), self.dtype)
+            of_mixers = convolutions, empty((mamba.n_heads, mamba.d_head, mamba.d_state), jnp.float32)
+        return KVCache(keys, values, jnp.zeros((batch, length), jnp.int32), 0, None, *of_mixers)
+
+
+def _parts(cache: KVCache) -> list[list[list[Any]]]:
+    """The lists that have an entry for each run."""
+    return [part for part in (cache.keys, cache.values, cache.convolutions, cache.states) if part]
 
 
 @jax.jit

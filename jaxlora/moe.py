@@ -19,7 +19,7 @@ token. The rows go there and back by permutations, never by adding into places, 
 
 Experts are frozen, dense or quantised, each expert's matrix on its own. Quantised ones are dequantised before the
 grouped product and again in its backward pass, which keeps the packed form only, as in `quant.matmul`. The router is a
-`Gate`: never quantised, no adapter's target.
+`PlainLinear`: never quantised, no adapter's target.
 
 Nothing so far keeps a router from sending every token to the same experts. The load-balancing loss does
 (arXiv:2101.03961, equation 4), of the shares of tokens and of probability that each expert gets over all layers:
@@ -130,21 +130,6 @@ _grouped_quantized.defvjp(_grouped_forward, _grouped_backward)
 # ---- Modules ---------------------------------------------------------------------------------------------------------
 
 
-class Gate(nnx.Module):
-    """y = x W^T + b, for what decides on tokens: never quantised, no adapter's target. x [..., in] -> [..., out]."""
-
-    def __init__(
-        self, in_features: int, out_features: int, *, dtype: Any, rngs: nnx.Rngs, bias: bool = False, stack: int
-    ):
-        weight = normal(rngs, (stack, out_features, in_features), dtype)
-        self.weight = base_param(weight, ("layers", None, "embed"))
-        self.bias = base_param(jnp.zeros((stack, out_features), dtype), ("layers", None)) if bias else None
-
-    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        y = quant.matmul(x, self.weight.get_value())
-        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
-
-
 class ExpertLinear(nnx.Module):
     """A linear of every expert, on rows that are sorted by expert: [rows, in] -> [rows, out].
 
@@ -222,14 +207,14 @@ def clamped_swiglu(
 class SparseMLP(TokenwiseModule):
     """The experts that the router chooses for each token, and the shared expert, behind a gate of its own, if any."""
 
-    def __init__(self, config: ModelConfig, make_gate: Callable, make_experts: Callable, shared: nnx.Module | None):
+    def __init__(self, config: ModelConfig, make_plain: Callable, make_experts: Callable, shared: nnx.Module | None):
         width = config.hidden_size
         self.num_experts, self.chosen = config.num_experts, config.num_experts_per_tok
         self.normalised = config.norm_topk_prob
-        self.gate = make_gate(width, self.num_experts, config.router_bias)
+        self.gate = make_plain(width, self.num_experts, (None, "embed"), config.router_bias)
         self.experts = Experts(config, make_experts)
         self.shared_expert: Any = shared
-        self.shared_expert_gate: Any = None if shared is None else make_gate(width, 1, False)
+        self.shared_expert_gate: Any = None if shared is None else make_plain(width, 1, (None, "embed"), False)
 
     def _route(self, rows: Float[Array, "n d"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"], Float[Array, "n e"]]:
         """Weights and indices of each token's experts, and the probabilities of all; float32."""

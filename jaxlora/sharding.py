@@ -31,6 +31,7 @@ DEFAULT_RULES: Rules = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "experts": None,
+    "ssm": None,
     "layers": None,
     "rank": None,
     "head_dim": None,

@@ -264,13 +264,47 @@ TINY |= {
         tie_word_embeddings=True,
         rope_parameters=_rope("default"),
     ),
+    "falcon_h1": _case(
+        "falcon_h1",
+        attention_bias=True,
+        mlp_bias=True,
+        projectors_bias=True,
+        mamba_d_ssm=24,
+        mamba_n_heads=4,
+        mamba_n_groups=2,
+        mamba_d_state=10,
+        mamba_chunk_size=8,  # shorter than the sequence, which is no multiple of it
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        embedding_multiplier=3.0,
+        lm_head_multiplier=0.3,
+        mlp_multipliers=[0.7, 1.4],
+        key_multiplier=0.6,
+        attention_in_multiplier=1.2,
+        attention_out_multiplier=0.8,
+        ssm_in_multiplier=1.3,
+        ssm_out_multiplier=0.9,
+        ssm_multipliers=[0.5, 1.5, 0.8, 1.2, 0.9],
+    ),
+    "falcon_h1-plain": _case(
+        "falcon_h1",
+        mamba_d_ssm=None,
+        mamba_n_heads=6,
+        mamba_d_state=8,
+        mamba_d_conv=3,
+        mamba_conv_bias=False,
+        tie_word_embeddings=True,
+    ),
     "granitemoe-tied": _case("granitemoe", num_local_experts=4, num_experts_per_tok=1, tie_word_embeddings=True),
 }
 
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss")
 
-# The linears of a layer that are neither experts nor gates.
-LINEARS_OF_SPARSE = r"(.*\.)?(self_attn|shared_expert|mlp)\.\w+_proj"
+# Attention beside a mixer.
+HYBRID = ("falcon_h1",)
+
+# The linears of such layers that take adapters here and in PEFT: no experts, no gates, no mixer's out_proj.
+LINEARS = r"(.*\.)?((self_attn|shared_expert|mlp|feed_forward)\.\w+_proj|mamba\.in_proj)"
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -286,7 +320,11 @@ _COMPOSED = ("gemma", "smollm3", "cohere2", "seed_oss", "ministral")
 
 def marked(names: Iterable[str]) -> list[tuple[str, Any]]:
     """(name, pytest's marks): slow for second rows of a family of `DENSE`, and for those of like parts."""
-    second = [name for name in TINY if name.split("-")[0] in (*DENSE, *SPARSE) and name not in (*DENSE, *SPARSE)]
+    second = [
+        name
+        for name in TINY
+        if name.split("-")[0] in (*DENSE, *SPARSE, *HYBRID) and name not in (*DENSE, *SPARSE, *HYBRID)
+    ]
     return [(name, pytest.mark.slow if name in second or name in _COMPOSED else ()) for name in names]
 
 

@@ -13,6 +13,7 @@ import transformers
 from flax import nnx
 from helpers import (
     DENSE,
+    HYBRID,
     SPARSE,
     TINY,
     adapter_matrices,
@@ -132,6 +133,18 @@ REAL = {
     # Their makers' counts are of the parameters in float; transformers has the same tensors.
     "gpt-oss-20b": (dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32), 20_914_757_184),
     "gpt-oss-120b": (dict(model_type="gpt_oss"), 116_829_156_672),
+    "Falcon-H1-34B": (
+        dict(model_type="falcon_h1", vocab_size=261120, hidden_size=5120, intermediate_size=21504,
+             num_hidden_layers=72, num_attention_heads=20, num_key_value_heads=4, head_dim=128, mamba_d_ssm=4096,
+             mamba_n_heads=32, mamba_d_head=128, mamba_n_groups=2, mamba_d_state=256, mamba_rms_norm=True),
+        33_642_516_224,
+    ),
+    "Falcon-H1-0.5B": (
+        dict(model_type="falcon_h1", vocab_size=32784, hidden_size=1024, intermediate_size=2048,
+             num_hidden_layers=36, num_attention_heads=8, num_key_value_heads=2, head_dim=64, mamba_d_ssm=1536,
+             mamba_n_heads=24, mamba_d_head=64, mamba_d_state=128),
+        521_411_104,
+    ),
     "granite-3.1-3b-a800m": (
         dict(model_type="granitemoe", vocab_size=49155, hidden_size=1536, intermediate_size=512, num_hidden_layers=32,
              num_attention_heads=24, num_key_value_heads=8, num_local_experts=40, num_experts_per_tok=8,
@@ -161,7 +174,7 @@ def test_real_shapes_have_the_published_number_of_weights(name):
 
 def test_every_family_has_a_tiny_model_and_a_real_one():
     assert {fields["model_type"] for fields, _ in REAL.values()} >= FAMILIES.keys() - {"mistral", "qwen2", "gemma3"}
-    assert {*DENSE, *SPARSE, "llama", "mistral", "qwen2", "qwen3", "gemma3"} == FAMILIES.keys()
+    assert {*DENSE, *SPARSE, *HYBRID, "llama", "mistral", "qwen2", "qwen3", "gemma3"} == FAMILIES.keys()
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from helpers import DENSE, FAMILIES, SPARSE, TINY, VOCAB, make_pair, random_ids, relative_error, torch_model
+from helpers import DENSE, FAMILIES, HYBRID, SPARSE, TINY, VOCAB, make_pair, random_ids, relative_error, torch_model
 
 import jaxlora.model
 from jaxlora.config import QuantConfig
@@ -19,7 +19,7 @@ from jaxlora.model import CausalLM, layer_runs, named_nodes
 
 # Every family, the windows, and two runs of layers. "dynamic" is left out where documents are packed: its frequencies
 # depend on the longest document of a batch, in transformers too.
-PACKED = [*FAMILIES, "qwen2-windows", "qwen3-biases-windows", "llama-llama3", "falcon-rw"]
+PACKED = [*FAMILIES, "qwen2-windows", "qwen3-biases-windows", "llama-llama3", "falcon-rw", *HYBRID]
 
 
 def torch_logits(model, ids, **arguments):
@@ -116,7 +116,9 @@ def test_bfloat16_is_near_float32(name, tmp_path):
     assert relative_error(logits, torch_logits(theirs, ids)) < 5e-2
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2-windows", "qwen3", "llama-tied"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen2-windows", "qwen3", "llama-tied", "falcon_h1", "falcon_h1-plain", "mixtral"]
+)
 def test_tokens_through_a_cache_equal_the_whole(name, tmp_path):
     _, model = make_pair(name, tmp_path)
     ids = jnp.asarray(random_ids(2, 12))

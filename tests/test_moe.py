@@ -17,7 +17,7 @@ import torch
 import transformers
 from flax import nnx
 from helpers import (
-    LINEARS_OF_SPARSE,
+    LINEARS,
     SPARSE,
     load_folder,
     make_checkpoint,
@@ -41,7 +41,7 @@ from jaxlora.model import named_nodes
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP, grouped_matmul, load_balancing_loss
 from jaxlora.quant import QuantizedArray, dequantize, quantize
 
-LINEARS = LoraConfig(r=3, lora_alpha=5, target_modules=LINEARS_OF_SPARSE)
+LORA = LoraConfig(r=3, lora_alpha=5, target_modules=LINEARS)
 
 
 in_nf4 = jax.jit(quantize)
@@ -145,7 +145,7 @@ def test_gradients_are_moved_and_never_added_in_places(tmp_path):
 
 def test_tiles_of_tokens_and_kept_projections_give_the_same_gradients(tmp_path, monkeypatch):
     _, model = make_pair("qwen2_moe", tmp_path)
-    add_adapters(model, LINEARS, jax.random.key(0))
+    add_adapters(model, LORA, jax.random.key(0))
     randomise_adapters(model)
     graphdef, trainable, frozen = partition(model)
     batch = {name: jnp.asarray(random_ids(2, 20)) for name in ("input_ids", "labels")}
@@ -277,7 +277,7 @@ def test_exports_load_in_transformers_under_the_names_of_the_original(name, tmp_
         np.testing.assert_array_equal(original.read(one), written.read(one))
     assert torch.equal(torch_logits(reloaded(tmp_path / "whole"), ids), torch_logits(theirs, ids))
 
-    add_adapters(ours, LINEARS, jax.random.key(0))
+    add_adapters(ours, LORA, jax.random.key(0))
     randomise_adapters(ours)
     report = save_merged(ours, tmp_path / "merged", base=tmp_path / "base")
     assert report.merged_modules == sum(len(linear.names()) for linear in named_nodes(ours, Linear) if linear.layers)

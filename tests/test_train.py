@@ -13,7 +13,8 @@ from flax import nnx
 from helpers import (
     DENSE,
     FAMILIES,
-    LINEARS_OF_SPARSE,
+    HYBRID,
+    LINEARS,
     SPARSE,
     VOCAB,
     adapter_matrices,
@@ -110,13 +111,13 @@ def train(model, optimizer, batches, loss=causal_lm_loss, key=None):
     "name, layout",
     [
         *itertools.product([*FAMILIES, "qwen2-windows"], [padded, packed]),
-        *(pytest.param(name, packed, marks=marks) for name, marks in marked([*DENSE, *SPARSE])),
+        *(pytest.param(name, packed, marks=marks) for name, marks in marked([*DENSE, *SPARSE, *HYBRID])),
     ],
 )
 def test_four_steps_equal_peft(name, layout, tmp_path):
     # Where logits are scaled down some gradients are 1e-8, mostly rounding, which Adam would blow up to whole steps.
-    eps = 1e-5 if name in (*DENSE, *SPARSE) else 1e-8
-    config = dataclasses.replace(LORA, target_modules=LINEARS_OF_SPARSE) if name in SPARSE else LORA
+    eps = 1e-5 if name in (*DENSE, *SPARSE, *HYBRID) else 1e-8
+    config = dataclasses.replace(LORA, target_modules=LINEARS) if name in (*SPARSE, *HYBRID) else LORA
     theirs, ours = make_pair(name, tmp_path)
     with_adapters(ours, config)
     start = adapter_matrices(ours)
