@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora import quant, remat
 from jaxlora.config import QuantConfig
+from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
 from jaxlora.offload import take_rows
 
@@ -155,8 +156,11 @@ class Adapted(Weighted):
 class Linear(Adapted):
     """y = x W^T + b + scaling * (dropout(x) A^T) B^T, with W frozen, dense or quantised, and A, B the adapter if any.
 
-    With DoRA both products are multiplied by `dora_gain`. Shapes: x [..., in] -> [..., out] in x's dtype.
+    With DoRA both products are multiplied by `dora_gain`. `qat_scheme` is None, or says what the merged weight and x
+    are rounded to on the way (`kernels.fake_quant`). Shapes: x [..., in] -> [..., out] in x's dtype.
     """
+
+    qat_scheme: str | None
 
     def __init__(
         self,
@@ -179,10 +183,15 @@ class Linear(Adapted):
             )
         self.weight = base_param(weight, (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, out_features), dtype), (*lead_axes, axes[0])) if bias else None
+        self.qat_scheme = None
         self.without_adapter()
         self.without_copies()
 
     def __call__(self, x: Float[Array, "*batch d_in"], key: Any = None) -> Float[Array, "*batch d_out"]:
+        y = self._product(x, key) if self.qat_scheme is None else self._rounded_product(x, self.qat_scheme)
+        return y if self.bias is None else y + self.current_bias().astype(y.dtype)
+
+    def _product(self, x: Array, key: Any) -> Array:
         weight = self.current_weight()
         y = quant.matmul(x, weight)
         if self.lora_A is not None:
@@ -196,7 +205,23 @@ class Linear(Adapted):
                 extra = y if dropped is x else quant.matmul(dropped, weight)
                 y, extra, delta = (part.astype(jnp.float32) for part in (y, extra, delta))  # a gain is near 1
                 y = (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
-        return y if self.bias is None else y + self.current_bias().astype(y.dtype)
+        return y
+
+    def _rounded_product(self, x: Array, scheme: str) -> Array:
+        return quant.matmul(fake_quantize_input(x, scheme), fake_quantize_weight(self._merged(x.dtype), scheme))
+
+    def _merged(self, dtype: Any) -> Float[Array, "d_out d_in"]:
+        """The weight with its adapter in it, of one layer, as it would be exported in this dtype."""
+        weight = self.current_weight()
+        if isinstance(weight, quant.QuantizedArray):
+            weight = jax.lax.stop_gradient(quant.dequantize(weight, jnp.float32))
+        if self.lora_A is None:
+            return weight.astype(dtype)
+        a, b, scaling = self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value()
+        merged = weight.astype(jnp.float32) + jnp.matmul(b * scaling, a)
+        if self.lora_magnitude is not None:
+            merged = self.dora_gain(quant.matmul(a, weight))[:, None] * merged
+        return merged.astype(dtype)
 
 
 class PlainLinear(nnx.Module):

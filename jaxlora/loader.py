@@ -358,6 +358,7 @@ class FastLanguageModel:
         float8_kv_cache: bool = False,
         max_lora_rank: int = 64,
         disable_log_stats: bool = True,
+        qat_scheme: str | None = None,
         base_model_name_or_path: str | Path | None = None,
         **unknown: Any,
     ) -> tuple[LanguageModel, Any]:
@@ -400,6 +401,7 @@ class FastLanguageModel:
             trust_remote_code: no code of a checkpoint is ever run; True warns that this is so.
             text_only: say that of a model with a vision tower only the language model is wanted, which is what is
                 loaded in any case; without it there is a warning.
+            qat_scheme: with full_finetuning, compute as a quantised model will; see `get_peft_model`.
             use_exact_model_name: both values are the same, since no name is mapped to another.
             fix_tokenizer: repair the pad token, the padding side and the generation prompt of the tokenizer; see
                 `vocabulary.repair_tokenizer`.
@@ -438,6 +440,8 @@ class FastLanguageModel:
         if float32_mixed_precision is not None and not full_finetuning:
             raise ValueError("float32_mixed_precision is for full_finetuning=True: adapters are float32 always")
         compute_dtype = resolve_dtype(mode.compute_dtype if dtype is None else dtype)
+        if qat_scheme is not None and not full_finetuning:
+            raise ValueError("qat_scheme is for full_finetuning=True here: with adapters it goes to get_peft_model")
         is_master = full_finetuning and (bool(float32_mixed_precision) or compute_dtype == jnp.float16)
         if float32_mixed_precision is False and is_master:
             raise ValueError(
@@ -492,6 +496,8 @@ class FastLanguageModel:
         if full_finetuning:
             lora.unfreeze(model)
             model.full_finetuning = True
+            if qat_scheme is not None:
+                lora.prepare_qat(model, qat_scheme)
         if resize_model_vocab is not None:
             resize_vocabulary(model, resize_model_vocab, jax.random.key(random_state))
         # Absolute where it is a path: an adapter that names it may be loaded from anywhere.
@@ -550,6 +556,10 @@ class FastLanguageModel:
         modules_to_save: Sequence[str] | None = None,
         loftq_config: dict[str, int] | None = None,
         ensure_weight_tying: bool = False,
+        finetune_last_n_layers: int | None = None,
+        qat_scheme: str | None = None,
+        max_seq_length: int | None = None,
+        temporary_location: str | None = None,
     ) -> LanguageModel:  # fmt: skip
         """Put LoRA adapters on the model, in place, and return it. What is not an adapter stays frozen.
 
@@ -579,6 +589,11 @@ class FastLanguageModel:
             loftq_config: for "loftq": {"loftq_bits": 4 or 8, "loftq_iter": rounds}, by default 4 and 1.
             ensure_weight_tying: a head that is tied to the embedding stays so, and follows what the embedding learns.
                 Without it only what is named learns, and a merged checkpoint has a head of its own.
+            finetune_last_n_layers: the same as `layers_to_transform` with the last layers.
+            qat_scheme: compute as a quantised model will: "int8", "int4", "fp8-fp8" or "fp8-int4"; see
+                `kernels.fake_quant`. Exported in 16 bit and quantised so, the model computes what was trained.
+            max_seq_length: said to `from_pretrained`; another number here warns that it changes nothing.
+            temporary_location: warns that it changes nothing, since embeddings that learn stay in memory.
 
         Raises:
             TypeError: `r` is not an integer, or the model has adapters with other settings.
@@ -587,8 +602,17 @@ class FastLanguageModel:
         if model.full_finetuning:
             warnings.warn("full fine-tuning is on, so get_peft_model has no effect", stacklevel=2)
             return model
+        if max_seq_length is not None and max_seq_length != model.max_seq_length:
+            warnings.warn(
+                f"max_seq_length={max_seq_length} changes nothing here: from_pretrained made it {model.max_seq_length}",
+                stacklevel=2,
+            )
+        if temporary_location is not None:
+            warnings.warn("temporary_location changes nothing: embeddings that learn stay in memory", stacklevel=2)
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = layers_to_transform
+        if finetune_last_n_layers is not None:
+            layers = _last_layers(model, finetune_last_n_layers, layers)
         if isinstance(layers, Sequence):
             layers = tuple(int(layer) for layer in layers)  # the command line gives texts
         config = LoraConfig(
@@ -609,6 +633,8 @@ class FastLanguageModel:
             warnings.warn("the model already has these LoRA adapters: nothing was changed", stacklevel=2)
             return model
         _check_offloaded(model, config)
+        if qat_scheme is not None:
+            lora.prepare_qat(model, qat_scheme, lora_dropout)
         lora.add_adapters(model, config, jax.random.key(random_state))
         model.lora_config, model.remat_policy = config, policy
         return model
@@ -653,6 +679,17 @@ def _with_adapter_of(model: LanguageModel, folder: str | Path) -> LanguageModel:
     copy.ties_adapters = False
     copy.lora_config = peft.load_adapter(copy, folder)
     return copy
+
+
+def _last_layers(model: CausalLM, count: int, given: Any) -> tuple[int, ...]:
+    depth = model.config.num_hidden_layers
+    if given is not None:
+        raise ValueError(
+            f"layers_to_transform={given!r} and finetune_last_n_layers={count} both name layers: choose one"
+        )
+    if not 0 < count <= depth:
+        raise ValueError(f"finetune_last_n_layers must be from 1 to the model's {depth} layers, found {count}")
+    return tuple(range(depth - count, depth))
 
 
 def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> bool:

@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxlora import lora_init, quant
 from jaxlora.config import LoraConfig
+from jaxlora.kernels.fake_quant import GROUP, SCHEMES
 from jaxlora.kernels.lora import row_norms
 from jaxlora.layers import (
     Adapted,
@@ -29,6 +30,7 @@ from jaxlora.layers import (
     BaseSquare,
     Copy,
     Embedding,
+    Linear,
     LoraParam,
     TrainableParam,
     Weighted,
@@ -360,6 +362,31 @@ def unfreeze(model: CausalLM) -> None:
         raise ValueError("a quantised model cannot learn as a whole: load it with full_finetuning=True")
     for module, name, variable in frozen:
         setattr(module, name, TrainableParam(variable.get_value(), axes=variable.get_metadata()["axes"]))
+
+
+def prepare_qat(model: CausalLM, scheme: str, lora_dropout: float = 0.0) -> None:
+    """Let every linear of the blocks compute with what a scheme of `kernels.fake_quant` can hold, in place: its input,
+    and its weight with the adapter merged. The head and the embedding stay as they are.
+
+    Raises:
+        ValueError: an unknown scheme, experts, a dropout of adapters, which cannot be merged, or a weight whose rows
+            are not whole groups.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"qat_scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
+    if model.config.num_experts:
+        raise ValueError("qat_scheme: the experts of a mixture are not rounded, so this model cannot be trained for it")
+    if lora_dropout:
+        raise ValueError("qat_scheme rounds the merged weight, into which dropout cannot go: pass lora_dropout=0")
+    linears = [linear for linear in named_nodes(model, Linear) if linear.layers]
+    for linear in linears:
+        if scheme.endswith("int4") and linear.node.in_features % GROUP:
+            raise ValueError(
+                f"qat_scheme {scheme!r} shares a scale among {GROUP} weights of a row, and {linear.name} has rows of "
+                f"{linear.node.in_features}: use int8 or fp8-fp8"
+            )
+    for linear in linears:
+        linear.node.qat_scheme = scheme
 
 
 def _size(value: Any) -> int:

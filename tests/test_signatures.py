@@ -71,15 +71,19 @@ GET_PEFT_MODEL = {
 }
 # What is being added. Nothing else may be missing, and what is there may not stay here.
 TO_COME = {
-    "from_pretrained": {"qat_scheme"},
-    "get_peft_model": {
-        "finetune_last_n_layers", "max_seq_length", "temporary_location", "qat_scheme", "target_parameters",
-    },
-}  # fmt: skip
+    "from_pretrained": set(),
+    "get_peft_model": {"target_parameters"},
+}
 # Defaults that are others here, on purpose: docs/arguments.md says why. (No mapping is {} here, so None stands for it.)
 OTHER_DEFAULTS = {
     "from_pretrained": {"model_name": inspect.Parameter.empty, "max_seq_length": None, "load_in_4bit": None},
-    "get_peft_model": {"loftq_config": None, "rank_pattern": None, "alpha_pattern": None},
+    "get_peft_model": {
+        "loftq_config": None,
+        "rank_pattern": None,
+        "alpha_pattern": None,
+        "max_seq_length": None,
+        "temporary_location": None,
+    },  # fmt: skip
 }
 
 REFERENCES = {"from_pretrained": FROM_PRETRAINED, "get_peft_model": GET_PEFT_MODEL}
