@@ -5,8 +5,9 @@
                             +------------- a slot whose text ended is free --------+
 
 A slot is a row of the cache, and stands for one sequence: its tokens from place 0 on, as many as it has by now, so
-prompts of every length decode side by side. Prefill takes all tokens of a prompt but the last, which is the first that
-decode feeds; so prefill needs no logits, and all drawing of tokens is in one program.
+prompts of every length decode side by side; a model with Mamba mixers has a slot for their states too. Prefill takes
+all tokens of a prompt but the last, which is the first that decode feeds; so prefill needs no logits, and all drawing
+of tokens is in one program.
 
 Decode is a loop on the device that returns to the host when a slot that somebody waits for came free, and after
 `STEPS` tokens at the latest. The host keeps what the requests are, in numpy; on the device there is only the cache
@@ -94,21 +95,16 @@ class Engine:
 
         Raises:
             ValueError: there is no room for one sequence of the model's whole window.
-            NotImplementedError: the model has Mamba mixers, whose states the slots do not hold.
         """
-        if model.config.mamba is not None:
-            raise NotImplementedError(
-                f"fast_inference keeps keys and values, and a {model.config.model_type} model has Mamba states as "
-                "well: load it without fast_inference, and use generate"
-            )
-        weights, window, place = _weight_bytes(model), model_window(model), self._place_bytes(model)
+        weights, window = _weight_bytes(model), model_window(model)
         budget = cache_budget(self.memory, self.utilization, weights)
-        if budget < window * place:
+        sequence = window * self._place_bytes(model) + _state_bytes(model)
+        if budget < sequence:
             fp8 = "" if self.cache_dtype is not None else ", float8_kv_cache=True"
             raise ValueError(
                 f"gpu_memory_utilization={self.utilization} of {self.memory / _GIB:.2f} GiB leaves "
                 f"{budget / _GIB:.2f} GiB for the KV cache beside {weights / _GIB:.2f} GiB of weights, and a sequence "
-                f"of {window} tokens takes {window * place / _GIB:.2f} GiB: choose a larger share, a shorter "
+                f"of {window} tokens takes {sequence / _GIB:.2f} GiB: choose a larger share, a shorter "
                 f"max_seq_length{fp8}"
             )
         return budget
@@ -145,6 +141,7 @@ class Engine:
         slots, places = cache_shape(
             self.cache_bytes(model) - _adapter_bytes(serving),
             self._place_bytes(model),
+            _state_bytes(model),
             len(sequences),
             max(len(s.prompt) + s.most for s in sequences),
             window,
@@ -263,21 +260,34 @@ def cache_budget(memory: int, utilization: float, weights: int) -> int:
 
 
 def cache_shape(
-    budget: int, place_bytes: int, sequences: int, longest: int, window: int, max_slots: int = MAX_SLOTS
+    budget: int,
+    place_bytes: int,
+    state_bytes: int,
+    sequences: int,
+    longest: int,
+    window: int,
+    max_slots: int = MAX_SLOTS,
 ) -> tuple[int, int]:
     """(slots, places) of the cache for so many sequences, of which the longest may grow to `longest` tokens.
 
-    Both are of sizes that come again. At least one slot: `Engine.cache_bytes` sees to it that one fits.
+    A slot takes `place_bytes` for each place, and `state_bytes` for the states of mixers. Both results are of sizes
+    that come again. At least one slot: `Engine.cache_bytes` sees to it that one fits.
 
-    >>> cache_shape(24 * 2**30, 128 * 1024, sequences=1000, longest=1000, window=8192)  # 131072 bytes a token
+    >>> cache_shape(24 * 2**30, 128 * 1024, 0, sequences=1000, longest=1000, window=8192)  # 131072 bytes a token
     (192, 1024)
-    >>> cache_shape(24 * 2**30, 128 * 1024, sequences=3, longest=100, window=8192)
+    >>> cache_shape(24 * 2**30, 128 * 1024, 0, sequences=3, longest=100, window=8192)
     (4, 256)
     """
     places = min(max(bucket(longest), MIN_PLACES), window)
-    room = min(budget // (places * place_bytes), max_slots)
+    room = min(budget // (places * place_bytes + state_bytes), max_slots)
     wanted = sequences if sequences <= 2 else 4 if sequences <= 4 else -(-sequences // 8) * 8
     return max(1, min(wanted, room)), places
+
+
+def _state_bytes(model: CausalLM) -> int:
+    """Bytes of what the mixers of a model keep for a sequence, however long; 0 without mixers."""
+    cache = jax.eval_shape(lambda: model.init_cache(1, 1))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.convolutions, cache.states)))
 
 
 def _weight_bytes(model: CausalLM) -> int:
@@ -347,12 +357,13 @@ class Batch:
 
     def prefill(self, slots: Sequence[int], size: int, length: int) -> None:
         """Read the prompts of these slots, as a group of `size` prompts of `length` tokens."""
-        ids, fed = np.zeros((size, length), np.int32), np.zeros(size, np.int32)
+        ids, (fed, last) = np.zeros((size, length), np.int32), np.zeros((2, size), np.int32)
         to = len(self.slots) + np.arange(size, dtype=np.int32)  # nobody's
         for row, slot in enumerate(slots):
             prompt = cast(Continuation, self.slots[slot]).prompt
-            ids[row, : len(prompt)], fed[row], to[row] = prompt, len(prompt) - 1, slot
-        self.cache, self.seen = prefill(self.model, self.cache, self.seen, ids, fed, to)
+            ids[row, length - len(prompt) + 1 :] = prompt[:-1]
+            fed[row], last[row], to[row] = len(prompt) - 1, prompt[-1], slot
+        self.cache, self.seen = prefill(self.model, self.cache, self.seen, ids, fed, last, to)
 
     def decode(self) -> None:
         """Let every slot go on for some tokens, take them, and free the slots of sequences that have ended."""

@@ -104,17 +104,21 @@ def prefill(
     seen: Seen | None,
     input_ids: Int[Array, "r t"],
     fed: Int[Array, " r"],
+    last: Int[Array, " r"],
     slots: Int[Array, " r"],
 ) -> tuple[KVCache, Seen | None]:
-    """The first `fed` tokens of each prompt put into the cache at its slot; a slot beyond the last is nobody's.
+    """Prompts without their last tokens put into the cache at their slots; a slot beyond the last is nobody's.
 
-    A prompt's own last token is among `input_ids`, at `fed`, for the penalties alone. Prompts see themselves in the
-    compute dtype, and only what comes after sees the cache's.
+    The `fed` tokens of a prompt are the last of a row of `input_ids`, so that what a mixer keeps is of the last token;
+    in the cache they begin at place 0. `last` tokens are for the penalties alone. Prompts see themselves in the compute
+    dtype, and only what comes after sees the cache's.
     """
     places, tokens = cache.segment_ids.shape[1], input_ids.shape[1]
     index = jnp.arange(tokens, dtype=jnp.int32)[None]
-    mask = (index < fed[:, None]).astype(jnp.int32)
-    positions = jnp.minimum(index, fed[:, None])  # padding stands where the last token will, so lengths are known
+    padding = tokens - fed[:, None]
+    is_real = index >= padding
+    # Padding stands where the last token will, so that the length of the prompt is known.
+    positions, mask = jnp.where(is_real, index - padding, fed[:, None]), is_real.astype(jnp.int32)
     part = model.init_cache(input_ids.shape[0], tokens, jax.tree.leaves(cache.keys)[0].dtype)
     segments = jnp.zeros((input_ids.shape[0], places), jnp.int32)
     _, part = model.hidden_states(
@@ -122,17 +126,27 @@ def prefill(
     )
     assert part is not None
 
-    def put(whole, new):
-        return whole.at[:, slots, :tokens].set(new, mode="drop")
+    from_start = ((index + padding) % tokens)[None, :, :, None, None]
 
-    keys, values = (jax.tree.map(put, *pair) for pair in ((cache.keys, part.keys), (cache.values, part.values)))
-    segments = cache.segment_ids.at[slots].set(part.segment_ids, mode="drop")
+    def put_places(whole, new):
+        return whole.at[:, slots, :tokens].set(jnp.take_along_axis(new, from_start, axis=2), mode="drop")
+
+    def put(whole, new):
+        return whole.at[:, slots].set(new, mode="drop")
+
+    keys, values = (jax.tree.map(put_places, *pair) for pair in ((cache.keys, part.keys), (cache.values, part.values)))
+    convolutions, states = (
+        jax.tree.map(put, *pair) for pair in ((cache.convolutions, part.convolutions), (cache.states, part.states))
+    )
+    segments = segments.at[:, :tokens].set((index < fed[:, None]).astype(jnp.int32))
+    segments = cache.segment_ids.at[slots].set(segments, mode="drop")
     if seen is not None:
-        beyond = seen.prompt.shape[1]
-        ids = jnp.where(index <= fed[:, None], input_ids, beyond)
+        ids = jnp.where(is_real, input_ids, last[:, None])
         prompt = seen.prompt.at[slots].set(False, mode="drop").at[slots[:, None], ids].set(True, mode="drop")
+        prompt = prompt.at[slots, last].set(True, mode="drop")
         seen = Seen(prompt, seen.new.at[slots].set(0, mode="drop"))
-    return dataclasses.replace(cache, keys=keys, values=values, segment_ids=segments), seen
+    cache = dataclasses.replace(cache, keys=keys, values=values, convolutions=convolutions, states=states)
+    return dataclasses.replace(cache, segment_ids=segments), seen
 
 
 @functools.partial(jax.jit, static_argnames="needs", donate_argnames=("cache", "seen"))

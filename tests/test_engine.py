@@ -61,6 +61,7 @@ def llama(tmp_path_factory):
         "gemma3_text",  # two ropes
         "falcon-rw",  # ALiBi
         "llama-dynamic",  # a rope that looks at the length
+        "falcon_h1",  # Mamba's states beside keys and values
         "gpt_oss",  # experts, and sinks beside the scores
         pytest.param("phi3-longrope", marks=pytest.mark.slow),
         pytest.param("cohere2", marks=pytest.mark.slow),  # layers without rope
@@ -265,12 +266,26 @@ def test_sizes_from_memory():
     # Llama 3.1 8B in bfloat16: 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token.
     place = 2 * 32 * 8 * 128 * 2
     assert place == 128 * 1024
-    assert cache_shape(24 * gib, place, sequences=1000, longest=1000, window=8192) == (192, 1024)
-    assert cache_shape(24 * gib, place // 2, sequences=1000, longest=1000, window=8192) == (256, 1024)  # float8
-    assert cache_shape(24 * gib, place, sequences=1000, longest=8000, window=8192) == (24, 8192)
-    assert cache_shape(24 * gib, place, sequences=3, longest=100, window=8192) == (4, 256)
-    assert cache_shape(24 * gib, place, sequences=9, longest=300, window=310) == (16, 310)
-    assert cache_shape(1 * gib, place, sequences=9, longest=8000, window=8192) == (1, 8192)
+    assert cache_shape(24 * gib, place, 0, sequences=1000, longest=1000, window=8192) == (192, 1024)
+    assert cache_shape(24 * gib, place // 2, 0, sequences=1000, longest=1000, window=8192) == (256, 1024)  # float8
+    assert cache_shape(24 * gib, place, 0, sequences=1000, longest=8000, window=8192) == (24, 8192)
+    assert cache_shape(24 * gib, place, 0, sequences=3, longest=100, window=8192) == (4, 256)
+    assert cache_shape(24 * gib, place, 0, sequences=9, longest=300, window=310) == (16, 310)
+    # Mixers' states of 128 MiB a sequence are as much as its 1024 places.
+    assert cache_shape(24 * gib, place, 128 * 2**20, sequences=1000, longest=1000, window=8192) == (96, 1024)
+    assert cache_shape(1 * gib, place, 0, sequences=9, longest=8000, window=8192) == (1, 8192)
+
+
+def test_a_sequence_takes_its_keys_values_and_states(tmp_path):
+    model = tiny("falcon_h1", tmp_path)
+    mamba, layers = model.config.mamba, model.config.num_hidden_layers
+    state = mamba.n_heads * mamba.d_head * mamba.d_state + (mamba.d_conv - 1) * mamba.channels
+    place = 2 * model.config.num_key_value_heads * model.config.head_dim
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    one = 4 * layers * (64 * place + state)  # a window of 64 tokens, in float32
+    assert Engine(memory=weights + one, gpu_memory_utilization=1.0).cache_bytes(model) == one
+    with pytest.raises(ValueError, match="a sequence of 64 tokens takes"):
+        Engine(memory=weights + one - 1, gpu_memory_utilization=1.0).cache_bytes(model)
 
 
 def test_buckets_are_few_and_waste_little():
@@ -286,10 +301,11 @@ def test_the_cache_is_updated_in_place(tmp_path):
     cache, seen = empty_slots(model, slots=4, places=4096, dtype=None, reach=4096, needs=needs)
     size = sum(a.nbytes for a in jax.tree.leaves((cache.keys, cache.values)))
     ids, fed, slots = np.zeros((2, 32), np.int32), np.full(2, 9, np.int32), np.array([3, 9], np.int32)
+    last = np.zeros(2, np.int32)
     rows = Rows(*(np.zeros(4, kind) for kind in (np.int32, np.int32, np.int32, bool)))
     arguments = (rows, Wishes.empty(4, 4), np.int32(9), np.bool_(True))
     for lowered in (
-        prefill.lower(model, cache, seen, ids, fed, slots),
+        prefill.lower(model, cache, seen, ids, fed, last, slots),
         decode.lower(model, cache, seen, *arguments, needs=needs),
     ):
         memory = lowered.compile().memory_analysis()

@@ -20,7 +20,6 @@ from helpers import (
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.export import save_merged, save_model
 from jaxlora.converters.huggingface import SafetensorsSource, model_config
-from jaxlora.engine import Engine
 from jaxlora.layers import Linear
 from jaxlora.lora import add_adapters
 from jaxlora.mamba import causal_convolution, segment_runs, ssd_scan
@@ -185,12 +184,6 @@ def test_out_proj_takes_no_adapter_as_in_peft(tmp_path):
     assert "in_proj" in adapted and "out_proj" not in adapted
     with pytest.raises(ValueError, match="'out_proj' matches no"):
         add_adapters(model, LoraConfig(r=2, target_modules=["out_proj"]), jax.random.key(0))
-
-
-def test_slots_hold_no_states(tmp_path):
-    _, model = make_pair("falcon_h1", tmp_path)
-    with pytest.raises(NotImplementedError, match="a falcon_h1 model has Mamba states as well"):
-        Engine(memory=2**30).cache_bytes(model)
 
 
 def test_heads_that_do_not_fit_are_refused():
