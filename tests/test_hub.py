@@ -93,11 +93,12 @@ def test_only_one_copy_of_the_weights_is_fetched(hub, tmp_path):
 def test_a_revision(hub, tmp_path):
     make_checkpoint("llama", tmp_path / "old")
     make_checkpoint("llama", tmp_path / "new", rms_norm_eps=0.5)
-    hub.repos[NAME] = Repo(revisions={"main": tmp_path / "new", "v1": tmp_path / "old"})
+    hub.repos[NAME] = Repo(revisions={"main": tmp_path / "new", "v1": tmp_path / "old", "refs/pr/7": tmp_path / "old"})
     old = load(NAME, revision="v1")
     assert old.revision == "v1" and np.array_equal(logits(old), logits(load(tmp_path / "old")))
     assert not np.array_equal(logits(old), logits(load(NAME)))
-    assert resolve_path(NAME, revision=commit(tmp_path / "old")) == Path(old.base_folder)
+    for same in ("refs/pr/7", commit(tmp_path / "old")):
+        assert resolve_path(NAME, revision=same) == Path(old.base_folder)
     with pytest.raises(FileNotFoundError, match=f"^{NAME} has no revision 'v2': see the branches and tags at http"):
         resolve_path(NAME, revision="v2")
 
