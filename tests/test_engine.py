@@ -15,7 +15,7 @@ from flax import nnx
 from helpers import VOCAB, load_folder, make_checkpoint, random_ids, randomise_adapters, smollm2_path
 
 from jaxlora import FastLanguageModel, SamplingParams, lora
-from jaxlora.config import LoraConfig
+from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.engine import Engine, cache_budget, cache_shape
 from jaxlora.generate import Sampling, bucket, filter_scores, generate
 from jaxlora.sampling import Needs, Seen, Wishes, draw, filtered, penalised
@@ -98,6 +98,13 @@ def test_bfloat16_tokens_are_likely_by_teacher_forcing(tmp_path):
         logits = np.asarray(model(jnp.asarray([prompt + new])))[0, len(prompt) - 1 : -1]
         # A token may lose to one that bfloat16 cannot tell from it, no more.
         assert (logits.max(-1) - logits[np.arange(NEW), new]).max() < 0.02 * np.abs(logits).max()
+
+
+def test_quantised_weights(tmp_path):
+    make_checkpoint("qwen3", tmp_path)
+    model = load_folder(tmp_path, quant_config=QuantConfig())
+    expected = [alone(model, prompt) for prompt in FEW]
+    assert tokens(Engine(max_slots=3).generate(model, FEW, GREEDY)) == expected
 
 
 def test_stops(llama):
@@ -529,7 +536,12 @@ def test_an_adapter_of_a_folder_goes_on_in_this_call_only(folder, tmp_path):
     randomise_adapters(model, 2)
     own = tokens(model.fast_generate(FEW, GREEDY))
     assert tokens(model.fast_generate(FEW, GREEDY, lora_request=str(tmp_path))) == expected
+    model.load_adapter(tmp_path, "other")
     assert tokens(model.fast_generate(FEW, GREEDY)) == own != base
+    model.set_adapter("other")
+    assert tokens(model.fast_generate(FEW, GREEDY)) == expected
+    model.set_adapter("default")
+    assert tokens(model.fast_generate(FEW, GREEDY)) == own
     started = FastLanguageModel.get_peft_model(load(folder, fast_inference=True), r=3, init_lora_weights="pissa")
     with pytest.raises(ValueError, match="'pissa'.* has changed those: load the base anew"):
         started.fast_generate(PROMPTS, GREEDY, lora_request=tmp_path)
