@@ -13,6 +13,7 @@ Where a weight X of such a checkpoint is quantised, its tensors are
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import re
@@ -145,7 +146,7 @@ class BitsandbytesSource:
             )
 
     def _check_blocks(self) -> None:
-        plain = [n for n in self._names if n not in self._states and _is_in_block(n) and len(self.shape(n)) == 2]
+        plain = [n for n in self._names if n not in self._states and _is_in_block(n) and len(self.shape(n)) > 1]
         if plain:
             # To quantise them here would change what the checkpoint computes; the layers of a stack are all of a kind.
             raise NotImplementedError(
@@ -244,8 +245,13 @@ def quantization_config(compute_dtype: str, skipped: Collection[str]) -> dict[st
     }
 
 
+# Where a model of ours is never quantised, whatever the file is: see `layers.PlainLinear` and `mamba.Mamba`.
+_PLAIN = ("*.gate.weight", "*.router.weight", "*.router.layer.weight", "*.shared_expert_gate.weight", "*.mamba.*")
+
+
 def _is_in_block(name: str) -> bool:
-    return name.startswith("model.layers.")
+    """Whether this is the name of something in a block that a model of ours quantises, if it is a matrix."""
+    return name.startswith("model.layers.") and not any(fnmatch.fnmatch(name, pattern) for pattern in _PLAIN)
 
 
 def _check_config(config: Mapping[str, Any]) -> QuantConfig:

@@ -42,7 +42,7 @@ from jaxlora.converters.huggingface import (
 )
 from jaxlora.converters.mxfp4 import Mxfp4Source, is_mxfp4
 from jaxlora.converters.staging import staged
-from jaxlora.layers import Adapted, BaseParam, Linear, LoraParam, TrainableParam
+from jaxlora.layers import Adapted, BaseParam, Linear, LoraParam, PlainLinear, TrainableParam
 from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import QuantizedArray
 
@@ -396,14 +396,16 @@ def _quantised_names(model: CausalLM) -> tuple[list[str], list[str]]:
         ValueError: the model has experts, whose weights bitsandbytes leaves as they are.
     """
     linears = list(named_nodes(model, Linear))
-    quantised = [f"{name}.weight" for linear in linears if linear.layers for name in linear.names()]
+    kept = [linear for linear in linears if not linear.layers or ".mamba." in linear.name]
+    quantised = [f"{name}.weight" for linear in linears if linear not in kept for name in linear.names()]
     others = [p.name for p in named_nodes(model, BaseParam) if isinstance(p.node.get_value(), QuantizedArray)]
     if strange := sorted(set(others) - {f"{linear.name}.weight" for linear in linears}):
         raise ValueError(
             f'save_method="merged_4bit": {strange[0]} is no linear layer, and bitsandbytes quantises no others: save '
             'with "merged_16bit"'
         )
-    return quantised, [linear.name for linear in linears if not linear.layers]
+    kept += named_nodes(model, PlainLinear)
+    return quantised, [name for linear in kept for name in linear.names()]
 
 
 def _open_base(base: Path, dtype: str | None) -> SafetensorsSource | GGUFSource:

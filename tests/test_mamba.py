@@ -1,5 +1,7 @@
 """Mamba-2: the scan in chunks against the recurrence, documents apart, and Falcon-H1's files against transformers."""
 
+import json
+
 import bitsandbytes.functional
 import jax
 import jax.numpy as jnp
@@ -191,3 +193,19 @@ def test_heads_that_do_not_fit_are_refused():
         ValueError, match=r"mamba_d_ssm \(1000\) must be mamba_n_heads \(128\) times mamba_d_head \(7\)"
     ):
         model_config({"model_type": "falcon_h1", "mamba_d_ssm": 1000})
+
+
+def test_a_merge_in_4_bits_leaves_mixers_as_they_are(tmp_path):
+    make_checkpoint("falcon_h1", tmp_path / "base")
+    ours = load_folder(tmp_path / "base", quant_config=QuantConfig())
+    add_adapters(ours, LoraConfig(r=3, target_modules=LINEARS), jax.random.key(0))
+    randomise_adapters(ours)
+    save_merged(ours, tmp_path / "merged", base=tmp_path / "base", save_method="merged_4bit")
+    written = SafetensorsSource(tmp_path / "merged")
+    assert written.shape("model.layers.1.mamba.in_proj.weight") == (92, 48)
+    assert written.shape("model.layers.1.self_attn.q_proj.weight")[1] == 1
+    skipped = json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"][
+        "llm_int8_skip_modules"
+    ]
+    mixers = {f"model.layers.{i}.mamba.{name}_proj" for i in range(3) for name in ("in", "out")}
+    assert set(skipped) == {"lm_head", *mixers}
