@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from jaxlora.config import LoraConfig
-from jaxlora.layers import Adapted, Linear, Weighted
+from jaxlora.layers import Adapted, BaseParam, Linear, Weighted
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.quant import QuantizedArray
 
@@ -159,6 +159,7 @@ def copied(model: CausalLM, config: LoraConfig) -> Iterator[Copied]:
     adapted = {name for module, ranks in targets for name, rank in zip(module.names(), ranks, strict=True) if rank}
     keys = _tied_keys(model, config)
     _check_saved(model, modules, keys, adapted)
+    _check_covered(model, config, keys, modules)
     for module in modules:
         saved = tuple(_is_saved(keys, name) for name in module.names())
         learns = tuple(
@@ -169,6 +170,21 @@ def copied(model: CausalLM, config: LoraConfig) -> Iterator[Copied]:
             yield Copied(module=module, part="weight", layers=saved, counts_base=saved)
         if any(learns) and module.node.bias is not None:
             yield Copied(module=module, part="bias", layers=learns, counts_base=saved)
+
+
+def _check_covered(model: CausalLM, config: LoraConfig, keys: Sequence[str], modules: list[Named]) -> None:
+    """Refuse what would have to learn and is held by no module that copies: biases of routers and experts, say."""
+    covered = {f"{name}.{part}" for module in modules for name in module.names() for part in ("weight", "bias")}
+    names = {name for parameter in named_nodes(model, BaseParam) for name in parameter.names()} - covered
+    for option, value, wanted in (
+        ("bias", config.bias, [name for name in names if config.bias == "all" and "bias" in name.rsplit(".", 1)[-1]]),
+        ("modules_to_save", keys, [name for name in names if _is_saved(keys, name.rsplit(".", 1)[0])]),
+    ):
+        if wanted:
+            raise ValueError(
+                f"{option}={value!r} asks {', '.join(sorted(wanted)[:3])}{' …' if len(wanted) > 3 else ''} to learn, "
+                "which cannot be trained beside adapters here: name other modules, or use full_finetuning=True"
+            )
 
 
 def _tied_keys(model: CausalLM, config: LoraConfig) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """What learns beside A and B: magnitudes (DoRA), biases, whole modules, embeddings, and heads that are tied to them."""
 
+import copy
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +11,17 @@ import peft
 import pytest
 import transformers
 from flax import nnx
-from helpers import load_folder, make_checkpoint, randomise_adapters
+from helpers import TINY, load_folder, make_checkpoint, randomise_adapters, torch_model
 from walk import BLOCKS, IDS, largest_difference, logits_of, peft_model, save_peft, train_ours, walk
 
 from jaxlora import lora
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters import peft as ours
 from jaxlora.converters.export import save_merged
-from jaxlora.layers import Linear, dropout
+from jaxlora.converters.huggingface import model_config
+from jaxlora.layers import Adapted, Linear, dropout
 from jaxlora.loss import causal_lm_loss
-from jaxlora.model import named_nodes
+from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import QuantizedArray, dequantize
 
 OPTIONS = {
@@ -179,3 +182,41 @@ def test_tying_what_is_not_tied_warns(tmp_path):
     make_checkpoint("llama", tmp_path)
     with pytest.warns(UserWarning, match="ensure_weight_tying changes nothing: the model's head is not tied"):
         fresh(tmp_path, ensure_weight_tying=True)
+
+
+# ---- Every family ----------------------------------------------------------------------------------------------------
+
+ONE_OF_EACH = {model_type: name for name, (model_type, _) in reversed(TINY.items())}
+COUNTED = {
+    "dora-bias": dict(use_dora=True, bias="all"),
+    "saved": dict(modules_to_save=["norm", "lm_head"], bias="lora_only"),
+    "tables": dict(use_rslora=True, rank_pattern={r".*\.1\..*": 2}),
+}
+
+
+# Biases and norms of routers, experts and Mamba.
+UNCOVERED = {("falcon_h1", "dora-bias"), ("falcon_h1", "saved"), ("gpt_oss", "dora-bias")}
+
+
+@pytest.mark.parametrize("option", COUNTED)
+@pytest.mark.parametrize("model_type", ONE_OF_EACH)
+def test_counts_of_every_family_equal_pefts(model_type, option):
+    """Given the same list of modules: all of the blocks, and for "tables" the embedding and the head."""
+    theirs = torch_model(ONE_OF_EACH[model_type])
+    hf_config = theirs.config.to_dict()
+    model = CausalLM(model_config(hf_config), rngs=nnx.Rngs(0), hf_config=hf_config)
+    # PEFT 0.21 makes targets of the experts out of "gate_proj" and its kin in a mixture of experts.
+    wanted = "self_attn" if model.config.num_experts else ""
+    targets = sorted({name for x in named_nodes(model, Linear) if x.layers for name in x.names() if wanted in name})
+    if option == "tables":
+        targets += [x.name for x in named_nodes(model, Adapted) if not x.layers]
+    options = dict(target_modules=targets, r=3, **copy.deepcopy(COUNTED[option]))  # PEFT adds to patterns
+    if (model_type, option) in UNCOVERED:
+        with pytest.raises(ValueError, match="which cannot be trained beside adapters here"):
+            lora.add_adapters(model, LoraConfig(**options), jax.random.key(0))
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied heads, and of experts, which are not meant
+        theirs = peft.get_peft_model(theirs, peft.LoraConfig(**options))
+    lora.add_adapters(model, LoraConfig(**options), jax.random.key(0))
+    assert lora.get_nb_trainable_parameters(model) == theirs.get_nb_trainable_parameters()
