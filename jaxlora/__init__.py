@@ -8,11 +8,11 @@ from jaxlora.config import LoraConfig as LoraConfig
 from jaxlora.config import ModelConfig as ModelConfig
 from jaxlora.config import QuantConfig as QuantConfig
 from jaxlora.config import RopeConfig as RopeConfig
+from jaxlora.language_model import LanguageModel as LanguageModel
 from jaxlora.layers import BaseParam as BaseParam
 from jaxlora.layers import LoraParam as LoraParam
 from jaxlora.layers import TrainableParam as TrainableParam
 from jaxlora.loader import FastLanguageModel as FastLanguageModel
-from jaxlora.loader import LanguageModel as LanguageModel
 from jaxlora.lora import add_adapters as add_adapters
 from jaxlora.lora import partition as partition
 from jaxlora.loss import causal_lm_loss as causal_lm_loss

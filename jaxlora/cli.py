@@ -19,7 +19,8 @@ from typing import Any, Literal
 import jaxlora
 from jaxlora.converters.export import save_merged
 from jaxlora.generate import generate
-from jaxlora.loader import FastLanguageModel, LanguageModel
+from jaxlora.language_model import LanguageModel
+from jaxlora.loader import FastLanguageModel
 from jaxlora.options import (
     Option,
     OptionError,

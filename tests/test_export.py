@@ -21,7 +21,8 @@ from jaxlora import lora
 from jaxlora.converters.export import CastSource, export_base
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsFile
-from jaxlora.loader import FastLanguageModel, LanguageModel
+from jaxlora.language_model import LanguageModel
+from jaxlora.loader import FastLanguageModel
 from jaxlora.train import TrainState, make_train_step
 
 IDS = jnp.asarray(random_ids(2, 11))
