@@ -44,6 +44,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs -m gpu"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_are_left():
+    """Each compiled program holds memory maps, of which Linux gives a process 65,530: a worker that kept the programs
+    of all its files was aborted."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)
