@@ -38,7 +38,8 @@ from jaxlora.sft import SFTConfig, SFTTrainer
 
 ENGINE = ["fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank", "disable_log_stats"]
 LOAD = from_signature(FastLanguageModel.from_pretrained, skip=["model_name", *ENGINE])  # which no command here runs
-ADAPTER = from_signature(FastLanguageModel.get_peft_model, skip=["model"])
+# The window is an option of loading, and a temporary location of nothing.
+ADAPTER = from_signature(FastLanguageModel.get_peft_model, skip=["model", "max_seq_length", "temporary_location"])
 TRAINING = from_dataclass(SFTConfig, skip=["output_dir"])
 SAMPLING = from_signature(generate, skip=["model", "input_ids", "attention_mask"])
 ADAPTER_FILES = from_signature(LanguageModel.save_pretrained, skip=["self", "save_directory", "tokenizer"])
@@ -69,8 +70,10 @@ def train(values: Mapping[str, Any]) -> None:
     config = SFTConfig(output_dir=values["output"], **pick(values, TRAINING))
     rows = load_rows(values["data"])  # what is wrong with it should be said before minutes of loading a model
     eval_rows = load_rows(values["eval_data"]) if "eval_data" in values else None
-    model, tokenizer = FastLanguageModel.from_pretrained(values["model"], **pick(values, LOAD))
-    adapter = pick(values, ADAPTER)
+    load, adapter = pick(values, LOAD), pick(values, ADAPTER)
+    if not values.get("full_finetuning"):
+        load.pop("qat_scheme", None)  # which is the adapter's then
+    model, tokenizer = FastLanguageModel.from_pretrained(values["model"], **load)
     if adapter.get("target_modules") == ["all-linear"]:
         adapter["target_modules"] = "all-linear"
     if (model.lora_config is None and not model.full_finetuning) or adapter:
