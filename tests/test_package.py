@@ -18,7 +18,7 @@ MODULES = {  # dotted name -> file
     for package, folder in FOLDERS.items()
     for file in sorted((ROOT / folder).glob("*.py"))
 }
-DOOR = {"jaxlora.__init__", "jaxlora.loader", "jaxlora.cli"}  # the only ones that may import converters
+DOOR = {"jaxlora.__init__", "jaxlora.language_model", "jaxlora.loader", "jaxlora.cli"}  # alone may import converters
 
 
 def run(code, cwd, **environ):

@@ -21,6 +21,7 @@ from jaxlora.train import TrainState, make_train_step
 BLOCKS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = random_ids(2, 11)
 LEARNING_RATE, STEPS = 3e-3, 4
+EPS = 1e-5  # above the rounding of gradients, which Adam would make whole steps of
 
 
 def logits_of(model) -> np.ndarray:
@@ -57,7 +58,7 @@ def save_peft(model, folder) -> None:
 def train_peft(model) -> None:
     model.train()
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=0.1, eps=EPS)
     ids = torch.from_numpy(IDS).long()
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -68,7 +69,7 @@ def train_peft(model) -> None:
 
 def train_ours(model, key=None):
     graphdef, trainable, frozen = lora.partition(model)
-    optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.1)
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.1, eps=EPS)
     state, step = TrainState.create(trainable, optimizer, key), make_train_step(graphdef, optimizer)
     batch = {"input_ids": jnp.asarray(IDS), "labels": jnp.asarray(IDS)}
     for _ in range(STEPS):
