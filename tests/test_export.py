@@ -202,9 +202,7 @@ def test_merges_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="no adapter to merge: call FastLanguageModel.get_peft_model"):
         model.save_pretrained_merged(tmp_path / "merged")
     adapt(model)
-    with pytest.raises(ValueError, match="save_method 'gguf' is not one of"):
-        model.save_pretrained_merged(tmp_path / "merged", save_method="gguf")
-    with pytest.raises(ValueError, match='\'gguf\' is not one of "merged_16bit", "lora"'):
+    with pytest.raises(ValueError, match='\'gguf\' is not one of "merged_16bit", "merged_4bit", "lora"'):
         model.save_pretrained_merged(tmp_path / "merged", save_method="gguf")
     with pytest.raises(ValueError, match="is the base checkpoint itself"):
         model.save_pretrained_merged(tmp_path / "base")
