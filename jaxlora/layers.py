@@ -193,19 +193,35 @@ class Linear(Adapted):
 
     def _product(self, x: Array, key: Any) -> Array:
         weight = self.current_weight()
-        y = quant.matmul(x, weight)
-        if self.lora_A is not None:
-            a, b, scaling = self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value()
-            dropped = dropout(x, self.lora_dropout, key)
-            delta = lora_delta(dropped, a, b, scaling)
-            if self.lora_magnitude is None:
-                y = y + delta
-            else:
-                gain = self.dora_gain(quant.matmul(a.astype(x.dtype), weight))
-                extra = y if dropped is x else quant.matmul(dropped, weight)
-                y, extra, delta = (part.astype(jnp.float32) for part in (y, extra, delta))  # a gain is near 1
-                y = (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
-        return y
+        if self.lora_A is None:
+            return quant.matmul(x, weight)
+        adapter = quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
+        dropped = dropout(x, self.lora_dropout, key)
+        if self.lora_magnitude is None:
+            if dropped is x:
+                return quant.matmul(x, weight, adapter)
+            return quant.matmul(x, weight) + lora_delta(dropped, *adapter)
+        gain = self.dora_gain(quant.matmul(adapter.a.astype(x.dtype), weight))
+        if dropped is x:
+            return (gain * quant.matmul(x, weight, adapter).astype(jnp.float32)).astype(x.dtype)
+        parts = quant.matmul(x, weight), quant.matmul(dropped, weight), lora_delta(dropped, *adapter)
+        y, extra, delta = (part.astype(jnp.float32) for part in parts)  # a gain is near 1
+        return (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
+
+    def dense(self, dtype: Any, tokens: int) -> Linear:
+        """A copy for so many tokens, some at a time: its weight is a dense constant, perhaps with the adapter in it."""
+        copy = jax.tree.map(lambda leaf: leaf, self)
+        weight = self.weight.get_value()
+        if not isinstance(weight, quant.QuantizedArray):
+            return copy
+        has_plain_adapter = self.lora_A is not None and self.lora_magnitude is None and self.lora_dropout == 0.0
+        if has_plain_adapter and self.qat_scheme is None and quant.is_merging_cheaper(tokens, weight.shape):
+            adapter = quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
+            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(adapter), dtype))
+        else:
+            dense = quant.dequantize(weight, dtype)
+        copy.weight.set_value(dense)
+        return copy
 
     def _rounded_product(self, x: Array, scheme: str) -> Array:
         return quant.matmul(fake_quantize_input(x, scheme), fake_quantize_weight(self._merged(x.dtype), scheme))
@@ -330,7 +346,7 @@ class TokenwiseModule(nnx.Module):
         """x [B, T, D] -> [B, T, D]; `tile` tokens at a time if given, see `remat`."""
         if tile is None or x.shape[0] * x.shape[1] <= tile:
             return self._forward(x, keys)
-        dense = quant.dense(self, x.dtype)  # once for all tiles
+        dense = _dense(self, x.dtype, x.shape[0] * x.shape[1])  # once for all tiles
 
         def one_tile(rows, index):
             return dense._forward(rows, [None if key is None else jax.random.fold_in(key, index) for key in keys])
@@ -339,6 +355,17 @@ class TokenwiseModule(nnx.Module):
 
     def _forward(self, x: Any, keys: list) -> Any:
         raise NotImplementedError
+
+
+def _dense(module: nnx.Module, dtype: Any, tokens: int) -> Any:
+    """A copy whose quantised weights are dense constants, see `Linear.dense`."""
+
+    def one(leaf):
+        if isinstance(leaf, Linear):
+            return leaf.dense(dtype, tokens)
+        return quant.dequantize(leaf, dtype) if isinstance(leaf, quant.QuantizedArray) else leaf
+
+    return jax.tree.map(one, module, is_leaf=lambda leaf: isinstance(leaf, Linear | quant.QuantizedArray))
 
 
 class Identity(nnx.Module):

@@ -1,4 +1,8 @@
-"""Quantised weights: an array that states its invariants, and the one matrix product that takes it or a dense one."""
+"""Quantised weights: an array that states its invariants, and the one matrix product that takes it or a dense one.
+
+The product may take a LoRA adapter as well. Over a quantised weight it is then one product with W' = W + scaling B A,
+made anew for each use like W itself, wherever that costs less than the two thin products and the sum; see `matmul`.
+"""
 
 import dataclasses
 import math
@@ -13,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxlora.config import QuantScheme
 from jaxlora.kernels import api, reference
+from jaxlora.kernels.lora import lora_delta, lora_gradients
 
 Implementation = Literal["triton", "reference"] | None
 
@@ -47,6 +52,9 @@ class QuantizedArray:
     or [..., ceil(out / 128), ceil(in / 128)] for a block of 128 x 128 each; a weight is code * scale. These are
     fbgemm's weight_scale and fine-grained fp8's weight_scale_inv.
 
+    With an `index` it stands for one matrix of a stack, whose fields it holds whole: what a scan over layers passes on,
+    so that nothing is copied out of the stack before a kernel reads it.
+
     Inside a transformation the fields may be tracers, shapes or placeholders, so they are typed Any and nothing is
     checked on construction.
 
@@ -58,6 +66,7 @@ class QuantizedArray:
       shape: (out, in).
       dtype: what `dequantize` returns unless told otherwise: the dtype that was quantised.
       scheme: a key of the table of schemes.
+      index: int32 [], or None.
     """
 
     codes: Any
@@ -67,6 +76,7 @@ class QuantizedArray:
     shape: tuple[int, int]
     dtype: np.dtype
     scheme: QuantScheme = "nf4"
+    index: Any = None
 
     @property
     def ndim(self) -> int:
@@ -76,6 +86,8 @@ class QuantizedArray:
     @property
     def leading(self) -> tuple[int, ...]:
         """The dimensions that the matrices are stacked by."""
+        if self.index is not None:
+            return ()
         is_flat = self.scheme == "nf4" and not _by_row(self.shape)
         return self.codes.shape[: -1 if is_flat else -2]
 
@@ -89,12 +101,44 @@ class QuantizedArray:
         """Bytes that all fields take. Holds for abstract arrays too."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
+    def at(self, index: Any) -> "QuantizedArray":
+        """One matrix of a stack [n, out, in], without copying it."""
+        return dataclasses.replace(self, index=index)
+
+    def taken(self) -> "QuantizedArray":
+        """The same without an index: that matrix alone, copied out of the stack."""
+        if self.index is None:
+            return self
+        fields = self.codes, self.scales, self.nested_absmax, self.nested_offset
+        one = [None if f is None else lax.dynamic_index_in_dim(f, self.index, keepdims=False) for f in fields]
+        return QuantizedArray(*one, self.shape, self.dtype, self.scheme)
+
 
 jax.tree_util.register_dataclass(
     QuantizedArray,
-    data_fields=["codes", "scales", "nested_absmax", "nested_offset"],
+    data_fields=["codes", "scales", "nested_absmax", "nested_offset", "index"],
     meta_fields=["shape", "dtype", "scheme"],
 )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MergedArray:
+    """A dense weight [out, in] with an adapter in it already, a constant: what layers that use it often share."""
+
+    weight: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+
+class LowRank(NamedTuple):
+    """What an adapter adds to a weight [out, in], scaling * b a: a [r, in], b [out, r], scaling [] or [r], float32."""
+
+    a: Any
+    b: Any
+    scaling: Any
 
 
 def _by_row(shape: tuple[int, int]) -> bool:
@@ -121,7 +165,9 @@ def _quantize_nf4(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype
 
 def _dequantize_nf4(q: QuantizedArray, dtype: np.dtype, implementation: Implementation) -> Float[Array, "out in"]:
     fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
-    return api.dequantize_nf4(*fields, shape=q.shape, dtype=dtype, implementation=implementation)
+    if q.index is None:
+        return api.dequantize_nf4(*fields, shape=q.shape, dtype=dtype, implementation=implementation)
+    return api.merge_nf4(*fields, q.index, shape=q.shape, dtype=dtype, implementation=implementation)
 
 
 def _quantize_int8(w: Float[Array, "out in"], double_quant: bool, dtype: np.dtype) -> QuantizedArray:
@@ -211,28 +257,47 @@ def dequantize(
 ) -> Float[Array, "*leading out in"]:
     """The dense weight, with the leading dimensions of `q`, in `dtype` (`q.dtype` if None)."""
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
+    if q.scheme != "nf4":
+        q = q.taken()
     function = lambda q: _SCHEMES[q.scheme].dequantize(q, dtype, implementation)
     for _ in q.leading:
         function = jax.vmap(function)
     return function(q)
 
 
-def dense(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """A tree, such as a module, with every QuantizedArray in it dequantised: constants, which no gradient reaches."""
+def merge(q: QuantizedArray, adapter: LowRank, dtype: jax.typing.DTypeLike) -> Float[Array, "out in"]:
+    """The dense weight with the adapter in it, W + scaling B A: summed in float32, rounded once to `dtype`."""
+    a, b = adapter.a, adapter.b * adapter.scaling
+    if q.scheme == "nf4":
+        fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
+        return api.merge_nf4(*fields, q.index, a, b, shape=q.shape, dtype=dtype)
+    low_rank = _contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32)
+    return (dequantize(q, jnp.float32) + low_rank).astype(dtype)
 
-    def one(leaf):
-        return lax.stop_gradient(dequantize(leaf, dtype)) if isinstance(leaf, QuantizedArray) else leaf
 
-    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+def is_merging_cheaper(tokens: int, shape: tuple[int, ...]) -> bool:
+    """Whether B A, out * in * r, costs no more than the thin products of so many tokens, tokens * (in + out) * r."""
+    return tokens * (shape[0] + shape[1]) >= shape[0] * shape[1]
 
 
-def matmul(x: Float[Array, "*batch in"], w: Float[Array, "out in"] | QuantizedArray) -> Float[Array, "*batch out"]:
-    """x @ w.T for a dense or a quantised weight, in x's dtype with float32 sums.
+def matmul(
+    x: Float[Array, "*batch in"],
+    w: Float[Array, "out in"] | QuantizedArray | MergedArray,
+    adapter: LowRank | None = None,
+) -> Float[Array, "*batch out"]:
+    """x @ (w + scaling b a).T for a dense or a quantised weight, in x's dtype with float32 sums.
 
     A dense weight is cast to x's dtype; a quantised one is dequantised to it, whatever its own `dtype`. The quantised
-    one is a constant: its gradient is zero, and what the backward pass keeps is its packed form and nothing else,
-    neither x nor the dequantised weight. So dx = dy @ dequantize(w) dequantises a second time; keeping the result would
-    take all the memory that quantisation saved.
+    one is a constant: its gradient is zero, and what the backward pass keeps of it is its packed form and nothing else.
+    So dx = dy @ dequantize(w) dequantises a second time; keeping the result would take all the memory that
+    quantisation saved.
+
+    With an adapter, a dense weight is multiplied by itself and the adapter's product is added: what b a adds to a
+    16-bit weight is mostly less than half of its last place, and would be rounded away. A quantised weight lies
+    anywhere between two 16-bit numbers, so there the adapter is added to the weight (`merge`), where
+    `is_merging_cheaper`: x is read once and the result is written once. Either way gradients of a and b are those of
+    the two thin products, summed in float32. Under `jax.vmap` over adapters the thin products are used, since one
+    weight then serves them all.
 
     Raises:
       TypeError: the inner dimensions differ, or the weight is a stack.
@@ -242,18 +307,28 @@ def matmul(x: Float[Array, "*batch in"], w: Float[Array, "out in"] | QuantizedAr
         raise TypeError(
             f"matmul takes x [..., in] and w [out, in], not {list(x.shape)} and {[*leading, *w.shape[-2:]]}"
         )
+    if isinstance(w, MergedArray):
+        if adapter is None:
+            raise TypeError(
+                "matmul takes a MergedArray with the adapter that is in it, which its gradients are made of"
+            )
+        return _matmul_merged(x, w, *adapter)
+    if adapter is not None:
+        if isinstance(w, QuantizedArray) and is_merging_cheaper(x.size // x.shape[-1], w.shape):
+            return _matmul_merged(x, w, *adapter)
+        return matmul(x, w) + lora_delta(x, *adapter)
     if isinstance(w, QuantizedArray):
         return _matmul_quantized(x, w)
     return _contract(x, w.astype(x.dtype), 1)
 
 
-def _contract(x: Array, w: Array, dimension: int) -> Array:
+def _contract(x: Array, w: Array, dimension: int, dtype: Any = None) -> Array:
     """Contract the last dimension of x with the given one of a matrix w.
 
-    The result is in x's dtype: the sums are float32 inside the product all the same, and asking for a float32 result
-    would write it out whole, twice the bytes, only to be rounded by another kernel.
+    The result is in x's dtype unless another is given: the sums are float32 inside the product all the same, and asking
+    for a float32 result would write it out whole, twice the bytes, only to be rounded by another kernel.
     """
-    return lax.dot_general(x, w, (((x.ndim - 1,), (dimension,)), ((), ())))
+    return lax.dot_general(x, w, (((x.ndim - 1,), (dimension,)), ((), ())), preferred_element_type=dtype)
 
 
 @jax.custom_vjp
@@ -270,3 +345,46 @@ def _matmul_backward(w, dy):
 
 
 _matmul_quantized.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def _matmul_merged(x: Float[Array, "*batch in"], w: QuantizedArray | MergedArray, a, b, scaling):
+    return _times_merged(1, x, w, LowRank(a, b, scaling))
+
+
+def _matmul_merged_forward(x, w, a, b, scaling):
+    return _matmul_merged(x, w, a, b, scaling), (x, w, a, b, scaling)
+
+
+def _matmul_merged_backward(residuals, dy):
+    x, w, a, b, scaling = residuals
+    dx = _times_merged(0, dy, w, LowRank(a, b, scaling))
+    da, db, _ = lora_gradients(x, dy, a, b, scaling)
+    return dx, None, da, db, None  # None: a zero, for what is constant
+
+
+_matmul_merged.defvjp(_matmul_merged_forward, _matmul_merged_backward)
+
+
+def _times_merged(dimension: int, x: Array, w: QuantizedArray | MergedArray, adapter: LowRank) -> Array:
+    """x contracted with the given dimension of W + scaling B A; as thin products where adapters are vmapped."""
+
+    @jax.custom_batching.custom_vmap
+    def product(x, w, adapter):
+        weight = w.weight if isinstance(w, MergedArray) else merge(w, adapter, x.dtype)
+        return _contract(x, weight, dimension)
+
+    @product.def_vmap
+    def _(axis_size, in_batched, x, w, adapter):
+        def thin(x, w, adapter):
+            if isinstance(w, MergedArray):
+                return _contract(x, w.weight, dimension)
+            a, b = adapter.a, adapter.b
+            if dimension == 0:
+                a, b = b.T, a.T
+            return _contract(x, dequantize(w, x.dtype), dimension) + lora_delta(x, a, b, adapter.scaling)
+
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
+        return jax.vmap(thin, in_axes=tuple(axes), axis_size=axis_size)(x, w, adapter), True
+
+    return product(x, w, adapter)

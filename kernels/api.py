@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxlora.kernels import nf4, reference
+from jaxlora.kernels import nf4, nf4_merge, reference
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
 
 
@@ -66,6 +66,7 @@ def on_gpu(function: Callable) -> Callable:
 
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
+    "merge_nf4": {"triton": on_gpu(nf4_merge.merge_nf4), "reference": reference.merge_nf4},
     "attention": {"cudnn": on_gpu(attention_cudnn), "chunked": attention_chunked, "reference": attention_reference},
 }
 
@@ -89,6 +90,24 @@ def dequantize_nf4(
     """
     args = codes, absmax, nested_absmax, offset
     return dispatch("dequantize_nf4", _OPS["dequantize_nf4"], implementation, *args, shape=shape, dtype=dtype)
+
+
+def merge_nf4(
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    index: jax.Array | None = None,
+    a: jax.Array | None = None,
+    b: jax.Array | None = None,
+    *,
+    shape: tuple[int, int],
+    dtype: jax.typing.DTypeLike,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> jax.Array:
+    """An NF4 weight, perhaps one of a stack, with b a added: [out, in]. See `reference.merge_nf4`."""
+    args = codes, absmax, nested_absmax, offset, index, a, b
+    return dispatch("merge_nf4", _OPS["merge_nf4"], implementation, *args, shape=shape, dtype=dtype)
 
 
 def attention(

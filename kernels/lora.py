@@ -63,13 +63,23 @@ def _forward(x, a, b, scaling):
     return delta.reshape(*x.shape[:-1], b.shape[0]), (x, a, b, scaling)
 
 
-def _backward(residuals, dy):
-    x, a, b, scaling = residuals
+def lora_gradients(
+    x: Float[Array, "*batch d_in"],
+    dy: Float[Array, "*batch d_out"],
+    a: Float[Array, "r d_in"],
+    b: Float[Array, "d_out r"],
+    scaling: Float[Array, "*per_rank"],
+) -> tuple[Float[Array, "r d_in"], Float[Array, "d_out r"], Float[Array, "tokens r"]]:
+    """The gradients of A and B, in their dtype, and dz = scaling * dy B, of which dx = dz A."""
     rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     z = (_dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling).astype(x.dtype)
     dz = (_dot(dy, b.astype(x.dtype), (1, 0), jnp.float32) * scaling).astype(x.dtype)
-    da = _dot(dz, rows, (0, 0), a.dtype)
-    db = _dot(dy, z, (0, 0), b.dtype)
+    return _dot(dz, rows, (0, 0), a.dtype), _dot(dy, z, (0, 0), b.dtype), dz
+
+
+def _backward(residuals, dy):
+    x, a, b, scaling = residuals
+    da, db, dz = lora_gradients(x, dy, a, b, scaling)
     dx = _dot(dz, a.astype(x.dtype), (1, 0), x.dtype).reshape(x.shape)
     return dx, da, db, jnp.zeros_like(scaling)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # NF4 with double quantisation
@@ -262,3 +262,35 @@ def dequantize_nf4(
     nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
     x = jnp.asarray(NF4)[_blocks(nibbles, NF4_BLOCK).astype(jnp.int32)] * absmax.reshape(-1, 1)
     return x.reshape(-1)[:n].reshape(shape).astype(dtype)
+
+
+def merge_nf4(
+    codes: UInt8[Array, "..."],
+    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
+    nested_absmax: Float32[Array, "..."] | None,
+    offset: Float32[Array, "..."] | None,
+    index: Int[Array, ""] | None,
+    a: Float[Array, "r d_in"] | None,
+    b: Float[Array, "d_out r"] | None,
+    *,
+    shape: tuple[int, int],
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "d_out d_in"]:
+    """A weight of NF4 with a low-rank update: dequantize_nf4(...) + b a, summed in float32 and rounded once to `dtype`.
+
+    Args:
+      codes, absmax, nested_absmax, offset: as for `dequantize_nf4`; of a stack of weights if `index` is given.
+      index: which weight of the stack; None where there is no stack.
+      a, b: rounded to `dtype` before they are multiplied. None for no update.
+      shape: (out, in).
+      dtype: the result's.
+    """
+    fields = codes, absmax, nested_absmax, offset
+    if index is not None:
+        fields = [None if field is None else lax.dynamic_index_in_dim(field, index, keepdims=False) for field in fields]
+    weight = dequantize_nf4(*fields, shape=shape, dtype=jnp.float32)
+    if a is not None and b is not None:
+        exact = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+        low_rank = jnp.matmul(b.astype(dtype), a.astype(dtype), precision=exact, preferred_element_type=jnp.float32)
+        weight = weight + low_rank
+    return weight.astype(dtype)
