@@ -248,7 +248,6 @@ class DecoderLayer(nnx.Module):
         """`cache` is (keys, values, layer), or (keys, values, convolutions, states, layer) with a mixer."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
         before, after = self.attention_multipliers
-        x = checkpoint_name(x, "layer_input")
         normed = self.input_layernorm(x)
         of_attention, of_mixer = (None, None) if cache is None else ((*cache[:2], cache[-1]), cache[2:])
         attended, cache = self.self_attn(before * normed, context, keys[:4], of_attention)
@@ -287,9 +286,17 @@ class Run(nnx.Module):
         Returns x, the cache, and the `RouterLoad` of its layers where `context.with_load` and there are experts.
         """
 
+        # Quantised weights stay in their stack, which kernels read by index; the scan slices everything else.
+        is_stack = lambda leaf: isinstance(leaf, quant.QuantizedArray) and len(leaf.leading) == 1
+        leaves, structure = jax.tree.flatten(self.period, is_leaf=is_stack)
+        sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
+
         def body(carry, layer):
             x, cache = carry
-            period, index, key = layer
+            slices, index, key = layer
+            period = structure.unflatten(
+                [leaf.at(index) if is_stack(leaf) else part for leaf, part in zip(leaves, slices, strict=True)]
+            )
             loads = []
             for place, block in enumerate(period):
                 block_key = None if key is None else jax.random.fold_in(key, place)
@@ -307,7 +314,7 @@ class Run(nnx.Module):
 
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
-        (x, cache), loads = jax.lax.scan(remat.checkpoint(body, policy), (x, cache), (self.period, index, keys))
+        (x, cache), loads = remat.scan(body, (x, cache), (sliced, index, keys), policy)
         return x, cache, jax.tree.map(lambda each: jnp.sum(each, axis=0), loads)
 
 

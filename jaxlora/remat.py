@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 import jax
+
+from jaxlora.prefetch import scan_prefetched
 
 # cuDNN's forward pass, whose outputs are the attention output and the softmax statistics. Only a primitive's name
 # reaches the statistics: they live inside the custom vjp that jax wraps around the kernel.
@@ -35,23 +37,28 @@ _FLASH = "dot_product_attention_fwd_wrapper"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """saved, offloaded: names of values kept on the device or the host. flash: what becomes of a flash kernel's
-    results. mlp_tile: tokens of an MLP tile; None for no tiles. rematerialise: False keeps everything."""
+    """saved: names of values that are kept. flash: whether a flash kernel's results are. on_host: whether what is kept,
+    the layer's input with it, lies in pinned host memory. unrolled: layers one after the other in the program and not
+    in a loop, which would copy what is kept into a stack and out again; the program takes longer to compile. mlp_tile:
+    tokens of an MLP tile; None for no tiles. rematerialise: False keeps everything."""
 
     saved: tuple[str, ...] = ()
-    offloaded: tuple[str, ...] = ()
-    flash: Literal["recompute", "save", "offload"] = "recompute"
+    flash: bool = False
+    on_host: bool = False
+    unrolled: bool = False
     mlp_tile: int | None = None
     rematerialise: bool = True
 
 
 POLICIES: dict[str, Policy] = {
     "none": Policy(rematerialise=False),
-    "projections": Policy(saved=("query", "key", "value", "attention_output", "residual", "gate", "up"), flash="save"),
-    "attention": Policy(saved=("attention_output", "residual"), flash="save"),
+    "projections": Policy(
+        saved=("query", "key", "value", "attention_output", "residual", "gate", "up"), flash=True, unrolled=True
+    ),
+    "attention": Policy(saved=("attention_output", "residual"), flash=True),
     "full": Policy(mlp_tile=4096),
-    "offload": Policy(offloaded=("layer_input",), mlp_tile=2048),
-    "offload_attention": Policy(offloaded=("layer_input", "attention_output"), flash="offload", mlp_tile=2048),
+    "offload": Policy(on_host=True, mlp_tile=2048),
+    "offload_attention": Policy(saved=("attention_output",), flash=True, on_host=True, mlp_tile=2048),
 }
 # Tokens of a tile where the policy has none and `unsloth_tiled_mlp` asks for tiles.
 _ASKED_TILE = 2048
@@ -78,10 +85,27 @@ def mlp_tile(name: str, asked: bool = False) -> int | None:
     return POLICIES[name].mlp_tile or (_ASKED_TILE if asked else None)
 
 
-def checkpoint(body: Callable, name: str) -> Callable:
-    """Wrap the body of a scan over layers so that it keeps what the policy of this name says.
+def _checkpointed(body: Callable, policy: Policy) -> Callable:
+    if not policy.rematerialise:
+        return body
+    # Right inside a scan only: the loop itself keeps XLA from undoing the recomputation.
+    return jax.checkpoint(body, policy=_keeps(policy), prevent_cse=False)
 
-    `prevent_cse=False` is right inside a scan only: the loop itself keeps XLA from undoing the recomputation.
+
+def _keeps(policy: Policy) -> Callable:
+    """The policy as `jax.checkpoint` wants it: is the result of this primitive kept?"""
+    by_name = jax.checkpoint_policies.save_only_these_names(*policy.saved)
+
+    def keep(primitive, *avals, **params):
+        return (policy.flash and primitive.name == _FLASH) or by_name(primitive, *avals, **params)
+
+    return keep
+
+
+def scan(body: Callable, x: Any, layers: Any, name: str) -> tuple[Any, Any]:
+    """`jax.lax.scan(body, x, layers)` over layers, keeping for the backward pass what the policy of this name says.
+
+    body: (x, layer) -> (x, out). It may close over what has no gradient.
 
     Raises:
         ValueError: there is no policy of that name.
@@ -89,26 +113,15 @@ def checkpoint(body: Callable, name: str) -> Callable:
     if name not in POLICIES:
         raise ValueError(f"remat policy {name!r} is not one of {', '.join(POLICIES)}")
     policy = POLICIES[name]
-    if not policy.rematerialise:
-        return body
-    by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=list(policy.saved),
-        names_which_can_be_offloaded=list(policy.offloaded),
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
-    offload = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-
-    def keep(primitive, *avals, **params):
-        if primitive.name == _FLASH and policy.flash == "save":
-            return True
-        if primitive.name == _FLASH and policy.flash == "offload":
-            # The public way to the answer "offload" is the policy that gives it for a product without batch dimensions.
-            product = (((0,), (0,)), ((), ()))
-            return offload(jax.lax.dot_general_p, *avals, dimension_numbers=product)
-        return by_name(primitive, *avals, **params)
-
-    return jax.checkpoint(body, policy=keep, prevent_cse=False)
+    if policy.on_host:
+        return scan_prefetched(body, x, layers, _keeps(policy))
+    if policy.unrolled:
+        outs, body = [], jax.checkpoint(body, policy=_keeps(policy))
+        for layer in range(jax.tree.leaves(layers)[0].shape[0]):
+            x, out = body(x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], layers))
+            outs.append(out)
+        return x, jax.tree.map(lambda *parts: jax.numpy.stack(parts), *outs)
+    return jax.lax.scan(_checkpointed(body, policy), x, layers)
 
 
 def over_tiles(function: Callable, x: jax.Array, tile: int | None) -> jax.Array:

@@ -4,6 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora import remat
 
@@ -38,3 +40,57 @@ def test_a_tile_knows_its_number(key):
     x = jnp.zeros((2, 6, 1))
     out = remat.over_tiles(lambda rows, index: rows + jnp.asarray(index, jnp.float32), x, 4)
     assert out.reshape(-1).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("policy", list(remat.POLICIES))
+def test_a_scan_under_a_policy_is_the_scan(key, policy):
+    """Values and gradients, of arrays that learn and none that do not, beside what a body returns for each layer."""
+    w = jax.random.normal(key, (5, 8, 8)) / 3
+    constant = jnp.linspace(0.5, 1.5, 5)
+    x = jax.random.normal(jax.random.fold_in(key, 1), (4, 8))
+    index = jnp.arange(5, dtype=jnp.int32)
+
+    def loss(scan):
+        def f(w, x):
+            shift = jnp.sum(constant)
+
+            def body(carry, layer):
+                (h, nothing), (w, c, i) = carry, layer
+                h = checkpoint_name(jnp.tanh(h @ w), "attention_output") * c + shift * i.astype(jnp.float32)
+                return (h, nothing), jnp.sum(h * h)
+
+            (h, _), squares = scan(body, (x, None), (w, constant, index))
+            return jnp.sum(jnp.sin(h)) + 0.1 * jnp.sum(squares)
+
+        return f
+
+    got = jax.jit(jax.value_and_grad(loss(lambda *a: remat.scan(*a, policy)), (0, 1)))(w, x)
+    wanted = jax.jit(jax.value_and_grad(loss(jax.lax.scan), (0, 1)))(w, x)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+    # Under vmap, as a stack of adapters has it, and where only x learns.
+    many = jax.vmap(jax.grad(loss(lambda *a: remat.scan(*a, policy))), in_axes=(0, None))(jnp.stack([w, 2 * w]), x)
+    chex.assert_trees_all_close(many[0], wanted[1][0], rtol=1e-4, atol=1e-4)
+    only_x = jax.grad(loss(lambda *a: remat.scan(*a, policy)), 1)(w, x)
+    chex.assert_trees_all_close(only_x, wanted[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy, kept", [("offload", 1), ("offload_attention", 2)])
+def test_offload_keeps_the_inputs_of_layers_and_what_is_named(key, policy, kept):
+    w, x, shift = jax.random.normal(key, (6, 64, 64)) / 8, jnp.ones((128, 64)), jnp.ones((7, 64))
+
+    def f(w):
+        def body(h, w):
+            h = checkpoint_name(jnp.sin(jnp.tanh(h @ w) @ w), "attention_output")
+            return jnp.tanh(h @ w + shift[3]), None
+
+        return jnp.sum(remat.scan(body, x, w, policy)[0])
+
+    sizes = [aval.size for aval, _ in saved_residuals(f, w) if aval.ndim == 3]
+    assert sorted(sizes) == sorted([6 * 64 * 64] + kept * [6 * 128 * 64])
+
+
+def test_offload_refuses_a_body_that_closes_over_what_learns(key):
+    w, x = jax.random.normal(key, (3, 4, 4)), jnp.ones((2, 4))
+    f = lambda shift: jnp.sum(remat.scan(lambda h, w: (jnp.tanh(h @ w) + shift, None), x, w, "offload")[0])
+    with pytest.raises(TypeError, match="closes over an array that learns"):
+        jax.grad(f)(1.0)

@@ -334,7 +334,7 @@ def test_remat_policies_keep_less(tmp_path):
 
 def test_an_unknown_policy_names_the_known_ones():
     with pytest.raises(ValueError, match=f"'some' is not one of {', '.join(remat.POLICIES)}"):
-        remat.checkpoint(lambda: None, "some")
+        remat.scan(lambda x, layer: (x, None), 0, jnp.ones(3), "some")
     names = ", ".join(map(repr, remat.POLICIES))
     with pytest.raises(ValueError, match=f"use_gradient_checkpointing='some' is not one of False, True, .*{names}"):
         remat.resolve("some")
