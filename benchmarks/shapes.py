@@ -1,4 +1,4 @@
-"""Real models' shapes, as config.json fields, and a checkpoint of random weights in them that needs no disk.
+"""Real models' shapes, as config.json fields, and models of random weights in them.
 
 Shared by the benchmarks, so that each row says the same thing by the same name.
 """
@@ -6,9 +6,7 @@ Shared by the benchmarks, so that each row says the same thing by the same name.
 from __future__ import annotations
 
 import math
-
-import ml_dtypes
-import numpy as np
+from typing import Any
 
 CONFIGS = {
     "135m": dict(
@@ -34,31 +32,38 @@ CONFIGS = {
 }  # fmt: skip
 
 
-class RandomSource:
-    """A `TensorSource` of bfloat16 normal weights (standard deviation 0.02; norms are 1), each a slice of one pool.
+def random_model(shape: str, quant_config: Any, dtype: Any) -> Any:
+    """A model of random weights, drawn and quantised on the device, of each stack one layer at a time.
 
-    Every tensor starts at another place of the pool, so that no two layers are alike, and none is made anew.
+    Normal, of a standard deviation of 0.02; norms are 1. Never more than a layer's matrix exists in float32, so the
+    peak of the device's memory is still that of what is measured.
     """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int = 0):
-        self._shapes = shapes
-        largest = max(math.prod(shape) for shape in shapes.values())
-        draws = np.random.default_rng(seed).standard_normal(2**24, dtype=np.float32) * 0.02
-        self._pool = np.resize(draws.astype(ml_dtypes.bfloat16), largest + 2**20)
-        self._starts = {name: i * 4099 % 2**20 for i, name in enumerate(shapes)}
+    from jaxlora import quant
+    from jaxlora.converters.huggingface import model_config
+    from jaxlora.model import CausalLM
 
-    def names(self) -> list[str]:
-        return list(self._shapes)
+    config = model_config(CONFIGS[shape])
+    abstract = nnx.eval_shape(lambda: CausalLM(config, dtype=dtype, quant_config=quant_config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+    def drawn(key, rows, columns):
+        return (0.02 * jax.random.normal(key, (rows, columns), jnp.float32)).astype(dtype)
 
-    def dtype(self, name: str) -> np.dtype:
-        return np.dtype(ml_dtypes.bfloat16)
+    def fill(key, name, value):
+        if isinstance(value, quant.QuantizedArray):
+            one = lambda key: quant.quantize(drawn(key, *value.shape), scheme=value.scheme, dtype=dtype)
+            return jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, value.codes.shape[0]))
+        if "norm" in name:
+            return jnp.ones(value.shape, value.dtype)
+        rows, columns = math.prod(value.shape[:-1]), value.shape[-1]
+        parts = math.gcd(rows, 64)
+        one = lambda key: drawn(key, rows // parts, columns)
+        return jax.jit(lambda keys: jax.lax.map(one, keys).reshape(value.shape))(jax.random.split(key, parts))
 
-    def read(self, name: str) -> np.ndarray:
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return np.ones(shape, ml_dtypes.bfloat16)
-        start = self._starts[name]
-        return self._pool[start : start + math.prod(shape)].reshape(shape)
+    for i, (path, variable) in enumerate(nnx.to_flat_state(state)):
+        variable.set_value(fill(jax.random.key(i), ".".join(map(str, path)), variable.get_value()))
+    return nnx.merge(graphdef, state)

@@ -22,23 +22,19 @@ def build(shape: str, batch: int, sequence: int, policy: str, facts: dict | None
     import jax.numpy as jnp
     import optax
     from flax import nnx
-    from shapes import CONFIGS, RandomSource
+    from shapes import random_model
 
     from jaxlora import lora, remat
     from jaxlora.config import LoraConfig, QuantConfig
-    from jaxlora.converters.huggingface import load_model, model_config, parameter_shapes
-    from jaxlora.model import CausalLM
     from jaxlora.train import TrainState, make_train_step
 
-    config = model_config(CONFIGS[shape])
-    abstract = nnx.eval_shape(lambda: CausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    source = RandomSource({name: s for parameter, s in parameter_shapes(abstract) for name in parameter.names()})
     start = time.perf_counter()
-    model = load_model(source, CONFIGS[shape], dtype=jnp.bfloat16, quant_config=QuantConfig(), config=config)
+    model = random_model(shape, QuantConfig(), jnp.bfloat16)
     lora.add_adapters(model, LoraConfig(r=16, lora_alpha=16), jax.random.key(0))
     jax.block_until_ready(nnx.state(model))
     loaded = time.perf_counter()
     model.remat_policy = remat.resolve(policy)
+    config = model.config
 
     graphdef, trainable, frozen = lora.partition(model)
     optimizer = optax.adamw(2e-4)
