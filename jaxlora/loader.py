@@ -113,8 +113,9 @@ class FastLanguageModel:
             float32_mixed_precision: with full_finetuning, True keeps the weights and the optimizer state in float32
                 while the model computes in `dtype`. None and False keep them in `dtype`, half the memory at a somewhat
                 higher loss; but float16 weights cannot be trained, and are float32 all the same.
-            use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "attention", True or
-                "full", "unsloth" or "offload"; see `remat`.
+            use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "projections",
+                "attention", True or "full", "unsloth" or "offload", "offload_attention"; see `remat`. "auto" is the
+                fastest of these that fits the device, decided at the first step.
             unsloth_tiled_mlp: cut the MLP into tiles of tokens under every policy of gradient checkpointing; those that
                 keep little do so anyway.
             offload_embedding: keep the input embedding in pinned host memory. The host looks rows up, and only they
@@ -296,8 +297,9 @@ class FastLanguageModel:
                 "all-linear", or any other text as a regular expression for whole paths.
             lora_alpha: the update is scaled by lora_alpha / r.
             lora_dropout: share of an adapter's inputs that are zeroed while training.
-            use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "attention", True or
-                "full", "unsloth" or "offload"; see `remat`.
+            use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "projections",
+                "attention", True or "full", "unsloth" or "offload", "offload_attention"; see `remat`. "auto" is the
+                fastest of these that fits the device, decided at the first step.
             random_state: seed of the adapters' initial values.
             use_rslora: scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA).
             layers_to_transform: indices of the layers that get adapters, by default all.

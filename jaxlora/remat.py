@@ -17,7 +17,8 @@ intermediates, the widest arrays of a layer, then exist for one tile at a time. 
 tile's backward pass computes again what the layer's would have.
 
 `use_gradient_checkpointing` takes these names and the reference's values: False is "none", True is "full", "unsloth" is
-"offload". The model marks values with `jax.ad_checkpoint.checkpoint_name`.
+"offload". "auto" is decided for a batch, by `remat_auto`. The model marks values with
+`jax.ad_checkpoint.checkpoint_name`.
 """
 
 from __future__ import annotations
@@ -63,26 +64,34 @@ POLICIES: dict[str, Policy] = {
 # Tokens of a tile where the policy has none and `unsloth_tiled_mlp` asks for tiles.
 _ASKED_TILE = 2048
 _ALIASES = {False: "none", True: "full", "unsloth": "offload"}
+# Not decided yet: `remat_auto.choose_policy` does, and `SFTTrainer` calls it. Until then it is "full".
+AUTO = "auto"
 
 
 def resolve(use_gradient_checkpointing: bool | str) -> str:
-    """The policy's name for a value of `use_gradient_checkpointing`.
+    """The policy's name for a value of `use_gradient_checkpointing`, or "auto".
 
     Raises:
-        ValueError: neither a policy nor one of False, True, "unsloth".
+        ValueError: neither a policy nor one of False, True, "unsloth", "auto".
     """
     name = _ALIASES.get(use_gradient_checkpointing, use_gradient_checkpointing)
-    if name not in POLICIES:
+    if name != AUTO and name not in POLICIES:
         raise ValueError(
-            f"use_gradient_checkpointing={use_gradient_checkpointing!r} is not one of False, True, 'unsloth', "
+            f"use_gradient_checkpointing={use_gradient_checkpointing!r} is not one of False, True, 'unsloth', 'auto', "
             + ", ".join(map(repr, POLICIES))
         )
     return name
 
 
+def _policy(name: str) -> Policy:
+    if name != AUTO and name not in POLICIES:
+        raise ValueError(f"remat policy {name!r} is not one of {', '.join(POLICIES)}, {AUTO}")
+    return POLICIES["full" if name == AUTO else name]
+
+
 def mlp_tile(name: str, asked: bool = False) -> int | None:
     """Tokens of an MLP tile under the policy of this name, None for no tiles; `asked` wants some in any case."""
-    return POLICIES[name].mlp_tile or (_ASKED_TILE if asked else None)
+    return _policy(name).mlp_tile or (_ASKED_TILE if asked else None)
 
 
 def _checkpointed(body: Callable, policy: Policy) -> Callable:
@@ -110,9 +119,7 @@ def scan(body: Callable, x: Any, layers: Any, name: str) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no policy of that name.
     """
-    if name not in POLICIES:
-        raise ValueError(f"remat policy {name!r} is not one of {', '.join(POLICIES)}")
-    policy = POLICIES[name]
+    policy = _policy(name)
     if policy.on_host:
         return scan_prefetched(body, x, layers, _keeps(policy))
     if policy.unrolled:

@@ -28,12 +28,13 @@ import optax
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxlora import checkpoint
+from jaxlora import checkpoint, remat
 from jaxlora.batches import BatchIterator, FixedRows, pack, pad
 from jaxlora.lora import partition
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import CausalLM
 from jaxlora.optimizer import OptimizerName, Schedule, ScheduleName, make_optimizer, make_schedule
+from jaxlora.remat_auto import choose_policy
 from jaxlora.report import METRICS_FILE, PLOT_FILE, MetricsFile, Throughput, plot_loss, read_metrics
 from jaxlora.tokenization import tokenize
 from jaxlora.train import LossScale, TrainState, make_train_step
@@ -283,6 +284,8 @@ class SFTTrainer:
         batches, tally = self._train_batches(), Tally()
         if (path := self._checkpoint_to_resume(resume_from_checkpoint)) is not None:
             state, extra = checkpoint.restore(path, state)
+            if self.model.remat_policy == remat.AUTO:  # as it was decided, whatever is free today
+                self.model.remat_policy = extra["remat_policy"]
             batches.set_state(extra["data"])
             tally = Tally(**extra["tally"])
             print(f"resuming from {path}: {int(state.step)} of {self.total_steps} steps are done", flush=True)
@@ -290,13 +293,19 @@ class SFTTrainer:
         first = int(state.step) + 1
         begin, seconds_before, tokens_before = time.perf_counter(), tally.seconds, tally.num_tokens
         metrics_file = MetricsFile(self.output_dir / METRICS_FILE, resumed_step=first - 1)
-        train_step = make_train_step(graphdef, self.optimizer)
+        train_step = None
+        if self.model.remat_policy != remat.AUTO:
+            train_step = make_train_step(partition(self.model)[0], self.optimizer)
         throughput = Throughput()
         unread = []  # metrics of steps that were not logged yet, on the device
 
         with tqdm(total=self.total_steps, initial=first - 1, unit="step", disable=args.disable_tqdm) as bar:
             for step in range(first, self.total_steps + 1):
                 batch = next(batches)
+                if train_step is None:
+                    choice = choose_policy(self.model, self.optimizer, state, jax.device_put(batch))
+                    bar.write(f"gradient checkpointing: {choice.policy!r} ({choice.needed / 2**30:.2f} GiB a step)")
+                    graphdef, train_step = partition(self.model)[0], choice.step
                 state, metrics = train_step(state, frozen, jax.device_put(batch))
                 unread.append(metrics)
                 tokens = int(np.count_nonzero(batch["segment_ids"]))
@@ -341,7 +350,11 @@ class SFTTrainer:
                         checkpoint.save(
                             self.output_dir,
                             state,
-                            extra={"data": batches.get_state(), "tally": dataclasses.asdict(tally)},
+                            extra={
+                                "data": batches.get_state(),
+                                "tally": dataclasses.asdict(tally),
+                                "remat_policy": self.model.remat_policy,
+                            },
                             # A module over the state's own buffers, which the next step will give away.
                             write=functools.partial(self._save_adapter, nnx.merge(graphdef, state.trainable, frozen)),
                             save_total_limit=args.save_total_limit,

@@ -1,0 +1,115 @@
+"""`use_gradient_checkpointing="auto"`: the fastest checkpointing policy whose step fits the device, not guessed.
+
+Policies are tried from the fastest to the leanest. One whose kept values alone exceed what is free is passed over, by
+the table in `remat`; of the others XLA says, once it has compiled the step, how many bytes it takes beside its
+arguments, and the first that fits is taken. Compiling is what the first step would have cost anyway, and with a
+compilation cache the policies that did not fit cost nothing the second time.
+
+The order was measured on an H100 (`benchmarks/results`). What is on the host is fetched while a layer computes, so from
+some length on keeping attention's results there costs less than computing them again: attention grows with the square
+of the length, its results do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import optax
+
+from jaxlora import remat
+from jaxlora.config import ModelConfig
+from jaxlora.lora import partition
+from jaxlora.loss import Batch, causal_lm_loss
+from jaxlora.model import CausalLM
+from jaxlora.train import Loss, TrainState, make_train_step
+
+logger = logging.getLogger(__name__)
+
+# Tokens of a row from which on results of attention are kept on the host rather than computed again.
+LONG_ROW = 16384
+# What is left free, since memory is never free in one piece.
+_RESERVE = 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """policy: its name. step: the compiled step. needed: the bytes that it takes beside its arguments. free: the bytes
+    that there were. tried: what each policy that was considered needs, compiled or, where that was enough to pass it
+    over, at the least."""
+
+    policy: str
+    step: Any
+    needed: int
+    free: int | None
+    tried: dict[str, int]
+
+
+def choose_policy(
+    model: CausalLM,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+    loss: Loss = causal_lm_loss,
+    *,
+    free: int | None = None,
+) -> Choice:
+    """Decide the policy of a model that is on the device with its state, for batches of this shape, and set it.
+
+    free: bytes that a step may take beside its arguments; by default what the device has left, or no bound where the
+    device does not say.
+
+    Raises:
+        MemoryError: no policy fits; the message says what the leanest needs.
+    """
+    free = free_bytes() if free is None else free
+    tokens = batch["input_ids"].shape[-2] * batch["input_ids"].shape[-1]
+    tried: dict[str, int] = {}
+    for policy in order(batch["input_ids"].shape[-1]):
+        least = tokens * kept_bytes(policy, model.config, model.dtype.itemsize)
+        if free is not None and least > free:
+            tried[policy] = least
+            continue
+        model.remat_policy = policy
+        graphdef, _, frozen = partition(model)
+        step = make_train_step(graphdef, optimizer, loss).lower(state, frozen, batch).compile()
+        tried[policy] = needed = _step_bytes(step)
+        if free is None or needed <= free:
+            room = "" if free is None else f" of {free / 2**30:.2f} GiB that are free"
+            logger.info("gradient checkpointing is %r: a step takes %.2f GiB%s", policy, needed / 2**30, room)
+            return Choice(policy, step, needed, free, tried)
+    model.remat_policy = remat.AUTO
+    leanest = min(tried, key=lambda policy: tried[policy])
+    raise MemoryError(
+        f"no checkpointing policy fits: {leanest!r} takes {tried[leanest] / 2**30:.2f} GiB beside the weights for "
+        f"{tokens} tokens, and {free / 2**30:.2f} GiB are free; make rows shorter or batches smaller"
+    )
+
+
+def order(row: int) -> tuple[str, ...]:
+    """The policies that are tried for rows of so many tokens, from the fastest on."""
+    on_host = ("offload_attention", "offload") if row >= LONG_ROW else ("offload", "offload_attention")
+    return ("projections", "attention", "full", *on_host)
+
+
+def kept_bytes(policy: str, config: ModelConfig, itemsize: int) -> int:
+    """The bytes that a policy keeps on the device for each token, over all layers: the table in `remat`."""
+    d, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    k, f = config.num_key_value_heads * config.head_dim, config.intermediate_size
+    widths = {"projections": 2 * d + 2 * q + 2 * k + 2 * f, "attention": 2 * d + q, "full": d}
+    return widths.get(policy, 0) * itemsize * config.num_hidden_layers
+
+
+def free_bytes() -> int | None:
+    """What the first device has left, less a reserve; None where it does not say, such as on the CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return int(stats["bytes_limit"] * (1 - _RESERVE)) - stats["bytes_in_use"]
+
+
+def _step_bytes(step: Any) -> int:
+    analysis = step.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes

@@ -1,0 +1,73 @@
+"""The fastest policy that fits: chosen by what compiled steps take."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from jaxlora import lora, remat, remat_auto
+from jaxlora.config import LoraConfig, ModelConfig, RopeConfig
+from jaxlora.model import CausalLM
+from jaxlora.train import TrainState
+
+CONFIG = ModelConfig(
+    model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=6,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rope=RopeConfig(),
+    layer_types=("full_attention",) * 6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model = CausalLM(CONFIG, rngs=nnx.Rngs(0))
+    lora.add_adapters(model, LoraConfig(r=4), jax.random.key(0))
+    model.remat_policy = remat.resolve("auto")
+    optimizer = optax.adamw(1e-3)
+    ids = jnp.ones((2, 256), jnp.int32)
+    return model, optimizer, {"input_ids": ids, "labels": ids}
+
+
+def choose(parts, free):
+    model, optimizer, batch = parts
+    state = TrainState.create(lora.partition(model)[1], optimizer)
+    return remat_auto.choose_policy(model, optimizer, state, batch, free=free)
+
+
+def test_the_fastest_that_fits_is_taken_and_its_step_runs(parts):
+    model, optimizer, batch = parts
+    roomy = choose(parts, None)
+    assert roomy.policy == model.remat_policy == "projections" and list(roomy.tried) == ["projections"]
+    tight = choose(parts, roomy.needed - 1)
+    assert tight.policy == model.remat_policy != "projections"
+    assert tight.needed <= tight.free < tight.tried["projections"]
+    # Either compiled step trains, and gives the same.
+    frozen = lora.partition(model)[2]
+    fresh = lambda: TrainState.create(lora.partition(model)[1], optimizer)
+    losses = [float(choice.step(fresh(), frozen, batch)[1]["loss"]) for choice in (roomy, tight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_what_cannot_fit_is_not_compiled(parts):
+    tokens = 512
+    kept = {name: tokens * remat_auto.kept_bytes(name, CONFIG, 4) for name in remat_auto.order(256)}
+    assert kept["projections"] == tokens * 6 * 4 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 256)
+    choice = choose(parts, None)
+    assert kept["projections"] < choice.needed
+    with pytest.raises(MemoryError, match="no checkpointing policy fits: .* 512 tokens.*shorter"):
+        choose(parts, 1000)
+    assert parts[0].remat_policy == "auto"
+
+
+def test_long_rows_keep_results_of_attention_on_the_host():
+    assert remat_auto.order(2048)[-2:] == ("offload", "offload_attention")
+    assert remat_auto.order(32768)[-2:] == ("offload_attention", "offload")
+
+
+def test_undecided_it_computes_as_full(parts):
+    model, _, batch = parts
+    model.remat_policy = remat.AUTO
+    assert remat.mlp_tile("auto") == remat.mlp_tile("full")
+    logits = model(batch["input_ids"])
+    model.remat_policy = "full"
+    assert bool(jnp.all(logits == model(batch["input_ids"])))
