@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
 
-from jaxlora.config import MambaConfig, ModelConfig, RopeConfig
+from jaxlora.config import LinearAttentionConfig, MambaConfig, ModelConfig, RopeConfig
 from jaxlora.layers import ACTIVATIONS
 
 Json = Mapping[str, Any]
@@ -88,6 +88,12 @@ def _local_rope(hf: Json) -> RopeConfig:
     return rope_config({**hf, "rope_parameters": rope, "rope_scaling": None, "rope_theta": hf["rope_local_base_freq"]})
 
 
+def _text_rope(hf: Json) -> RopeConfig:
+    """Of a model of text and images, whose sections of a head turn by three positions that text has equal."""
+    rope = hf.get("rope_parameters") or {}
+    return rope_config({**hf, "rope_parameters": {k: v for k, v in rope.items() if not k.startswith("mrope_")}})
+
+
 # ---- Which layers slide, and which have no positions -----------------------------------------------------------------
 
 
@@ -121,6 +127,13 @@ _nope_slide = _layer_types(
 )
 
 
+def _full_at_intervals(hf: Json) -> tuple[str, ...]:
+    if hf["layer_types"] is not None:
+        return tuple(hf["layer_types"])
+    interval = hf["full_attention_interval"]
+    return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(hf["num_hidden_layers"]))
+
+
 def _nope_layers(hf: Json) -> tuple[int, ...]:
     layers = range(hf["num_hidden_layers"])
     given = hf["no_rope_layers"]  # 1 for a layer that has rope
@@ -144,6 +157,11 @@ def _dense_layers(hf: Json) -> tuple[int, ...]:
     without = hf["mlp_only_layers"] or ()
     layers = range(hf["num_hidden_layers"])
     return tuple(i for i in layers if i in without or (i + 1) % hf["decoder_sparse_step"])
+
+
+def _linear_attention(hf: Json) -> LinearAttentionConfig:
+    same = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    return LinearAttentionConfig(**{name: hf[f"linear_{name}"] for name in same})
 
 
 def _mamba(hf: Json) -> MambaConfig:
@@ -299,6 +317,35 @@ _GRANITE_DEFAULTS = {
     "logits_scaling": 1.0,
 }
 
+_QWEN_3_5 = {
+    **_ATTENTION_BIAS,
+    "attn_output_gate": True,
+    "layer_types": _full_at_intervals,
+    "linear_attention": _linear_attention,
+    "norm_offset": 1.0,
+    "qk_norm": "head",
+    "rope": _text_rope,
+}
+_QWEN_3_5_DEFAULTS = {
+    "vocab_size": 248320,
+    "intermediate_size": 12288,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 0.25,
+    "layer_types": None,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+# Prediction of the tokens after the next, which is a model of its own, and the vision tower.
+_QWEN_3_5_IGNORED = ("mtp.*", "model.visual.*")
+_OF_TEXT_AND_IMAGES = {"model": "model.language_model"}
+
 _EXPERTS = {
     **_same("num_experts_per_tok"),
     "num_experts": _num_experts,
@@ -390,6 +437,14 @@ FAMILIES: Mapping[str, Family] = {
             "sliding_window": 4096,
             "max_window_layers": 28,
         },
+    ),
+    "qwen3_5_text": Family(fields=_QWEN_3_5, defaults=_QWEN_3_5_DEFAULTS, ignored=_QWEN_3_5_IGNORED),
+    "qwen3_5": Family(
+        fields=_QWEN_3_5,
+        defaults=_QWEN_3_5_DEFAULTS,
+        tensor_names=_OF_TEXT_AND_IMAGES,
+        ignored=_QWEN_3_5_IGNORED,
+        text_config=True,
     ),
     "gemma": Family(
         # The first files say "gelu" and mean its approximation, as transformers knows too.
@@ -772,7 +827,11 @@ def model_config(hf_config: Json) -> ModelConfig:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
-    hf = {**_DEFAULTS, **family.defaults, **(hf_config.get("text_config") or {} if family.text_config else hf_config)}
+    given = hf_config
+    if family.text_config:
+        tied = {k: v for k, v in hf_config.items() if k == "tie_word_embeddings"}
+        given = {**tied, **(hf_config.get("text_config") or {})}
+    hf = {**_DEFAULTS, **family.defaults, **given}
     rows = {**_FIELDS, **family.fields}
     fields: dict[str, Any] = {name: value(hf) if callable(value) else value for name, value in rows.items()}
     if fields["hidden_act"] not in ACTIVATIONS:
