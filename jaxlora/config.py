@@ -172,8 +172,9 @@ class ModelConfig:
         moe_intermediate_size: their inner width; dense_layers: indices of layers with an MLP all the same.
       norm_topk_prob: the weights of a token's experts sum to 1. router_bias, expert_bias: those have one.
       shared_expert_intermediate_size: inner width of an expert for every token, behind a gate; 0 for none.
-      experts_in_out: the experts' matrices are [in, out]. swiglu_alpha, swiglu_limit: of `moe.clamped_swiglu`, which
-        experts have in place of an activation; None for none.
+      fused_experts: as `fused_gate_up`, of the experts. experts_in_out: the experts' matrices are [in, out].
+        swiglu_alpha, swiglu_limit: of `moe.clamped_swiglu`, which experts have in place of an activation; None for
+        none.
       router_aux_loss_coef: the factor of the load-balancing loss in `causal_lm_loss`.
     Linear attention
       linear_attention: None, or what layers of type "linear_attention" have in place of attention.
@@ -231,6 +232,7 @@ class ModelConfig:
     router_bias: bool = False
     expert_bias: bool = False
     shared_expert_intermediate_size: int = 0
+    fused_experts: str | None = None
     experts_in_out: bool = False
     swiglu_alpha: float | None = None
     swiglu_limit: float | None = None
@@ -295,10 +297,12 @@ class ModelConfig:
         _require(
             self.gated_mlp or not self.fused_gate_up, "fused_gate_up fuses a gate, and gated_mlp says there is none"
         )
-        _require(
-            self.fused_gate_up is None or self.fused_gate_up in FUSED_GATE_UP,
-            f"fused_gate_up {self.fused_gate_up!r} is not None or one of {', '.join(FUSED_GATE_UP)}",
-        )
+        for name in ("fused_gate_up", "fused_experts"):
+            value = getattr(self, name)
+            _require(
+                value is None or value in FUSED_GATE_UP,
+                f"{name} {value!r} is not None or one of {', '.join(FUSED_GATE_UP)}",
+            )
         _require(
             not self.num_experts or 0 < self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and the number of experts "

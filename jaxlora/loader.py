@@ -200,7 +200,7 @@ class FastLanguageModel:
         if rope_scaling is not None:
             hf_config = _with_rope_scaling(hf_config, rope_scaling)
         _say_what_is_not_loaded(path, hf_config, trust_remote_code=trust_remote_code, text_only=text_only)
-        config = model_config(hf_config)
+        config = model_config(hf_config, source.names())
         place = _placer(config, device_map, offload_embedding, full_finetuning)
         window = _check_window(config, max_seq_length)
         quant_config = mode.quant_config

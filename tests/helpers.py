@@ -320,10 +320,24 @@ TINY |= {
         linear_value_head_dim=12,
         tie_word_embeddings=True,
     ),
+    "qwen3_5_moe_text": _case(
+        "qwen3_5_moe_text",
+        head_dim=14,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=10,
+        linear_value_head_dim=7,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+        rms_norm_eps=1e-3,
+    ),
     "granitemoe-tied": _case("granitemoe", num_local_experts=4, num_experts_per_tok=1, tie_word_embeddings=True),
 }
 
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "qwen3_5_moe_text")
 
 # Attention beside a mixer, or in some layers only.
 HYBRID = ("falcon_h1", "qwen3_5_text")

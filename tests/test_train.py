@@ -126,8 +126,8 @@ def keep_first():
 )
 def test_four_steps_equal_peft(name, layout, tmp_path):
     # Where logits are scaled down some gradients are 1e-8, mostly rounding, which Adam would blow up to whole steps.
-    # Qwen3.5's reach 2, and the rounding of theirs is that much larger.
-    eps = 1e-4 if name == "qwen3_5_text" else 1e-5 if name in (*DENSE, *SPARSE, *HYBRID) else 1e-8
+    # Qwen3.5's reach 3, and two float32 programs of theirs are 6e-5 apart.
+    eps = 1e-3 if name.startswith("qwen3_5") else 1e-5 if name in (*DENSE, *SPARSE, *HYBRID) else 1e-8
     config = dataclasses.replace(LORA, target_modules=LINEARS) if name in (*SPARSE, *HYBRID) else LORA
     theirs, ours = make_pair(name, tmp_path)
     with_adapters(ours, config)
