@@ -273,12 +273,13 @@ class DecoderLayer(nnx.Module):
         """What a token takes from those before it: by attention, a mixer, or both."""
         of_attention, of_mixer = (None, None) if cache is None else ((*cache[:2], cache[-1]), cache[2:])
         mixer_key = None if key is None else jax.random.fold_in(key, 7)
-        if self.self_attn is not None:
+        if self.linear_attn is not None:
+            mixed, of_mixer = self.linear_attn(x, context.runs, mixer_key, of_mixer)
+        else:
+            assert self.self_attn is not None
             before, after = self.attention_multipliers
             mixed, of_attention = self.self_attn(before * x, context, keys, of_attention)
             mixed = after * mixed
-        else:
-            mixed, of_mixer = self.linear_attn(x, context.runs, mixer_key, of_mixer)
         if self.mamba is not None:
             more, of_mixer = self.mamba(x, context.runs, mixer_key, of_mixer)
             mixed = mixed + self.mamba_multiplier * more
@@ -530,7 +531,8 @@ class CausalLM(nnx.Module):
         if cache is None:
             return x, None, _total_load(loads)
         length = jnp.asarray(cache.length + input_ids.shape[1], jnp.int32)
-        return x, KVCache(*parts, filled, length, cache.reach), None
+        keys, values, convolutions, states = parts
+        return x, KVCache(keys, values, convolutions, states, filled, length, cache.reach), None
 
     def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
         """Rows and a matrix [vocab, E] whose product is the logits of these hidden states, before their softcap.
@@ -584,11 +586,12 @@ class CausalLM(nnx.Module):
         convolution = lambda layer: None if mixer(layer) is None else mixer(layer).convolution_shape
         state = lambda layer: None if mixer(layer) is None else mixer(layer).state_shape
         return KVCache(
-            *(empty(places, dtype) for _ in ("keys", "values")),
-            empty(convolution, self.dtype),
-            empty(state, jnp.float32),
-            jnp.zeros((batch, length), jnp.int32),
-            0,
+            keys=empty(places, dtype),
+            values=empty(places, dtype),
+            convolutions=empty(convolution, self.dtype),
+            states=empty(state, jnp.float32),
+            segment_ids=jnp.zeros((batch, length), jnp.int32),
+            length=0,
         )
 
 

@@ -33,7 +33,7 @@ from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.export import save_merged, save_model
 from jaxlora.converters.families import FAMILIES
 from jaxlora.converters.huggingface import SafetensorsSource, model_config, parameter_shapes
-from jaxlora.converters.peft import save_adapter
+from jaxlora.converters.peft import load_adapter, save_adapter
 from jaxlora.layers import Linear
 from jaxlora.loader import _with_rope_scaling as with_rope_scaling
 from jaxlora.lora import add_adapters, delta_weight
@@ -358,6 +358,13 @@ def test_the_text_part_of_qwen3_5(name, tmp_path):
     assert set(before.names()) == set(after.names())
     changed = {one for one in before.names() if not np.array_equal(before.read(one), after.read(one))}
     assert {one.split(".")[-2] for one in changed} == set(linears)
+    # An adapter that PEFT made on the text alone.
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    alone = peft.get_peft_model(alone, peft.LoraConfig(r=3, target_modules=linears, init_lora_weights=False))
+    alone.save_pretrained(tmp_path / "alone")
+    again = load_folder(tmp_path / "base")
+    load_adapter(again, tmp_path / "alone")
+    assert relative_error(again(jnp.asarray(ids)), logits_of(alone)) < 2e-5
     for family in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         merged = family.from_pretrained(tmp_path / "merged", attn_implementation="eager")
         assert relative_error(expected, logits_of(merged)) < 2e-5
