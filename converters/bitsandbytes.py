@@ -245,13 +245,23 @@ def quantization_config(compute_dtype: str, skipped: Collection[str]) -> dict[st
     }
 
 
-# Where a model of ours is never quantised, whatever the file is: see `layers.PlainLinear` and `mamba.Mamba`.
-_PLAIN = ("*.gate.weight", "*.router.weight", "*.router.layer.weight", "*.shared_expert_gate.weight", "*.mamba.*")
+# Where a model of ours is never quantised, whatever the file is: see `layers.PlainLinear` and the mixers.
+_PLAIN = (
+    "*.gate.weight", "*.router.weight", "*.router.layer.weight", "*.shared_expert_gate.weight", "*.mamba.*",
+    "*.in_proj_a.weight", "*.in_proj_b.weight", "*.conv1d.weight",
+)  # fmt: skip
+# A block of the language model, with images beside it or not.
+_BLOCK = re.compile(r"(model\.|language_model\.)+layers\.")
+
+
+def stays_plain(name: str) -> bool:
+    """Whether this is the name of a tensor of a block that a model of ours never quantises."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _PLAIN)
 
 
 def _is_in_block(name: str) -> bool:
     """Whether this is the name of something in a block that a model of ours quantises, if it is a matrix."""
-    return name.startswith("model.layers.") and not any(fnmatch.fnmatch(name, pattern) for pattern in _PLAIN)
+    return _BLOCK.match(name) is not None and not stays_plain(name)
 
 
 def _check_config(config: Mapping[str, Any]) -> QuantConfig:

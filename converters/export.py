@@ -31,7 +31,7 @@ from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxlora import lora
-from jaxlora.converters.bitsandbytes import BitsandbytesSource, QuantizingSource, quantization_config
+from jaxlora.converters.bitsandbytes import BitsandbytesSource, QuantizingSource, quantization_config, stays_plain
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import (
     SAFETENSORS_DTYPES,
@@ -396,7 +396,7 @@ def _quantised_names(model: CausalLM) -> tuple[list[str], list[str]]:
         ValueError: the model has experts, whose weights bitsandbytes leaves as they are.
     """
     linears = list(named_nodes(model, Linear))
-    kept = [linear for linear in linears if not linear.layers or ".mamba." in linear.name]
+    kept = [linear for linear in linears if not linear.layers or stays_plain(f"{linear.name}.weight")]
     quantised = [f"{name}.weight" for linear in linears if linear not in kept for name in linear.names()]
     others = [p.name for p in named_nodes(model, BaseParam) if isinstance(p.node.get_value(), QuantizedArray)]
     if strange := sorted(set(others) - {f"{linear.name}.weight" for linear in linears}):

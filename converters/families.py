@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from operator import itemgetter
 from typing import Any
 
-from jaxlora.config import MambaConfig, ModelConfig, RopeConfig
+from jaxlora.config import LinearAttentionConfig, MambaConfig, ModelConfig, RopeConfig
 from jaxlora.layers import ACTIVATIONS
 
 Json = Mapping[str, Any]
@@ -19,19 +20,29 @@ class CheckpointError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a checkpoint of some layout has otherwise than its family's row says."""
+
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tensor_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """How a model_type's config.json and tensors are read.
 
     fields: `ModelConfig` fields that differ from a Llama's: a value, or a function that finds it in config.json (with
     `defaults` filled in). defaults: what transformers assumes for fields that a config.json leaves out.
     tensor_names: {part of a parameter's path in `jaxlora.model`: what checkpoints of the family call it}, or a function
-    that finds it in config.json. ignored: patterns of tensors that are there and not read. text_config: the language
-    model's fields lie under this name in config.json.
+    that finds it in config.json. layouts: of families whose checkpoints come in several, {pattern of a tensor's name:
+    what else is said of a checkpoint that has such a tensor}. ignored: patterns of tensors that are there and not read.
+    text_config: the language model's fields lie under this name in config.json.
     """
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Json = dataclasses.field(default_factory=dict)
     tensor_names: Mapping[str, str] | Callable[[Json], Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     text_config: bool = False
 
@@ -88,6 +99,12 @@ def _local_rope(hf: Json) -> RopeConfig:
     return rope_config({**hf, "rope_parameters": rope, "rope_scaling": None, "rope_theta": hf["rope_local_base_freq"]})
 
 
+def _text_rope(hf: Json) -> RopeConfig:
+    """Of a model of text and images, whose sections of a head turn by three positions that text has equal."""
+    rope = hf.get("rope_parameters") or {}
+    return rope_config({**hf, "rope_parameters": {k: v for k, v in rope.items() if not k.startswith("mrope_")}})
+
+
 # ---- Which layers slide, and which have no positions -----------------------------------------------------------------
 
 
@@ -121,6 +138,13 @@ _nope_slide = _layer_types(
 )
 
 
+def _full_at_intervals(hf: Json) -> tuple[str, ...]:
+    if hf["layer_types"] is not None:
+        return tuple(hf["layer_types"])
+    interval = hf["full_attention_interval"]
+    return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(hf["num_hidden_layers"]))
+
+
 def _nope_layers(hf: Json) -> tuple[int, ...]:
     layers = range(hf["num_hidden_layers"])
     given = hf["no_rope_layers"]  # 1 for a layer that has rope
@@ -144,6 +168,11 @@ def _dense_layers(hf: Json) -> tuple[int, ...]:
     without = hf["mlp_only_layers"] or ()
     layers = range(hf["num_hidden_layers"])
     return tuple(i for i in layers if i in without or (i + 1) % hf["decoder_sparse_step"])
+
+
+def _linear_attention(hf: Json) -> LinearAttentionConfig:
+    same = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    return LinearAttentionConfig(**{name: hf[f"linear_{name}"] for name in same})
 
 
 def _mamba(hf: Json) -> MambaConfig:
@@ -299,6 +328,37 @@ _GRANITE_DEFAULTS = {
     "logits_scaling": 1.0,
 }
 
+_QWEN_3_5 = {
+    **_ATTENTION_BIAS,
+    "attn_output_gate": True,
+    "layer_types": _full_at_intervals,
+    "linear_attention": _linear_attention,
+    "norm_offset": 1.0,
+    "qk_norm": "head",
+    "rope": _text_rope,
+}
+_QWEN_3_5_DEFAULTS = {
+    "vocab_size": 248320,
+    "intermediate_size": 12288,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 0.25,
+    "layer_types": None,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+# Prediction of the tokens after the next, which is a model of its own, and the vision tower.
+_QWEN_3_5_IGNORED = ("mtp.*", "model.visual.*")
+_OF_TEXT_AND_IMAGES = {"model": "model.language_model"}
+# A text model that was taken out of one of text and images keeps its names, when transformers writes it.
+_QWEN_3_5_LAYOUTS = {"model.language_model.*": Layout(tensor_names=_OF_TEXT_AND_IMAGES)}
+
 _EXPERTS = {
     **_same("num_experts_per_tok"),
     "num_experts": _num_experts,
@@ -321,6 +381,34 @@ _EXPERTS_DEFAULTS = {
     "mlp_only_layers": None,
 }
 _ONE_FILE_ENTRY_AN_EXPERT = {"experts": "experts.{}"}
+
+_QWEN_3_5_MOE = {
+    **_QWEN_3_5,
+    **_EXPERTS,
+    **_same("moe_intermediate_size", "shared_expert_intermediate_size"),
+    "fused_experts": "concatenated",
+}
+_QWEN_3_5_MOE_DEFAULTS = {
+    **_QWEN_3_5_DEFAULTS,
+    **_EXPERTS_DEFAULTS,
+    "hidden_size": 2048,
+    "intermediate_size": 0,  # no layer has an MLP
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+_EXPERTS_WITHOUT_WEIGHT = {f"experts.{name}.weight": f"experts.{name}" for name in ("gate_up_proj", "down_proj")}
+_QWEN_3_5_MOE_LAYOUTS = {
+    **_QWEN_3_5_LAYOUTS,
+    # As transformers writes them, where published files have the experts of a layer in one tensor.
+    "*.mlp.experts.0.*": Layout(
+        fields={"fused_experts": None},
+        tensor_names={**_ONE_FILE_ENTRY_AN_EXPERT, "experts.down_proj.weight": "experts.{}.down_proj.weight"},
+    ),
+}
 
 
 def _falcon_parallel(hf: Json) -> bool:
@@ -390,6 +478,31 @@ FAMILIES: Mapping[str, Family] = {
             "sliding_window": 4096,
             "max_window_layers": 28,
         },
+    ),
+    "qwen3_5_text": Family(
+        fields=_QWEN_3_5, defaults=_QWEN_3_5_DEFAULTS, layouts=_QWEN_3_5_LAYOUTS, ignored=_QWEN_3_5_IGNORED
+    ),
+    "qwen3_5": Family(
+        fields=_QWEN_3_5,
+        defaults=_QWEN_3_5_DEFAULTS,
+        tensor_names=_OF_TEXT_AND_IMAGES,
+        ignored=_QWEN_3_5_IGNORED,
+        text_config=True,
+    ),
+    "qwen3_5_moe_text": Family(
+        fields=_QWEN_3_5_MOE,
+        defaults=_QWEN_3_5_MOE_DEFAULTS,
+        tensor_names=_EXPERTS_WITHOUT_WEIGHT,
+        layouts=_QWEN_3_5_MOE_LAYOUTS,
+        ignored=_QWEN_3_5_IGNORED,
+    ),
+    "qwen3_5_moe": Family(
+        fields=_QWEN_3_5_MOE,
+        defaults=_QWEN_3_5_MOE_DEFAULTS,
+        tensor_names={**_OF_TEXT_AND_IMAGES, **_EXPERTS_WITHOUT_WEIGHT},
+        layouts=_QWEN_3_5_MOE_LAYOUTS,
+        ignored=_QWEN_3_5_IGNORED,
+        text_config=True,
     ),
     "gemma": Family(
         # The first files say "gelu" and mean its approximation, as transformers knows too.
@@ -653,7 +766,7 @@ FAMILIES: Mapping[str, Family] = {
             **_same("swiglu_alpha", "swiglu_limit"),
             "layer_types": _layer_types(lambda hf, i: i % 2 == 0),
             "attention_sinks": True,
-            "fused_gate_up": "interleaved",
+            "fused_experts": "interleaved",
             "router_bias": True,
             "expert_bias": True,
             "experts_in_out": True,
@@ -738,7 +851,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "granitemoe": Family(
-        fields={**_GRANITE, **_EXPERTS, "fused_gate_up": "concatenated"},
+        fields={**_GRANITE, **_EXPERTS, "fused_experts": "concatenated"},
         defaults={**_GRANITE_DEFAULTS, **_EXPERTS_DEFAULTS},
         tensor_names={
             "mlp": "block_sparse_moe",
@@ -760,8 +873,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def model_config(hf_config: Json) -> ModelConfig:
-    """Read a config.json.
+def model_config(hf_config: Json, tensors: Collection[str] = ()) -> ModelConfig:
+    """Read a config.json. `tensors`: the names of the checkpoint's, which say how it is laid out.
 
     Raises:
         CheckpointError: no or an unknown `model_type`, rope type or activation; names the ones supported.
@@ -772,7 +885,11 @@ def model_config(hf_config: Json) -> ModelConfig:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
-    hf = {**_DEFAULTS, **family.defaults, **(hf_config.get("text_config") or {} if family.text_config else hf_config)}
+    given = hf_config
+    if family.text_config:
+        tied = {k: v for k, v in hf_config.items() if k == "tie_word_embeddings"}
+        given = {**tied, **(hf_config.get("text_config") or {})}
+    hf = {**_DEFAULTS, **family.defaults, **given}
     rows = {**_FIELDS, **family.fields}
     fields: dict[str, Any] = {name: value(hf) if callable(value) else value for name, value in rows.items()}
     if fields["hidden_act"] not in ACTIVATIONS:
@@ -781,5 +898,9 @@ def model_config(hf_config: Json) -> ModelConfig:
         )
     if "sliding_attention" not in fields["layer_types"]:
         fields["sliding_window"] = None
-    names = family.tensor_names(hf) if callable(family.tensor_names) else family.tensor_names
+    names = dict(family.tensor_names(hf) if callable(family.tensor_names) else family.tensor_names)
+    for pattern, layout in family.layouts.items():
+        if fnmatch.filter(tensors, pattern):
+            fields |= layout.fields
+            names |= layout.tensor_names
     return ModelConfig(model_type=str(model_type), tensor_names=tuple(names.items()), **fields)

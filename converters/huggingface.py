@@ -250,7 +250,7 @@ def load_model(
     Raises:
         CheckpointError: see `check_tensors`.
     """
-    config = config or model_config(hf_config)
+    config = config or model_config(hf_config, source.names())
     model = nnx.eval_shape(
         lambda: cls(config, dtype=dtype, quant_config=quant_config, rngs=nnx.Rngs(0), hf_config=dict(hf_config))
     )

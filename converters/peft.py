@@ -289,7 +289,7 @@ def vocabulary_rows(model: CausalLM, folder: str | Path) -> int:
 def _table_rows(model: CausalLM, folder: Path) -> int:
     """Rows of the embedding that the adapter brings along, 0 if it brings none."""
     _, table = _head_and_embedding(model)
-    entry = _open_weights(folder).entries.get(_copy_key(f"{table}.weight", set()))
+    entry = _open_weights(model, folder).entries.get(_copy_key(f"{table}.weight", set()))
     return 0 if entry is None else entry.shape[0]
 
 
@@ -330,7 +330,7 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
         raise ValueError(f"the model already has adapters, and cannot take those of {folder} too: load the base anew")
     options = read_options(folder)
     targets, copies, config = _read_config(model, options, folder / CONFIG)
-    file = _open_weights(folder)
+    file = _open_weights(model, folder)
 
     shapes: dict[str, tuple[int, ...]] = {}
     for target, ranks in targets:
@@ -439,10 +439,17 @@ def _check_copies(model: CausalLM, targets: list[Named], config: LoraConfig, fil
     return copies
 
 
-def _open_weights(folder: Path) -> SafetensorsFile:
+def _open_weights(model: CausalLM, folder: Path) -> SafetensorsFile:
+    """The adapter's tensors, under the names of this model: a decoder that its checkpoint calls model.language_model is
+    called model in an adapter that was made on the text alone."""
     path = folder / WEIGHTS
     if not path.exists():
         pickled = (folder / "adapter_model.bin").exists()
         why = "adapter_model.bin is a pickle, which can run code when read: " if pickled else ""
         raise CheckpointError(f"{path} is missing: {why}save the adapter again, with PEFT 0.5 or newer")
-    return SafetensorsFile(path)
+    file = SafetensorsFile(path)
+    decoder = dict(model.config.tensor_names).get("model")
+    if decoder == "model.language_model" and not any(".language_model." in name for name in file.entries):
+        alone, whole = (f"base_model.model.{name}." for name in ("model", decoder))
+        file.entries = {name.replace(alone, whole, 1): entry for name, entry in file.entries.items()}
+    return file

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 QuantScheme = Literal["nf4", "int8", "fp8", "fp8_block"]
 QUANT_SCHEMES = get_args(QuantScheme)
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 NORMS = ("rms_norm", "layer_norm")
 QK_NORMS = ("head", "per_head", "projection")
 BIASES = ("none", "all", "lora_only")
@@ -103,16 +103,46 @@ class MambaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig:
+    """A gated delta rule in place of attention (`jaxlora.delta_net`), with Qwen3.5's names less their `linear_`.
+
+    num_key_heads, key_head_dim: of queries and of keys; num_value_heads, value_head_dim: of values.
+    conv_kernel_dim: taps of the convolution; chunk_size: tokens of the scan's chunks.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel_dim: int
+    chunk_size: int = 64
+
+    def __post_init__(self):
+        _require(
+            self.num_value_heads % self.num_key_heads == 0,
+            f"linear_num_value_heads ({self.num_value_heads}) must be a multiple of linear_num_key_heads "
+            f"({self.num_key_heads})",
+        )
+
+    @property
+    def channels(self) -> int:
+        """Those of the convolution: queries, keys and values."""
+        return 2 * self.num_key_heads * self.key_head_dim + self.num_value_heads * self.value_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """What one layer does and another may not.
 
     sliding_window: number of tokens, itself included, that a token attends to; None for all before it. rope: None for
     no positions (NoPE, arXiv:2305.19466). sparse: whether a router chooses among experts where others have an MLP.
+    linear: whether it has `ModelConfig.linear_attention` in place of attention.
     """
 
     sliding_window: int | None
     rope: RopeConfig | None
     sparse: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +158,7 @@ class ModelConfig:
         position, see `rope.alibi_bias`, before they are multiplied.
       attention_multiplier: what scores are multiplied by; None for head_dim ** -0.5.
       attn_logit_softcapping: scores become cap * tanh(scores / cap).
+      attn_output_gate: q_proj makes for each head a query and a gate, whose sigmoid multiplies the head's result.
       attention_sinks: each head has the score of a key that stands for nothing, see `kernels.attention`.
       qk_norm: None, or a norm of queries and keys: "head", over each head with one weight [head_dim]; "per_head", over
         each head with a weight [heads, head_dim]; "projection", over all heads together.
@@ -141,9 +172,12 @@ class ModelConfig:
         moe_intermediate_size: their inner width; dense_layers: indices of layers with an MLP all the same.
       norm_topk_prob: the weights of a token's experts sum to 1. router_bias, expert_bias: those have one.
       shared_expert_intermediate_size: inner width of an expert for every token, behind a gate; 0 for none.
-      experts_in_out: the experts' matrices are [in, out]. swiglu_alpha, swiglu_limit: of `moe.clamped_swiglu`, which
-        experts have in place of an activation; None for none.
+      fused_experts: as `fused_gate_up`, of the experts. experts_in_out: the experts' matrices are [in, out].
+        swiglu_alpha, swiglu_limit: of `moe.clamped_swiglu`, which experts have in place of an activation; None for
+        none.
       router_aux_loss_coef: the factor of the load-balancing loss in `causal_lm_loss`.
+    Linear attention
+      linear_attention: None, or what layers of type "linear_attention" have in place of attention.
     Mamba
       mamba: None, or a mixer that reads what attention reads, and is added to it; mamba_out_multiplier: its factor.
       attention_in_multiplier, attention_out_multiplier: attention's, on what it reads and adds.
@@ -178,6 +212,7 @@ class ModelConfig:
     alibi: bool = False
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
+    attn_output_gate: bool = False
     attention_sinks: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -197,10 +232,13 @@ class ModelConfig:
     router_bias: bool = False
     expert_bias: bool = False
     shared_expert_intermediate_size: int = 0
+    fused_experts: str | None = None
     experts_in_out: bool = False
     swiglu_alpha: float | None = None
     swiglu_limit: float | None = None
     router_aux_loss_coef: float = 0.0
+
+    linear_attention: LinearAttentionConfig | None = None
 
     mamba: MambaConfig | None = None
     mamba_out_multiplier: float = 1.0
@@ -239,6 +277,18 @@ class ModelConfig:
             self.sliding_window is not None or "sliding_attention" not in self.layer_types,
             "layer_types asks for sliding attention, but sliding_window is not set",
         )
+        _require(
+            self.linear_attention is not None or "linear_attention" not in self.layer_types,
+            "layer_types asks for linear attention, but linear_attention is not set",
+        )
+        _require(
+            set(self.layer_types) != {"linear_attention"},
+            "layer_types has linear attention only; at least one layer must attend",
+        )
+        _require(
+            not self.attn_output_gate or self.fused_qkv is None,
+            f"attn_output_gate is for a q_proj of its own, and fused_qkv is {self.fused_qkv!r}",
+        )
         _require(self.norm in NORMS, f"norm {self.norm!r} is not one of {', '.join(NORMS)}")
         _require(
             self.qk_norm is None or self.qk_norm in QK_NORMS,
@@ -247,10 +297,12 @@ class ModelConfig:
         _require(
             self.gated_mlp or not self.fused_gate_up, "fused_gate_up fuses a gate, and gated_mlp says there is none"
         )
-        _require(
-            self.fused_gate_up is None or self.fused_gate_up in FUSED_GATE_UP,
-            f"fused_gate_up {self.fused_gate_up!r} is not None or one of {', '.join(FUSED_GATE_UP)}",
-        )
+        for name in ("fused_gate_up", "fused_experts"):
+            value = getattr(self, name)
+            _require(
+                value is None or value in FUSED_GATE_UP,
+                f"{name} {value!r} is not None or one of {', '.join(FUSED_GATE_UP)}",
+            )
         _require(
             not self.num_experts or 0 < self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and the number of experts "
@@ -264,12 +316,14 @@ class ModelConfig:
 
     def layer(self, index: int) -> LayerConfig:
         """What layer `index` does that another may not."""
-        sliding = self.layer_types[index] == "sliding_attention"
+        kind = self.layer_types[index]
+        sliding, linear = kind == "sliding_attention", kind == "linear_attention"
         rope = self.sliding_rope if sliding and self.sliding_rope is not None else self.rope
         return LayerConfig(
             sliding_window=self.sliding_window if sliding else None,
-            rope=None if index in self.nope_layers else rope,
+            rope=None if linear or index in self.nope_layers else rope,
             sparse=self.num_experts > 0 and index not in self.dense_layers,
+            linear=linear,
         )
 
     @property

@@ -41,7 +41,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -111,9 +110,8 @@ class Engine:
 
     def _place_bytes(self, model: CausalLM) -> int:
         """Bytes of the keys and values of one token."""
-        config = model.config
-        width = jnp.dtype(self.cache_dtype or model.dtype).itemsize
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
+        cache = jax.eval_shape(lambda: model.init_cache(1, 1, self.cache_dtype))
+        return _bytes((cache.keys, cache.values))
 
     def generate(
         self, model: CausalLM, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -287,7 +285,11 @@ def cache_shape(
 def _state_bytes(model: CausalLM) -> int:
     """Bytes of what the mixers of a model keep for a sequence, however long; 0 without mixers."""
     cache = jax.eval_shape(lambda: model.init_cache(1, 1))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.convolutions, cache.states)))
+    return _bytes((cache.convolutions, cache.states))
+
+
+def _bytes(arrays: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def _weight_bytes(model: CausalLM) -> int:

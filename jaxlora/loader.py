@@ -201,7 +201,7 @@ class FastLanguageModel:
         if rope_scaling is not None:
             hf_config = _with_rope_scaling(hf_config, rope_scaling)
         _say_what_is_not_loaded(path, hf_config, trust_remote_code=trust_remote_code, text_only=text_only)
-        config = model_config(hf_config)
+        config = model_config(hf_config, source.names())
         place = _placer(config, device_map, offload_embedding, full_finetuning)
         window = _check_window(config, max_seq_length)
         quant_config = mode.quant_config
@@ -512,10 +512,11 @@ def _placer(config: ModelConfig, device_map: Any, offload_embedding: bool, full_
 def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:
     """config.json with another scaling of rope; its base, and the part of a head that turns, stay what they are."""
     if "text_config" in hf_config:
-        text = {"model_type": "gemma3_text", **hf_config["text_config"]}
+        text = {"model_type": f"{hf_config['model_type']}_text", **hf_config["text_config"]}
         return {**hf_config, "text_config": _with_rope_scaling(text, rope_scaling)}
     now, before = model_config(hf_config).rope, hf_config.get("rope_parameters") or {}
     rope = {"rope_theta": now.rope_theta, "partial_rotary_factor": now.partial_rotary_factor, **rope_scaling}
+    rope |= {k: v for k, v in before.items() if k.startswith("mrope_")}
     if "full_attention" in before:  # sliding layers have one of their own, which is not scaled
         rope = {**before, "full_attention": rope}
     rest = {k: v for k, v in hf_config.items() if k not in ("rope_scaling", "rope_parameters")}

@@ -200,6 +200,9 @@ class Mamba(nnx.Module):
         norm = (inner, mamba.n_groups, config.norm_eps, mamba.norm_before_gate, make_param)
         self.norm = GatedNorm(*norm) if mamba.rms_norm else None
         self.out_proj = make_plain(inner, width, ("embed", "ssm"), mamba.out_bias)
+        # What a cache has of each row.
+        self.convolution_shape = (mamba.d_conv - 1, mamba.channels)
+        self.state_shape = (mamba.n_heads, mamba.d_head, mamba.d_state)
 
     def __call__(self, x, runs: Int[Array, "b t"], key, cache=None):
         """`cache` is (convolution inputs, state, layer) of stacked ones, [repeats, B, w - 1, k] in x's dtype and
@@ -211,8 +214,8 @@ class Mamba(nnx.Module):
         projected = jnp.split(self.in_proj(x * mamba.in_multiplier, key), ends, axis=-1)
         gate, *convolved, dt = (part * by for part, by in zip(projected, mamba.multipliers, strict=True))
         if cache is None:
-            before = jnp.zeros((b, mamba.d_conv - 1, mamba.channels), x.dtype)
-            state = jnp.zeros((b, mamba.n_heads, mamba.d_head, mamba.d_state), jnp.float32)
+            before = jnp.zeros((b, *self.convolution_shape), x.dtype)
+            state = jnp.zeros((b, *self.state_shape), jnp.float32)
         else:
             before, state = (jax.lax.dynamic_index_in_dim(part, cache[2], keepdims=False) for part in cache[:2])
         convolved, before = self.conv1d(jnp.concatenate(convolved, axis=-1), before, runs)
@@ -225,9 +228,10 @@ class Mamba(nnx.Module):
         y = (y + skip[:, None] * value.astype(jnp.float32)).reshape(b, t, inner)
         y = self.norm(y, gate) if self.norm is not None else y * jax.nn.silu(gate.astype(jnp.float32))
         if cache is not None:
-            cache = (_put(cache[0], before, cache[2]), _put(cache[1], state, cache[2]), cache[2])
+            cache = (put_layer(cache[0], before, cache[2]), put_layer(cache[1], state, cache[2]), cache[2])
         return self.out_proj(y.astype(x.dtype)), cache
 
 
-def _put(stacked: Array, new: Array, layer: Array) -> Array:
+def put_layer(stacked: Array, new: Array, layer: Array) -> Array:
+    """`new` in the place of one layer of a stacked cache, in its dtype."""
     return jax.lax.dynamic_update_index_in_dim(stacked, new.astype(stacked.dtype), layer, 0)

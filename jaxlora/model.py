@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, cast
 
 import jax
@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora import quant, remat
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
+from jaxlora.delta_net import GatedDeltaNet
 from jaxlora.kernels import api as kernels
 from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm, PlainLinear, TokenwiseModule, base_param
 from jaxlora.mamba import Mamba, segment_runs
@@ -42,10 +43,11 @@ class KVCache:
     pytree.)
 
     keys, values: for each run, for each place of its period, [repeats, B, S, K, H]; a narrower dtype than the model
-    computes in is cast on reading. convolutions, states: so for the mixers of a model that has some, see
-    `mamba.Mamba`, else empty. segment_ids: [B, S] int32, 0 where nothing is. length: int32, the number of places
-    filled: one for all rows, whose prompts are padded on the left, or [B], one for each, padded on the right. The
-    number 0, not an array, says while tracing that the cache is empty: the first tokens look at themselves only.
+    computes in is cast on reading. convolutions, states: so for mixers, see `mamba.Mamba` and `delta_net`. Where a
+    layer has no attention or no mixer, None stands. segment_ids: [B, S] int32, 0 where nothing is. length: int32, the
+    number of places filled: one for all rows, whose prompts are padded on the left, or [B], one for each, padded on the
+    right. The number 0, not an array, says while tracing that the cache is empty: the first tokens look at themselves
+    only.
 
     reach: given where the rows are requests that know nothing of each other: the most tokens that one may grow to.
     Rope types that look at the length then look at each row's own, and "longrope" at this; see `rope_tables`.
@@ -53,11 +55,11 @@ class KVCache:
 
     keys: list[list[Any]]
     values: list[list[Any]]
+    convolutions: list[list[Any]]
+    states: list[list[Any]]
     segment_ids: Any
     length: Any
     reach: int | None = dataclasses.field(default=None, metadata=dict(static=True))
-    convolutions: list[list[Any]] = dataclasses.field(default_factory=list)
-    states: list[list[Any]] = dataclasses.field(default_factory=list)
 
 
 @jax.tree_util.register_dataclass
@@ -96,11 +98,12 @@ class Attention(nnx.Module):
         self.rope, self.interleaved = None, False
         if layer.rope is not None:
             self.rope, self.interleaved = config.ropes.index(layer.rope), layer.rope.interleaved
-        self.fused_qkv, self.qk_norm = config.fused_qkv, config.qk_norm
+        self.fused_qkv, self.qk_norm, self.output_gate = config.fused_qkv, config.qk_norm, config.attn_output_gate
         if config.fused_qkv is not None:
             self.qkv_proj = make_linear(width, (heads + 2 * kv_heads) * dim, ("heads", "embed"), config.qkv_bias)
         else:
-            self.q_proj = make_linear(width, heads * dim, ("heads", "embed"), config.qkv_bias)
+            queries = heads * dim * (2 if config.attn_output_gate else 1)
+            self.q_proj = make_linear(width, queries, ("heads", "embed"), config.qkv_bias)
             self.k_proj = make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
             self.v_proj = make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
         self.o_proj = make_linear(heads * dim, width, ("embed", "heads"), config.o_bias)
@@ -116,7 +119,7 @@ class Attention(nnx.Module):
             self.k_norm = make_norm((kv_heads * dim,), ("kv_heads",))
 
     def _project(self, x, keys: list):
-        """Queries [B, T, N H], and keys and values [B, T, K H]."""
+        """Queries [B, T, N H], or with gates [B, T, 2 N H], and keys and values [B, T, K H]."""
         if self.fused_qkv == "grouped":
             qkv = self.qkv_proj(x, keys[0]).reshape(*x.shape[:2], self.kv_heads, -1, self.head_dim)
             return [part.reshape(*x.shape[:2], -1) for part in (qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :])]
@@ -130,6 +133,10 @@ class Attention(nnx.Module):
         returned with this call's tokens written at `context.offset`."""
         b, t, _ = x.shape
         q, k, v = self._project(x, keys)
+        gate = None
+        if self.output_gate:
+            q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
+            q = q.reshape(b, t, -1)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(b, t, -1, self.head_dim) for y in (q, k, v))
@@ -160,6 +167,8 @@ class Attention(nnx.Module):
             key_segments=context.key_segments,
             offset=context.offset,
         )
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
         return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache
 
 
@@ -229,11 +238,12 @@ class DecoderLayer(nnx.Module):
         self.parallel, self.multiplier = config.parallel_block, config.residual_multiplier
         self.shared_norm = config.parallel_block and config.num_ln_in_parallel_attn == 1
         self.input_layernorm = norm(config.pre_norm)
-        self.self_attn = Attention(config, layer, make)
         self.attention_multipliers = config.attention_in_multiplier, config.attention_out_multiplier
-        self.mamba_multiplier, mixer = config.mamba_out_multiplier, config.mamba
-        make_mixer = lambda mixer: Mamba(config, mixer, make.linear, make.plain_linear, make.zeros)
-        self.mamba = make_mixer(mixer) if mixer is not None else None
+        self.mamba_multiplier, mamba = config.mamba_out_multiplier, config.mamba
+        linear = config.linear_attention if layer.linear else None
+        self.self_attn = Attention(config, layer, make) if linear is None else None
+        self.linear_attn = None if linear is None else GatedDeltaNet(config, linear, make.linear, make.zeros)
+        self.mamba = None if mamba is None else Mamba(config, mamba, make.linear, make.plain_linear, make.zeros)
         self.post_self_attn_layernorm = norm(config.post_norm)
         self.post_attention_layernorm = norm(config.pre_norm and not self.shared_norm)  # it stands before the MLP
         inner = config.shared_expert_intermediate_size
@@ -245,19 +255,10 @@ class DecoderLayer(nnx.Module):
         self.post_mlp_layernorm = norm(config.post_norm)
 
     def __call__(self, x, context: Context, key=None, cache=None):
-        """`cache` is (keys, values, layer), or (keys, values, convolutions, states, layer) with a mixer."""
+        """`cache` is (keys, values, convolutions, states, layer), and the first four are returned."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
-        before, after = self.attention_multipliers
         normed = self.input_layernorm(x)
-        of_attention, of_mixer = (None, None) if cache is None else ((*cache[:2], cache[-1]), cache[2:])
-        attended, cache = self.self_attn(before * normed, context, keys[:4], of_attention)
-        attended = after * attended
-        if self.mamba is not None:
-            mixer_key = None if key is None else jax.random.fold_in(key, 7)
-            mixed, of_mixer = self.mamba(normed, context.runs, mixer_key, of_mixer)
-            attended = attended + self.mamba_multiplier * mixed
-            if cache is not None and of_mixer is not None:
-                cache = (*cache[:2], *of_mixer)
+        attended, cache = self._mix(normed, context, keys[:4], key, cache)
         residual = checkpoint_name(x + self.multiplier * self.post_self_attn_layernorm(attended), "residual")
         if not self.shared_norm:
             normed = self.post_attention_layernorm(x if self.parallel else residual)
@@ -266,6 +267,22 @@ class DecoderLayer(nnx.Module):
         if context.with_load and isinstance(self.mlp, SparseMLP):
             load = self.mlp.load(normed, context.query_segments)
         return residual + self.multiplier * self.post_mlp_layernorm(out), cache, load
+
+    def _mix(self, x, context: Context, keys: list, key, cache):
+        """What a token takes from those before it: by attention, a mixer, or both."""
+        of_attention, of_mixer = (None, None) if cache is None else ((*cache[:2], cache[-1]), cache[2:])
+        mixer_key = None if key is None else jax.random.fold_in(key, 7)
+        if self.linear_attn is not None:
+            mixed, of_mixer = self.linear_attn(x, context.runs, mixer_key, of_mixer)
+        else:
+            assert self.self_attn is not None
+            before, after = self.attention_multipliers
+            mixed, of_attention = self.self_attn(before * x, context, keys, of_attention)
+            mixed = after * mixed
+        if self.mamba is not None:
+            more, of_mixer = self.mamba(x, context.runs, mixer_key, of_mixer)
+            mixed = mixed + self.mamba_multiplier * more
+        return mixed, None if of_attention is None or of_mixer is None else (*of_attention[:2], *of_mixer[:2])
 
 
 class Run(nnx.Module):
@@ -306,8 +323,7 @@ class Run(nnx.Module):
                     part = (*(stacked[place] for stacked in cache), index)
                     x, part, load = block(x, context, block_key, part)
                     cache = [
-                        [*stacked[:place], new, *stacked[place + 1 :]]
-                        for stacked, new in zip(cache, part[:-1], strict=True)
+                        [*stacked[:place], new, *stacked[place + 1 :]] for stacked, new in zip(cache, part, strict=True)
                     ]
                 loads.append(load)
             return (x, cache), _total_load(loads)
@@ -502,7 +518,7 @@ class CausalLM(nnx.Module):
             bias = alibi_bias(keys_at, self.config.num_attention_heads) * self.config.attention_scale
             context = dataclasses.replace(context, key_bias=bias)
 
-        if self.config.mamba is not None:
+        if self.config.mamba is not None or self.config.linear_attention is not None:
             before = None
             if cache is not None and not context.is_prefill:
                 last = jnp.broadcast_to(cache.length - 1, input_ids.shape[:1])
@@ -510,7 +526,8 @@ class CausalLM(nnx.Module):
             context = dataclasses.replace(context, runs=segment_runs(segment_ids, input_ids.shape, before))
 
         x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
-        parts, loads = [] if cache is None else _parts(cache), []
+        parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
+        loads = []
         for i, run in enumerate(self.model.layers):
             run_cache = None if cache is None else [part[i] for part in parts]
             x, run_cache, load = run(x, context, self.remat_policy if cache is None else "none", key, run_cache)
@@ -520,9 +537,9 @@ class CausalLM(nnx.Module):
         x = self.model.norm(x)
         if cache is None:
             return x, None, _total_load(loads)
-        keys, values, *of_mixers = parts
         length = jnp.asarray(cache.length + input_ids.shape[1], jnp.int32)
-        return x, KVCache(keys, values, filled, length, cache.reach, *of_mixers), None
+        keys, values, convolutions, states = parts
+        return x, KVCache(keys, values, convolutions, states, filled, length, cache.reach), None
 
     def head_product(self, hidden: Float[Array, "n d"]) -> tuple[Float[Array, "n e"], Float[Array, "vocab e"]]:
         """Rows and a matrix [vocab, E] whose product is the logits of these hidden states, before their softcap.
@@ -563,20 +580,26 @@ class CausalLM(nnx.Module):
         """An empty cache of `length` places a row, in the compute dtype unless another is given."""
         dtype = dtype or self.dtype
 
-        def empty(shape, dtype):
-            return [[jnp.zeros((run.repeats, batch, *shape), dtype) for _ in run.period] for run in self.model.layers]
+        def empty(shape_of: Callable[[DecoderLayer], tuple[int, ...] | None], dtype):
+            def of(run, layer):
+                shape = shape_of(layer)
+                return None if shape is None else jnp.zeros((run.repeats, batch, *shape), dtype)
 
-        keys, values = (empty((length, self.config.num_key_value_heads, self.config.head_dim), dtype) for _ in "kv")
-        mamba, of_mixers = self.config.mamba, ()
-        if mamba is not None:
-            convolutions = empty((mamba.d_conv - 1, mamba.channels), self.dtype)
-            of_mixers = convolutions, empty((mamba.n_heads, mamba.d_head, mamba.d_state), jnp.float32)
-        return KVCache(keys, values, jnp.zeros((batch, length), jnp.int32), 0, None, *of_mixers)
+            return [[of(run, layer) for layer in run.period] for run in self.model.layers]
 
-
-def _parts(cache: KVCache) -> list[list[list[Any]]]:
-    """The lists that have an entry for each run."""
-    return [part for part in (cache.keys, cache.values, cache.convolutions, cache.states) if part]
+        heads, dim = self.config.num_key_value_heads, self.config.head_dim
+        places = lambda layer: None if layer.self_attn is None else (length, heads, dim)
+        mixer = lambda layer: layer.mamba or layer.linear_attn
+        convolution = lambda layer: None if mixer(layer) is None else mixer(layer).convolution_shape
+        state = lambda layer: None if mixer(layer) is None else mixer(layer).state_shape
+        return KVCache(
+            keys=empty(places, dtype),
+            values=empty(places, dtype),
+            convolutions=empty(convolution, self.dtype),
+            states=empty(state, jnp.float32),
+            segment_ids=jnp.zeros((batch, length), jnp.int32),
+            length=0,
+        )
 
 
 @jax.jit

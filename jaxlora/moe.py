@@ -174,7 +174,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, make_experts: Callable):
         width, inner, axes = config.hidden_size, config.moe_intermediate_size, ("mlp", "embed")
-        self.fused, self.hidden_act = config.fused_gate_up, config.hidden_act
+        self.fused, self.hidden_act = config.fused_experts, config.hidden_act
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
         if self.fused is not None:
             self.gate_up_proj = make_experts(width, 2 * inner, axes)

@@ -295,16 +295,57 @@ TINY |= {
         mamba_conv_bias=False,
         tie_word_embeddings=True,
     ),
+    "qwen3_5_text": _case(
+        "qwen3_5_text",
+        num_hidden_layers=5,
+        head_dim=14,
+        attention_bias=True,
+        rms_norm_eps=1e-3,
+        layer_types=["linear_attention", "linear_attention", "full_attention"] + ["linear_attention"] * 2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=6,
+        linear_key_head_dim=10,
+        linear_value_head_dim=7,
+        linear_conv_kernel_dim=3,
+        rope_parameters=_rope("default", partial_rotary_factor=0.45, mrope_section=[1, 1, 1], mrope_interleaved=True),
+    ),
+    "qwen3_5_text-tied": _case(
+        "qwen3_5_text",
+        num_hidden_layers=4,
+        full_attention_interval=2,
+        head_dim=8,
+        linear_num_key_heads=3,
+        linear_num_value_heads=3,
+        linear_key_head_dim=6,
+        linear_value_head_dim=12,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_5_moe_text": _case(
+        "qwen3_5_moe_text",
+        head_dim=14,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=10,
+        linear_value_head_dim=7,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+        rms_norm_eps=1e-3,
+    ),
     "granitemoe-tied": _case("granitemoe", num_local_experts=4, num_experts_per_tok=1, tie_word_embeddings=True),
 }
 
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "qwen3_5_moe_text")
 
-# Attention beside a mixer.
-HYBRID = ("falcon_h1",)
+# Attention beside a mixer, or in some layers only.
+HYBRID = ("falcon_h1", "qwen3_5_text")
 
-# The linears of such layers that take adapters here and in PEFT: no experts, no gates, no mixer's out_proj.
-LINEARS = r"(.*\.)?((self_attn|shared_expert|mlp|feed_forward)\.\w+_proj|mamba\.in_proj)"
+# The linears of such layers that take adapters here and in PEFT: no experts, no gates, no Mamba's out_proj.
+LINEARS = (
+    r"(.*\.)?((self_attn|shared_expert|mlp|feed_forward)\.\w+_proj|mamba\.in_proj|linear_attn\.(in_proj_\w+|out_proj))"
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

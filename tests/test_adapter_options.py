@@ -194,8 +194,9 @@ COUNTED = {
 }
 
 
-# Biases and norms of routers, experts and Mamba.
-UNCOVERED = {("falcon_h1", "dora-bias"), ("falcon_h1", "saved"), ("gpt_oss", "dora-bias")}
+# Biases and norms of routers, experts and mixers.
+WITH_MIXERS = ("falcon_h1", "qwen3_5_text", "qwen3_5_moe_text")
+UNCOVERED = {("gpt_oss", "dora-bias"), *itertools.product(WITH_MIXERS, ["dora-bias", "saved"])}
 
 
 @pytest.mark.parametrize("option", COUNTED)

@@ -62,6 +62,7 @@ def llama(tmp_path_factory):
         "falcon-rw",  # ALiBi
         "llama-dynamic",  # a rope that looks at the length
         "falcon_h1",  # Mamba's states beside keys and values
+        "qwen3_5_text",  # states in some layers, keys and values in others
         "gpt_oss",  # experts, and sinks beside the scores
         pytest.param("phi3-longrope", marks=pytest.mark.slow),
         pytest.param("cohere2", marks=pytest.mark.slow),  # layers without rope
@@ -293,6 +294,18 @@ def test_a_sequence_takes_its_keys_values_and_states(tmp_path):
     assert Engine(memory=weights + one, gpu_memory_utilization=1.0).cache_bytes(model) == one
     with pytest.raises(ValueError, match="a sequence of 64 tokens takes"):
         Engine(memory=weights + one - 1, gpu_memory_utilization=1.0).cache_bytes(model)
+
+
+def test_only_layers_that_attend_have_keys_and_values(tmp_path):
+    model = tiny("qwen3_5_text", tmp_path)
+    linear, layers = model.config.linear_attention, model.config.layers
+    state = linear.num_value_heads * linear.key_head_dim * linear.value_head_dim
+    state += (linear.conv_kernel_dim - 1) * linear.channels
+    place = 2 * model.config.num_key_value_heads * model.config.head_dim
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    one = 4 * (64 * place + 4 * state)
+    assert [layer.linear for layer in layers] == [True, True, False, True, True]
+    assert Engine(memory=weights + one, gpu_memory_utilization=1.0).cache_bytes(model) == one
 
 
 def test_buckets_are_few_and_waste_little():

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,14 @@ from helpers import (
     randomise_adapters,
     relative_error,
 )
+from helpers import FAMILIES as FIRST
+from safetensors.torch import save_file
 
 from jaxlora.config import LoraConfig, QuantConfig
-from jaxlora.converters.export import save_merged
+from jaxlora.converters.export import save_merged, save_model
 from jaxlora.converters.families import FAMILIES
-from jaxlora.converters.huggingface import model_config, parameter_shapes
-from jaxlora.converters.peft import save_adapter
+from jaxlora.converters.huggingface import SafetensorsSource, model_config, parameter_shapes
+from jaxlora.converters.peft import load_adapter, save_adapter
 from jaxlora.layers import Linear
 from jaxlora.loader import _with_rope_scaling as with_rope_scaling
 from jaxlora.lora import add_adapters, delta_weight
@@ -37,6 +41,14 @@ from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import dequantize
 
 # The largest model of each family, and how many weights its makers say it has; embeddings that are tied count once.
+#
+# Where the figures are from, beyond each model's config.json on the Hugging Face hub:
+#   safetensors.total of the hub's API       Llama-3.3-70B, Qwen3-235B-A22B, Mixtral-8x7B, Qwen3.5-27B, Qwen3.5-35B-A3B
+#   "params" of keras-hub's presets          Qwen1.5-MoE-A2.7B, Mixtral-8x7B, Qwen3-235B-A22B, Gemma 3 27B
+#   general.parameter_count of GGUF files    Qwen3-30B-A3B, gpt-oss-20b and -120b (the hub's total counts packed bytes)
+#   granite-guardian-3.2-3b-a800m's          granite-3.1-3b-a800m, of the same shape
+# Falcon-H1's makers state 34B and 0.5B, no exact numbers: the fields are those of the published config.json, among
+# them mamba_rms_norm (34B true, 0.5B false), and the numbers follow.
 REAL = {
     "Llama-3.3-70B": (
         dict(model_type="llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
@@ -54,7 +66,7 @@ REAL = {
              num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144),
         27_227_128_320,
     ),
-    # Less the vision tower's 416,866,032 and its projector's 6,194,304.
+    # Less the vision tower's 416,866,032 and its projector's 6,194,304, as transformers makes them.
     "gemma-3-27b, text": (
         dict(model_type="gemma3_text", hidden_size=5376, intermediate_size=21504, num_hidden_layers=62,
              num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168),
@@ -116,7 +128,7 @@ REAL = {
         8_019_808_256,
     ),
     "Mixtral-8x7B": (dict(model_type="mixtral"), 46_702_792_704),
-    "Mixtral-8x22B": (
+    "Mixtral-8x22B-Instruct": (  # whose vocabulary is the base model's and 768 control tokens
         dict(model_type="mixtral", vocab_size=32768, hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
              num_attention_heads=48),
         140_630_071_296,
@@ -130,7 +142,6 @@ REAL = {
              moe_intermediate_size=1536),
         235_093_634_560,
     ),
-    # Their makers' counts are of the parameters in float; transformers has the same tensors.
     "gpt-oss-20b": (dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32), 20_914_757_184),
     "gpt-oss-120b": (dict(model_type="gpt_oss"), 116_829_156_672),
     "Falcon-H1-34B": (
@@ -144,6 +155,17 @@ REAL = {
              num_hidden_layers=36, num_attention_heads=8, num_key_value_heads=2, head_dim=64, mamba_d_ssm=1536,
              mamba_n_heads=24, mamba_d_head=64, mamba_d_state=128),
         521_411_104,
+    ),
+    # Less the vision tower's 460,730,096 and 424,699,392 for the prediction of the tokens after the next: a layer, a
+    # projection of twice the width, three norms.
+    "Qwen3.5-27B, text": (
+        dict(model_type="qwen3_5_text", hidden_size=5120, intermediate_size=17408, num_hidden_layers=64,
+             num_attention_heads=24, linear_num_value_heads=48),
+        27_781_427_952 - 460_730_096 - 424_699_392,
+    ),
+    # Less 446,571,248 and 844,640,768 in the same way.
+    "Qwen3.5-35B-A3B, text": (
+        dict(model_type="qwen3_5_moe_text"), 35_951_822_704 - 446_571_248 - 844_640_768,
     ),
     "granite-3.1-3b-a800m": (
         dict(model_type="granitemoe", vocab_size=49155, hidden_size=1536, intermediate_size=512, num_hidden_layers=32,
@@ -172,9 +194,22 @@ def test_real_shapes_have_the_published_number_of_weights(name):
     assert found == expected
 
 
+IN_OTHERS = ("gemma3", "qwen3_5", "qwen3_5_moe")  # text models in those of text and images
+
+
 def test_every_family_has_a_tiny_model_and_a_real_one():
-    assert {fields["model_type"] for fields, _ in REAL.values()} >= FAMILIES.keys() - {"mistral", "qwen2", "gemma3"}
-    assert {*DENSE, *SPARSE, *HYBRID, "llama", "mistral", "qwen2", "qwen3", "gemma3"} == FAMILIES.keys()
+    assert {fields["model_type"] for fields, _ in REAL.values()} >= FAMILIES.keys() - {"mistral", "qwen2", *IN_OTHERS}
+    assert {*DENSE, *SPARSE, *HYBRID, "llama", "mistral", "qwen2", "qwen3", *IN_OTHERS} == FAMILIES.keys()
+
+
+def test_the_tables_have_every_family_and_every_number():
+    root = Path(__file__).parents[1]
+    readme, table = (root / "README.md").read_text(), (root / "docs" / "families.md").read_text()
+    for model_type in FAMILIES:
+        assert f"`{model_type}`" in readme and f"`{model_type}`" in table, model_type
+    counts = {f"{count:,}" for _, count in REAL.values()}
+    named = re.findall(r"\d{1,3}(?:,\d{3}){3}", table)
+    assert len(named) == len(set(named)) and set(named) <= counts
 
 
 @jax.jit
@@ -182,13 +217,19 @@ def dequantized(stack):
     return jax.vmap(lambda weight: dequantize(weight, jnp.float32))(stack)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in marked(DENSE)])
-def test_merged_and_quantised_weights_in_transformers(name, tmp_path):
-    """A merged export loads and computes the same; so does the base with our NF4 weights, dequantised, in it."""
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in marked([*FIRST, *DENSE])])
+def test_exported_merged_and_quantised_weights_in_transformers(name, tmp_path):
+    """An export is what was read, tensor by tensor; a merged one loads and computes the same; so does the base with our
+    NF4 weights, dequantised, in it."""
     theirs = make_checkpoint(name, tmp_path / "base")
     ids = random_ids(2, 14)
     quantised = load_folder(tmp_path / "base", quant_config=QuantConfig())
     ours = load_folder(tmp_path / "base")
+    save_model(ours, tmp_path / "whole")
+    original, written = SafetensorsSource(tmp_path / "base"), SafetensorsSource(tmp_path / "whole")
+    assert set(original.names()) == set(written.names())
+    for one in original.names():
+        np.testing.assert_array_equal(original.read(one), written.read(one))
     add_adapters(ours, LoraConfig(r=3, lora_alpha=5), jax.random.key(0))
     randomise_adapters(ours)
     report = save_merged(ours, tmp_path / "merged", base=tmp_path / "base", verify=False)
@@ -200,6 +241,10 @@ def test_merged_and_quantised_weights_in_transformers(name, tmp_path):
 
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     assert relative_error(ours(jnp.asarray(ids)), logits_of(merged)) < 2e-5
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", attn_implementation=theirs.config._attn_implementation
+    )
+    assert torch.equal(logits_of(whole), logits_of(theirs))
 
     weights, changed = theirs.state_dict(), merged.state_dict()
     for linear in named_nodes(ours, Linear):
@@ -266,6 +311,68 @@ def gemma3(folder):
     return model.eval()
 
 
+def qwen3_5(folder, name):
+    """A tiny Qwen3.5 with its vision tower, random throughout, in the names and layout of the published files."""
+    vision = dict(
+        depth=1, hidden_size=16, intermediate_size=20, num_heads=2, patch_size=4, out_hidden_size=48,
+        num_position_embeddings=16,
+    )  # fmt: skip
+    text = {"model_type": f"{name}_text", **copy.deepcopy(TINY[f"{name}_text"][1])}
+    config = transformers.AutoConfig.for_model(
+        name, text_config=text, vision_config=vision, image_token_id=5, video_token_id=6, vision_start_token_id=7,
+        vision_end_token_id=4,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for i, (path, parameter) in enumerate(model.named_parameters()):
+            parameter.normal_(0.2 if "norm" in path else 0.0, 0.2, generator=torch.Generator().manual_seed(i))
+    model.save_pretrained(folder)
+    # As they are, where save_pretrained would write each expert on its own, and with what is never read.
+    tensors = {path: tensor.contiguous() for path, tensor in model.state_dict().items()}
+    save_file({**tensors, "mtp.fc.weight": torch.ones(48, 96)}, folder / "model.safetensors")
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_the_text_part_of_qwen3_5(name, tmp_path):
+    theirs, ours = qwen3_5(tmp_path / "base", name), load_folder(tmp_path / "base")
+    ids = random_ids(2, 14)
+    ids = np.where(ids < 8, 8, ids)  # no image tokens
+
+    def logits_of(model):
+        with torch.no_grad():
+            return model(torch.tensor(ids).long()).logits
+
+    assert relative_error(ours(jnp.asarray(ids)), logits_of(theirs)) < 2e-5
+    linears = ["q_proj", "o_proj", "in_proj_qkv", "in_proj_a", "out_proj"]  # which the experts and the tower have not
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=linears)
+    add_adapters(ours, config, jax.random.key(0))
+    randomise_adapters(ours)
+    save_adapter(ours, tmp_path / "adapter", config=config, base=str(tmp_path / "base"))
+    save_merged(ours, tmp_path / "merged", base=tmp_path / "base")
+    expected = ours(jnp.asarray(ids))
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    assert relative_error(expected, logits_of(adapted)) < 2e-5
+    before, after = (SafetensorsSource(tmp_path / folder) for folder in ("base", "merged"))
+    assert set(before.names()) == set(after.names())
+    changed = {one for one in before.names() if not np.array_equal(before.read(one), after.read(one))}
+    assert {one.split(".")[-2] for one in changed} == set(linears)
+    # An adapter that PEFT made on the text alone.
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    alone = peft.get_peft_model(alone, peft.LoraConfig(r=3, target_modules=linears, init_lora_weights=False))
+    alone.save_pretrained(tmp_path / "alone")
+    again = load_folder(tmp_path / "base")
+    load_adapter(again, tmp_path / "alone")
+    assert relative_error(again(jnp.asarray(ids)), logits_of(alone)) < 2e-5
+    for family in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        merged = family.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+        assert relative_error(expected, logits_of(merged)) < 2e-5
+        # What is written again, each expert on its own and perhaps without the tower, is read again.
+        merged.save_pretrained(tmp_path / family.__name__)
+        assert relative_error(load_folder(tmp_path / family.__name__)(jnp.asarray(ids)), expected) < 2e-5
+
+
 def test_the_text_part_of_gemma3(tmp_path):
     theirs, ours = gemma3(tmp_path / "base"), load_folder(tmp_path / "base")
     ids = random_ids(2, 14)
@@ -297,6 +404,8 @@ def test_another_rope_scaling_keeps_what_is_not_scaled():
         "phi3": dict(rope_parameters=dict(rope_type="default", rope_theta=7_000.0, partial_rotary_factor=0.75)),
         "gemma3_text": dict(rope_theta=500_000.0, rope_local_base_freq=7_000.0),
         "gemma3": dict(text_config=dict(rope_parameters=dict(full_attention=dict(rope_theta=500_000.0)))),
+        "qwen3_5_text": dict(rope_parameters=dict(rope_theta=7_000.0, mrope_section=[11, 11, 10])),
+        "qwen3_5": dict(text_config=dict(rope_parameters=dict(rope_theta=7_000.0, partial_rotary_factor=0.25))),
         "smollm3": {},
     }
     for model_type, fields in published.items():

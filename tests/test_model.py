@@ -117,7 +117,8 @@ def test_bfloat16_is_near_float32(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", "qwen2-windows", "qwen3", "llama-tied", "falcon_h1", "falcon_h1-plain", "mixtral"]
+    "name",
+    ["mistral", "qwen2-windows", "qwen3", "llama-tied", "falcon_h1", "falcon_h1-plain", "qwen3_5_text", "mixtral"],
 )
 def test_tokens_through_a_cache_equal_the_whole(name, tmp_path):
     _, model = make_pair(name, tmp_path)

@@ -244,7 +244,7 @@ def test_experts_in_4_bits_are_those_of_bitsandbytes(name, tmp_path):
     experts = [e.node.weight.get_value() for e in named_nodes(ours, ExpertLinear)]
     assert experts and all(isinstance(weight, QuantizedArray) for weight in experts)
     before = copy.deepcopy(theirs)
-    fused = ours.config.fused_gate_up is not None
+    fused = ours.config.fused_experts is not None
     with torch.no_grad():
         for module in theirs.modules():
             if type(module).__name__.endswith("Experts"):
@@ -254,7 +254,8 @@ def test_experts_in_4_bits_are_those_of_bitsandbytes(name, tmp_path):
                 for weight in module.down_proj:
                     weight.copy_(through_bitsandbytes(weight))
         for linear in named_nodes(ours, Linear):
-            for one in linear.names() if linear.layers else ():
+            held_in_4_bits = isinstance(linear.node.weight.get_value(), QuantizedArray)
+            for one in linear.names() if held_in_4_bits else ():
                 weight = theirs.get_submodule(one).weight
                 weight.copy_(through_bitsandbytes(weight))
     ids = random_ids(2, 14)

@@ -107,6 +107,16 @@ def train(model, optimizer, batches, loss=causal_lm_loss, key=None):
 # ---- against PEFT ----------------------------------------------------------------------------------------------------
 
 
+def keep_first():
+    """An optimizer's part that changes nothing; its state is (steps, the gradient of the first)."""
+
+    def update(gradient, state, params=None):
+        steps, first = state
+        return gradient, (steps + 1, jax.tree.map(lambda old, new: jnp.where(steps == 0, new, old), first, gradient))
+
+    return optax.GradientTransformation(lambda params: (jnp.int32(0), jax.tree.map(jnp.zeros_like, params)), update)
+
+
 @pytest.mark.parametrize(
     "name, layout",
     [
@@ -116,7 +126,8 @@ def train(model, optimizer, batches, loss=causal_lm_loss, key=None):
 )
 def test_four_steps_equal_peft(name, layout, tmp_path):
     # Where logits are scaled down some gradients are 1e-8, mostly rounding, which Adam would blow up to whole steps.
-    eps = 1e-5 if name in (*DENSE, *SPARSE, *HYBRID) else 1e-8
+    # Qwen3.5's reach 3, and two float32 programs of theirs are 6e-5 apart.
+    eps = 1e-3 if name.startswith("qwen3_5") else 1e-5 if name in (*DENSE, *SPARSE, *HYBRID) else 1e-8
     config = dataclasses.replace(LORA, target_modules=LINEARS) if name in (*SPARSE, *HYBRID) else LORA
     theirs, ours = make_pair(name, tmp_path)
     with_adapters(ours, config)
@@ -125,19 +136,24 @@ def test_four_steps_equal_peft(name, layout, tmp_path):
     torch_optimizer = torch.optim.AdamW(
         [p for p in twin.parameters() if p.requires_grad], lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1, eps=eps
     )
-    expected = []
+    expected, gradients = [], {}
     for seed in range(4):
         batch = {k: torch.tensor(np.asarray(v)).long() for k, v in padded(documents(seed)).items()}
         loss = twin(batch["input_ids"], attention_mask=batch["segment_ids"], labels=batch["labels"]).loss
         expected.append(loss.item())
         torch_optimizer.zero_grad()
         loss.backward()
+        gradients = gradients or {k: p.grad.clone() for k, p in peft_parameters(twin).items()}
         torch_optimizer.step()
 
-    optimizer = optax.adamw(3e-3, b1=0.9, b2=0.99, weight_decay=0.1, eps=eps)
+    optimizer = optax.chain(keep_first(), optax.adamw(3e-3, b1=0.9, b2=0.99, weight_decay=0.1, eps=eps))
     losses, state = train(ours, optimizer, [layout(documents(seed)) for seed in range(4)])
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert state.step == 4
+    nnx.update(ours, state.opt_state[0][1])
+    found = adapter_matrices(ours)
+    for name_of_one, gradient in gradients.items():
+        assert relative_error(found[name_of_one], gradient) < 1e-4, name_of_one
     nnx.update(ours, state.trainable)
     found = adapter_matrices(ours)
     for name_of_one, parameter in peft_parameters(twin).items():
