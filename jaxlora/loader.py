@@ -523,7 +523,8 @@ def _placer(config: ModelConfig, device_map: Any, offload_embedding: bool, full_
 
 
 def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:
-    """config.json with another scaling of rope; its base, and the part of a head that turns, stay what they are."""
+    """config.json with another scaling of rope; its base, and the part of a head that turns, stay what they are. The
+    window becomes what the scaling says, where that names the original window, as such config.json files have it."""
     if "text_config" in hf_config:
         text = {"model_type": "gemma3_text", **hf_config["text_config"]}
         return {**hf_config, "text_config": _with_rope_scaling(text, rope_scaling)}
@@ -532,19 +533,30 @@ def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:
     if "full_attention" in before:  # sliding layers have one of their own, which is not scaled
         rope = {**before, "full_attention": rope}
     rest = {k: v for k, v in hf_config.items() if k not in ("rope_scaling", "rope_parameters")}
-    return {**rest, "rope_theta": now.rope_theta, "rope_parameters": rope}
+    scaled = {**rest, "rope_theta": now.rope_theta, "rope_parameters": rope}
+    new = model_config(scaled)
+    if rope_scaling.get("original_max_position_embeddings") and rope_scaling.get("factor"):
+        scaled["max_position_embeddings"] = _reach(new)
+    return scaled
 
 
-def _check_window(config: Any, max_seq_length: int | None) -> int:
+def _reach(config: ModelConfig) -> int:
+    """The window that the rope scaling makes of the native one."""
     native, rope = config.max_position_embeddings, config.rope
+    original = rope.original_max_position_embeddings
+    if rope.rope_type in ("yarn", "longrope") and original is not None:
+        return max(native, int(original * rope.factor))
+    scaled = rope.rope_type in ("linear", "dynamic", "yarn") and original is None
+    return int(native * rope.factor) if scaled else native
+
+
+def _check_window(config: ModelConfig, max_seq_length: int | None) -> int:
+    native, reach = config.max_position_embeddings, _reach(config)
     if max_seq_length is None:
         return min(2048, native)
     if max_seq_length < 1:
         raise ValueError(f"max_seq_length must be at least 1, found {max_seq_length}")
-    reach = native
-    if rope.rope_type in ("linear", "dynamic", "yarn") and rope.original_max_position_embeddings is None:
-        reach = int(native * rope.factor)
-    if max_seq_length > reach and rope.rope_type != "llama3":
+    if max_seq_length > reach and config.rope.rope_type != "llama3":
         raise ValueError(
             f"max_seq_length={max_seq_length} is beyond the model's window of {reach} tokens. Pass for example "
             f'rope_scaling={{"rope_type": "yarn", "factor": {max_seq_length / native:.1f}, '

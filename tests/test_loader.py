@@ -132,7 +132,7 @@ def test_files_that_are_no_checkpoint(folder):
 @pytest.mark.parametrize("full_finetuning", [False, True])
 @pytest.mark.filterwarnings("ignore:.*has no tokenizer files:UserWarning")
 def test_the_exported_config_says_what_was_trained(rope_scaling, full_finetuning, folder, tmp_path):
-    """A window of 128 in place of 64: transformers computes the same with what is exported, beyond the native window."""
+    """A window of 128 in place of 64: transformers computes the same with what is exported, beyond the native one."""
     options = dict(full_finetuning=True) if full_finetuning else dict(load_in_16bit=True)
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=128, rope_scaling=rope_scaling, dtype="float32", **options
@@ -151,3 +151,5 @@ def test_the_exported_config_says_what_was_trained(rope_scaling, full_finetuning
     assert np.abs(np.asarray(model(jnp.asarray(ids))) - expected).max() < 5e-5
     again, _ = FastLanguageModel.from_pretrained(tmp_path / "merged", load_in_16bit=True, dtype="float32")
     assert again.config.rope == model.config.rope
+    # Where the original window is named, max_position_embeddings is the new one.
+    assert theirs.config.max_position_embeddings == (128 if rope_scaling["rope_type"] == "yarn" else 64)
