@@ -11,6 +11,7 @@ from helpers import make_checkpoint, random_ids, randomise_adapters
 
 from jaxlora import FastLanguageModel, QuantizedArray
 from jaxlora.converters.huggingface import CheckpointError
+from jaxlora.converters.peft import adapter_tensors
 from jaxlora.modes import resolve_dtype
 
 
@@ -90,6 +91,16 @@ def test_adapters_twice(load):
         FastLanguageModel.get_peft_model(model, r=4, target_modules=["v_proj", "q_proj"])
     with pytest.raises(TypeError, match="already has LoRA adapters with other settings"):
         FastLanguageModel.get_peft_model(model, r=8, target_modules=["q_proj", "v_proj"])
+
+
+def test_the_seed_of_adapters(load):
+    tensors = [
+        adapter_tensors(FastLanguageModel.get_peft_model(load(), r=4, target_modules=["q_proj"], **options))
+        for options in ({}, {"random_state": 3407}, {"random_state": 1})
+    ]
+    for name, value in tensors[0].items():
+        np.testing.assert_array_equal(tensors[1][name], value)
+        assert "lora_B" in name or not np.array_equal(tensors[2][name], value)
 
 
 @pytest.mark.parametrize("r, error", [(0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)])
