@@ -77,9 +77,11 @@ class Components:
 
 def no_components(slots: int, n: int, features: int) -> Components:
     """Of no rows, `slots` times."""
-    shapes = ((features,), (), (), (n,), (n, features), (n,))
-    *parts, cosines = (jnp.zeros((slots, *shape), jnp.float32) for shape in shapes)
-    return Components(*parts, cosines - 1.0)
+
+    def zeros(*shape):
+        return jnp.zeros((slots, *shape), jnp.float32)
+
+    return Components(zeros(features), zeros(), zeros(), zeros(n), zeros(n, features), zeros(n) - 1.0)
 
 
 def add_rows(state: Components, x: Float[Array, "b t d"], counts: Bool[Array, "b t"]) -> Components:

