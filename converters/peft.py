@@ -116,8 +116,9 @@ def save_adapter(
 ) -> None:
     """Write the model's adapters as a folder that PEFT loads, with the tokenizer's files if one is given.
 
-    An adapter whose start was taken out of the base (`init_lora_weights` "pissa" or "olora") is written as a plain one
-    of twice the rank for the base as it was, B A - B_0 A_0: PEFT's `path_initial_model_for_weight_conversion`.
+    An adapter whose start was taken out of the base (`init_lora_weights` "pissa", "olora" or "corda") is written as a
+    plain one of twice the rank for the base as it was, B A - B_0 A_0: PEFT's
+    `path_initial_model_for_weight_conversion`.
 
     Args:
         model: a model with adapters.
@@ -396,6 +397,12 @@ def _read_config(
     }
     if options.get("init_lora_weights") not in (*_INITIALISATIONS, *_FROM_BASE):
         unsupported["init_lora_weights"] = options["init_lora_weights"]
+    if str(options.get("init_lora_weights")).startswith(("corda", "pissa_niter", "lora_ga")):
+        raise CheckpointError(
+            f"{path}: init_lora_weights={options['init_lora_weights']!r} is not supported in a file: what it took out "
+            "of the base cannot be made again of the base alone. Save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, or merge it into its base and load the result"
+        )
     if unsupported:
         found = ", ".join(f"{name}={value!r}" for name, value in sorted(unsupported.items()))
         raise CheckpointError(

@@ -69,7 +69,7 @@ class Shelf:
 # ---- On and off ------------------------------------------------------------------------------------------------------
 
 
-def new_adapter(model: CausalLM, config: LoraConfig, key: Any) -> Adapter:
+def new_adapter(model: CausalLM, config: LoraConfig, key: Any, init_dataset: Any = None) -> Adapter:
     """A fresh adapter for a model, which stays as it is; see `lora.add_adapters`.
 
     Raises:
@@ -78,8 +78,7 @@ def new_adapter(model: CausalLM, config: LoraConfig, key: Any) -> Adapter:
     if lora.adapters(model):
         raise ValueError("the model carries an adapter: take it off first (jaxlora.take_adapter)")
     check_shares_base(config)
-    lora.add_adapters(model, config, key)
-    return take_adapter(model, config)
+    return take_adapter(model, lora.add_adapters(model, config, key, init_dataset))
 
 
 def take_adapter(model: CausalLM, config: LoraConfig) -> Adapter:

@@ -38,8 +38,9 @@ from jaxlora.sft import SFTConfig, SFTTrainer
 
 ENGINE = ["fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank", "disable_log_stats"]
 LOAD = from_signature(FastLanguageModel.from_pretrained, skip=["model_name", *ENGINE])  # which no command here runs
-# The window is an option of loading, and a temporary location of nothing.
-ADAPTER = from_signature(FastLanguageModel.get_peft_model, skip=["model", "max_seq_length", "temporary_location"])
+# The window is an option of loading, a temporary location of nothing, and no text stands for batches.
+SKIPPED = ["model", "max_seq_length", "temporary_location", "init_dataset", "eva_config", "corda_config"]
+ADAPTER = from_signature(FastLanguageModel.get_peft_model, skip=SKIPPED)
 TRAINING = from_dataclass(SFTConfig, skip=["output_dir"])
 SAMPLING = from_signature(generate, skip=["model", "input_ids", "attention_mask"])
 ADAPTER_FILES = from_signature(LanguageModel.save_pretrained, skip=["self", "save_directory", "tokenizer"])

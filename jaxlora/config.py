@@ -7,9 +7,10 @@ the difference is a field here; the model never asks for a `model_type`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 QuantScheme = Literal["nf4", "int8", "fp8", "fp8_block"]
@@ -18,6 +19,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 NORMS = ("rms_norm", "layer_norm")
 QK_NORMS = ("head", "per_head", "projection")
 BIASES = ("none", "all", "lora_only")
+CORDA_METHODS = ("ipm", "kpm")
 FUSED_QKV = ("concatenated", "grouped")
 FUSED_GATE_UP = ("concatenated", "interleaved")
 
@@ -356,6 +358,78 @@ class QuantConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaConfig:
+    """How EVA (arXiv:2410.07170) starts adapters from data, with PEFT's names.
+
+    rho: a layer gets at most rho * r directions; 1 leaves every rank as it is. tau: a layer has read enough when its
+    directions have a cosine similarity of tau with those of one batch before. use_label_mask: tokens whose label is
+    `label_mask_value` do not count. whiten: divide each direction by the root of its singular value.
+    adjust_scaling_factors: lora_alpha grows and shrinks with the rank, so that alpha / r stays.
+
+    Raises:
+        ValueError: rho below 1, or tau outside (0, 1].
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self):
+        _require(self.rho >= 1.0, f"eva_config: rho must be at least 1, found {self.rho}")
+        _require(0.0 < self.tau <= 1.0, f"eva_config: tau must lie in (0, 1], found {self.tau}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CordaConfig:
+    """How CorDA (arXiv:2406.05223) starts adapters from data, with PEFT's names.
+
+    corda_method: "ipm" (instruction-previewed) takes the directions of the weight that matter most to the data,
+    "kpm" (knowledge-preserved) those that matter least. covariance_file: where the covariances of the inputs are
+    written, and read from if it is there: safetensors, {module: [in, in] float32}. The other fields of PEFT's are
+    about its memory and its files: `cache_file` is refused; `verbose`, `use_float16_for_covariance` and
+    `prune_temporary_fields` warn that they change nothing, because only one input's covariances exist at a time.
+
+    Raises:
+        ValueError: an unknown method, or a `cache_file`.
+    """
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: str = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+    def __post_init__(self):
+        _require(
+            self.corda_method in CORDA_METHODS,
+            f"corda_config: corda_method {self.corda_method!r} is not one of {', '.join(CORDA_METHODS)}",
+        )
+        _require(
+            self.cache_file is None,
+            "corda_config: cache_file is a pickle of PEFT's, which is neither read nor written here: keep the "
+            "covariances (covariance_file), of which any rank is made in seconds, or save the adapter",
+        )
+        idle = dict(prune_temporary_fields=True, use_float16_for_covariance=False, verbose=False)
+        if named := [name for name, default in idle.items() if getattr(self, name) != default]:
+            warnings.warn(f"corda_config: {', '.join(named)} change nothing here", stacklevel=2)
+
+
+def _settings(cls: type, name: str, given: Any) -> Any:
+    """`given` as a `cls`: one already, None for its defaults, a mapping, or PEFT's dataclass of the same fields."""
+    if isinstance(given, cls):
+        return given
+    values = dict(given or {}) if isinstance(given, Mapping | None) else dict(vars(given))
+    known = [field.name for field in fields(cls)]
+    unknown = sorted(values.keys() - set(known))
+    _require(not unknown, f"{name} has {', '.join(known)}, found {', '.join(unknown)}")
+    return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """LoRA options with PEFT's names and meaning (arXiv:2106.09685). A module is meant by its path in the checkpoint.
 
@@ -369,7 +443,10 @@ class LoraConfig:
     distribution, "orthogonal" draws B and A so that B A = 0. "pissa" (arXiv:2404.02948), "pissa_niter_n" (by n steps of
     subspace iteration) and "olora" (arXiv:2406.01775) start from the weight's largest directions and take them out of
     the weight. "loftq" (arXiv:2310.08659) quantises the weight and starts from what that lost: `loftq_config` says
-    loftq_bits, 4 (NF4) or 8, and loftq_iter, the rounds of quantising what the adapter does not hold.
+    loftq_bits, 4 (NF4) or 8, and loftq_iter, the rounds of quantising what the adapter does not hold. "eva"
+    (arXiv:2410.07170) starts from the directions in which the inputs of some data vary most, and gives the layers
+    ranks by what theirs explain, so what the data decided comes back as other patterns; see `EvaConfig`. "corda"
+    (arXiv:2406.05223) takes directions out of the weight that the data chooses; see `CordaConfig`.
 
     `use_dora` gives each output a magnitude that learns (arXiv:2402.09353). `bias` says which biases of the checkpoint
     learn too: "none", "lora_only" (those of adapted modules) or "all". `modules_to_save` are modules whose weights
@@ -394,6 +471,8 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     init_lora_weights: bool | str = True
     loftq_config: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    eva_config: Any = None  # an EvaConfig, or what can be made one
+    corda_config: Any = None
     use_dora: bool = False
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
@@ -427,9 +506,9 @@ class LoraConfig:
         init = self.init_lora_weights
         _require(
             isinstance(init, bool)
-            or re.fullmatch(r"gaussian|orthogonal|pissa(_niter_\d+)?|olora|loftq", init) is not None,
+            or re.fullmatch(r"gaussian|orthogonal|pissa(_niter_\d+)?|olora|loftq|eva|corda", init) is not None,
             f"init_lora_weights {init!r} is not one of True, False, gaussian, orthogonal, pissa, pissa_niter_<number>, "
-            "olora, loftq",
+            "olora, loftq, eva, corda",
         )
         if init == "orthogonal":
             odd = [rank for rank in (self.r, *dict(self.rank_pattern).values()) if rank % 2]
@@ -441,6 +520,12 @@ class LoraConfig:
         _require(self.loftq_bits in (4, 8), f"loftq_bits must be 4 or 8, found {self.loftq_bits}")
         _require(self.loftq_iter > 0, f"loftq_iter must be larger than 0, found {self.loftq_iter}")
         object.__setattr__(self, "loftq_config", tuple(sorted(given.items())))
+        for name, cls in (("eva", EvaConfig), ("corda", CordaConfig)):
+            settings, option = getattr(self, f"{name}_config"), f"{name}_config"
+            _require(
+                init == name or not settings, f'{option}={settings} needs init_lora_weights="{name}", found {init!r}'
+            )
+            object.__setattr__(self, option, _settings(cls, option, settings) if init == name else None)
 
     @property
     def loftq_bits(self) -> int:
@@ -458,7 +543,12 @@ class LoraConfig:
     @property
     def takes_from_base(self) -> bool:
         """Whether the initialisation takes what it starts from out of the base weights."""
-        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+        return str(self.init_lora_weights).startswith(("pissa", "olora", "corda"))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the initialisation reads data."""
+        return self.init_lora_weights in ("eva", "corda")
 
     def on_plain_base(self) -> LoraConfig:
         """The settings of the same adapter for a base that nothing was taken out of: twice the rank, same scaling."""
@@ -472,6 +562,7 @@ class LoraConfig:
             rank_pattern={key: 2 * rank for key, rank in dict(self.rank_pattern).items()},
             alpha_pattern={key: factor * alpha for key, alpha in dict(self.alpha_pattern).items()},
             init_lora_weights=True,
+            corda_config=None,
         )
 
     def _check_layers(self) -> None:
@@ -498,7 +589,11 @@ class LoraConfig:
 
     def scaling_of(self, module: str) -> float:
         """The factor of a module's adapter, of its own rank and alpha."""
-        return self._scaling(self.rank_of(module), float(_matching(self.alpha_pattern, module, self.lora_alpha)))
+        return self._scaling(self.rank_of(module), self.alpha_of(module))
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module's adapter."""
+        return float(_matching(self.alpha_pattern, module, self.lora_alpha))
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (rank**0.5 if self.use_rslora else rank)

@@ -80,16 +80,26 @@ class LanguageModel(CausalLM):
         folder = resolve_path(model_id, **hub)
         config = peft.read_config(self, folder)
         self._check_new(adapter_name, config)
-        self._add(adapter_name, config, lambda: peft.load_adapter(self, folder))
+        self._add(adapter_name, lambda: peft.load_adapter(self, folder))
 
-    def add_adapter(self, adapter_name: str, config: LoraConfig, random_state: int = 3407) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: LoraConfig,
+        random_state: int = 3407,
+        init_dataset: Any = None,
+    ) -> None:
         """Make another fresh adapter, under a name. The active one stays active, if there is one.
+
+        Args:
+            init_dataset: for "eva"; see `FastLanguageModel.get_peft_model`.
 
         Raises:
             ValueError: there is one of this name, one that changed the base's weights; and see `lora.add_adapters`.
         """
         self._check_new(adapter_name, config)
-        self._add(adapter_name, config, lambda: lora.add_adapters(self, config, jax.random.key(random_state)))
+        key = jax.random.key(random_state)
+        self._add(adapter_name, lambda: lora.add_adapters(self, config, key, init_dataset))
 
     def add_weighted_adapter(
         self,
@@ -146,11 +156,11 @@ class LanguageModel(CausalLM):
             if owner is not None and (self.active_adapter is not None or owner is not config):
                 check_shares_base(owner)
 
-    def _add(self, name: str, config: LoraConfig, make: Callable[[], Any]) -> None:
+    def _add(self, name: str, make: Callable[[], LoraConfig]) -> None:
         """Put what `make` puts on the bare model on the shelf; without an active adapter it becomes active."""
         active = self._put_away()
         try:
-            make()
+            config = make()
             assert self._shelf is not None
             if active is None:
                 self._shelf.active, self.lora_config = name, config

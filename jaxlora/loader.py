@@ -287,6 +287,9 @@ class FastLanguageModel:
         qat_scheme: str | None = None,
         max_seq_length: int | None = None,
         temporary_location: str | None = None,
+        init_dataset: Any = None,
+        eva_config: Any = None,
+        corda_config: Any = None,
     ) -> LanguageModel:  # fmt: skip
         """Put LoRA adapters on the model, in place, and return it. What is not an adapter stays frozen.
 
@@ -306,7 +309,9 @@ class FastLanguageModel:
             layers_pattern: names of the lists of layers whose numbers those indices are, by default any list.
             init_lora_weights: where the adapters start: True, False, "gaussian" or "orthogonal"; or "pissa",
                 "pissa_niter_<number>" or "olora", which take their start out of the base weights; or "loftq", which
-                quantises an unquantised base so that the adapters make up for what is lost.
+                quantises an unquantised base so that the adapters make up for what is lost; or, with `init_dataset`,
+                "eva", which gives ranks to the layers whose inputs vary in most directions and starts from these, or
+                "corda", which takes out of the base weights what the data needs most or least.
             exclude_modules: names, or a regular expression for whole paths, of linear layers that get none.
             rank_pattern: ranks of single modules, {regular expression for the end of a path: rank}.
             alpha_pattern: the same for lora_alpha.
@@ -322,6 +327,12 @@ class FastLanguageModel:
                 `kernels.fake_quant`. Exported in 16 bit and quantised so, the model computes what was trained.
             max_seq_length: said to `from_pretrained`; another number here warns that it changes nothing.
             temporary_location: warns that it changes nothing, since embeddings that learn stay in memory.
+            init_dataset: what "eva" and "corda" start from: batches to run the model over, dicts of arrays [B, T] with
+                input_ids and perhaps labels, attention_mask or segment_ids (0 is padding, which is not looked at), and
+                positions. "eva" goes through them until its directions settle, "corda" reads all.
+            eva_config: for "eva": rho, tau, use_label_mask, label_mask_value, whiten, adjust_scaling_factors; see
+                `EvaConfig`.
+            corda_config: for "corda": corda_method "ipm" or "kpm", covariance_file; see `CordaConfig`.
 
         Raises:
             TypeError: `r` is not an integer, or the model has adapters with other settings.
@@ -348,7 +359,7 @@ class FastLanguageModel:
             exclude_modules=exclude_modules, layers_to_transform=layers, layers_pattern=layers_pattern,
             rank_pattern=rank_pattern or (), alpha_pattern=alpha_pattern or (), init_lora_weights=init_lora_weights,
             loftq_config=loftq_config or (), use_dora=use_dora, bias=bias, modules_to_save=modules_to_save,
-            ensure_weight_tying=ensure_weight_tying,
+            ensure_weight_tying=ensure_weight_tying, eva_config=eva_config, corda_config=corda_config,
         )  # fmt: skip
         config = learning_rows(model, config)
         policy = remat.resolve(use_gradient_checkpointing)
@@ -363,8 +374,8 @@ class FastLanguageModel:
         _check_offloaded(model, config)
         if qat_scheme is not None:
             lora.prepare_qat(model, qat_scheme, lora_dropout)
-        lora.add_adapters(model, config, jax.random.key(random_state))
-        model.lora_config, model.remat_policy = config, policy
+        model.lora_config = lora.add_adapters(model, config, jax.random.key(random_state), init_dataset)
+        model.remat_policy = policy
         return model
 
     @staticmethod
@@ -414,6 +425,10 @@ def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> boo
         return modules
 
     alike = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in _PER_MODULE})
+    if ours.init_lora_weights == "eva":  # whose data moved ranks between the modules, and left the sum
+        here, asked = adapters(ours), adapters(theirs)
+        total = [sum(rank for rank, _ in found.values()) for found in (here, asked)]
+        return ours == alike and here.keys() <= asked.keys() and total[0] == total[1]
     return ours == alike and adapters(ours) == adapters(theirs)
 
 
@@ -510,7 +525,8 @@ def _placer(config: ModelConfig, device_map: Any, offload_embedding: bool, full_
 
 
 def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:
-    """config.json with another scaling of rope; its base, and the part of a head that turns, stay what they are."""
+    """config.json with another scaling of rope; its base, and the part of a head that turns, stay what they are. The
+    window becomes what the scaling says, where that names the original window, as such config.json files have it."""
     if "text_config" in hf_config:
         text = {"model_type": f"{hf_config['model_type']}_text", **hf_config["text_config"]}
         return {**hf_config, "text_config": _with_rope_scaling(text, rope_scaling)}
@@ -520,19 +536,30 @@ def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:
     if "full_attention" in before:  # sliding layers have one of their own, which is not scaled
         rope = {**before, "full_attention": rope}
     rest = {k: v for k, v in hf_config.items() if k not in ("rope_scaling", "rope_parameters")}
-    return {**rest, "rope_theta": now.rope_theta, "rope_parameters": rope}
+    scaled = {**rest, "rope_theta": now.rope_theta, "rope_parameters": rope}
+    new = model_config(scaled)
+    if rope_scaling.get("original_max_position_embeddings") and rope_scaling.get("factor"):
+        scaled["max_position_embeddings"] = _reach(new)
+    return scaled
 
 
-def _check_window(config: Any, max_seq_length: int | None) -> int:
+def _reach(config: ModelConfig) -> int:
+    """The window that the rope scaling makes of the native one."""
     native, rope = config.max_position_embeddings, config.rope
+    original = rope.original_max_position_embeddings
+    if rope.rope_type in ("yarn", "longrope") and original is not None:
+        return max(native, int(original * rope.factor))
+    scaled = rope.rope_type in ("linear", "dynamic", "yarn") and original is None
+    return int(native * rope.factor) if scaled else native
+
+
+def _check_window(config: ModelConfig, max_seq_length: int | None) -> int:
+    native, reach = config.max_position_embeddings, _reach(config)
     if max_seq_length is None:
         return min(2048, native)
     if max_seq_length < 1:
         raise ValueError(f"max_seq_length must be at least 1, found {max_seq_length}")
-    reach = native
-    if rope.rope_type in ("linear", "dynamic", "yarn") and rope.original_max_position_embeddings is None:
-        reach = int(native * rope.factor)
-    if max_seq_length > reach and rope.rope_type != "llama3":
+    if max_seq_length > reach and config.rope.rope_type != "llama3":
         raise ValueError(
             f"max_seq_length={max_seq_length} is beyond the model's window of {reach} tokens. Pass for example "
             f'rope_scaling={{"rope_type": "yarn", "factor": {max_seq_length / native:.1f}, '

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlora import lora_init, quant
+from jaxlora import data_starts, lora_init, quant
 from jaxlora.config import LoraConfig
 from jaxlora.kernels.fake_quant import GROUP, SCHEMES
 from jaxlora.kernels.lora import row_norms
@@ -40,22 +40,37 @@ from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.quant import QuantizedArray
 
 
-def add_adapters(model: CausalLM, config: LoraConfig, key: Any) -> None:
+def add_adapters(model: CausalLM, config: LoraConfig, key: Any, init_dataset: Any = None) -> LoraConfig:
     """Put fresh adapters on the model's modules, in place, all float32, as `config` says, and copies that learn.
 
     Each matrix is drawn from `key` folded with its checkpoint name, so that it does not depend on how layers are
     stacked or which others are targets.
 
+    Args:
+        init_dataset: what "eva" and "corda" start from, batches of tokens; see `FastLanguageModel.get_peft_model`.
+
+    Returns:
+        The settings of the adapters that are there: `config`, but for "eva", whose data chooses the ranks.
+
     Raises:
-        TypeError: "pissa" or "loftq" on a quantised weight, as in PEFT.
-        ValueError: see `lora_targets`, and a start from the weight of a rank that the weight has not.
+        TypeError: "pissa", "corda" or "loftq" on a quantised weight, as in PEFT.
+        ValueError: see `lora_targets`; a start from the weight of a rank that the weight has not; a start from data
+            without data, and see `data_starts`.
     """
     targets, copies = target_ranks(model, config), list(copied(model, config))
     check_start(config, targets)
+    data_starts.check_dataset(config, init_dataset)
+    starts: Any = {}
+    if config.init_lora_weights == "corda":
+        starts = data_starts.corda(model, targets, config, init_dataset)
+    elif config.init_lora_weights == "eva":
+        assert init_dataset is not None
+        config, starts = data_starts.eva(model, targets, config, init_dataset)
+        targets = target_ranks(model, config)
     for target, ranks in targets:
         module: Adapted = target.node
         if config.changes_base and not isinstance(module, Embedding):
-            start_from_base(model, target, ranks, config, key)
+            start_from_base(model, target, ranks, config, key, starts)
             continue
         draw = lora_init.draw_embedding if isinstance(module, Embedding) else lora_init.draw
         a = jnp.zeros((len(ranks), max(ranks), module.in_features), jnp.float32)
@@ -69,10 +84,14 @@ def add_adapters(model: CausalLM, config: LoraConfig, key: Any) -> None:
                 )
             )(keys[layers])
             a, b = a.at[layers, :rank].set(drawn[0]), b.at[layers, :, :rank].set(drawn[1])
+        for i, name in enumerate(target.names()):
+            if name in starts:
+                a = a.at[i, : ranks[i]].set(starts[name])
         attach_stack(model, target, a, b, config, ranks)
     for copy in copies:
         add_copy(model, copy.module, copy.part, copy.layers)
     tie_adapters(model, config)
+    return config
 
 
 def tie_adapters(model: CausalLM, config: LoraConfig) -> None:
@@ -159,8 +178,18 @@ def check_start(config: LoraConfig, targets: list[tuple[Named, tuple[int, ...]]]
             )
 
 
-def start_from_base(model: CausalLM, target: Named, ranks: tuple[int, ...], config: LoraConfig, key: Any) -> None:
-    """An adapter made of the weight, which changes: see `lora_init.principal` and `lora_init.loftq`."""
+def start_from_base(
+    model: CausalLM,
+    target: Named,
+    ranks: tuple[int, ...],
+    config: LoraConfig,
+    key: Any,
+    starts: Mapping[str, tuple[Any, Any]] | None = None,
+) -> None:
+    """An adapter made of the weight, which changes: see `lora_init.principal` and `lora_init.loftq`.
+
+    starts: {module: (A, B)} that are to be taken out of the weights, where they are known already.
+    """
     linear: Adapted = target.node
     a = np.zeros((len(ranks), max(ranks), linear.in_features), np.float32)
     b = np.zeros((len(ranks), linear.out_features, max(ranks)), np.float32)
@@ -171,7 +200,8 @@ def start_from_base(model: CausalLM, target: Named, ranks: tuple[int, ...], conf
             weight = quant.dequantize(one, jnp.float32) if isinstance(one, QuantizedArray) else one.astype(jnp.float32)
             scaling = config.scaling_of(name)
             if config.takes_from_base:
-                low = lora_init.principal(str(config.init_lora_weights), keys[i], weight, rank, scaling)
+                known = (starts or {}).get(name)
+                low = known or lora_init.principal(str(config.init_lora_weights), keys[i], weight, rank, scaling)
                 one = _stored_like(one, lora_init.residual(config, name, weight, *low))
             else:
                 rest, low = lora_init.loftq(weight, rank, scaling, bits=config.loftq_bits, rounds=config.loftq_iter)

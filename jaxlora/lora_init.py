@@ -1,7 +1,8 @@
 """Where adapters start: PEFT's `init_lora_weights`, one module at a time.
 
 Most starts leave the model as it is, because B A = 0. PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from
-the directions in which the weight is largest, and take them out of the weight: W = (W - s B A) + s B A.
+the directions in which the weight is largest, and take them out of the weight: W = (W - s B A) + s B A. CorDA does so
+with directions that data finds (`data_starts`).
 """
 
 from __future__ import annotations
@@ -84,12 +85,44 @@ def principal(
         u, s, vh = jnp.linalg.svd(weight, full_matrices=False)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     else:
-        u, s, vh = _subspace_svd(key, weight, rank, int(kind.removeprefix("pissa_niter_")))
+        u, s, vh = subspace_svd(key, weight, rank, int(kind.removeprefix("pissa_niter_")))
     root = jnp.sqrt(s / scaling)
     return root[:, None] * vh, u * root
 
 
-def _subspace_svd(key: Any, weight: Array, rank: int, rounds: int) -> tuple[Array, Array, Array]:
+def corda(
+    weight: Float[Array, "out in"], covariance: Float[Array, "in in"], rank: int, scaling: float, *, method: str
+) -> tuple[Float[Array, "r in"], Float[Array, "out r"]]:
+    """A and B of CorDA (arXiv:2406.05223, equations 2 to 6), float32, for a base weight of W - scaling * B A.
+
+    W C = U S V^T, with C the covariance of the inputs, so that W = U S (V^T C^-1), of which "ipm" takes the first r
+    terms and "kpm" the last r. C gets 1% of its mean variance on its diagonal, and twice as much until its inverse is
+    one.
+
+    Raises:
+        ValueError: the covariance is not finite, or zero.
+    """
+    variance, one = jnp.mean(jnp.diag(covariance)), jnp.eye(covariance.shape[0], dtype=jnp.float32)
+    if not bool(jnp.isfinite(variance)) or not float(variance) > 0.0:
+        raise ValueError(f"the mean variance of the inputs is {float(variance)}, and must be a number above 0")
+    damp, error = 0.01, float("inf")
+    while not error < 0.05:
+        damped = covariance + damp * variance * one
+        inverse = jnp.linalg.inv(damped)
+        error = float(jnp.linalg.norm(jnp.matmul(damped, inverse, precision=_EXACT) - one))
+        damp = 2 * damp
+    u, s, vh = jnp.linalg.svd(jnp.matmul(weight, damped, precision=_EXACT), full_matrices=False)
+    chosen = slice(rank) if method == "ipm" else slice(len(s) - rank, None)
+    root = jnp.sqrt(s[chosen] / scaling)
+    a = jnp.matmul(vh[chosen], inverse, precision=_EXACT)
+    return root[:, None] * a, u[:, chosen] * root
+
+
+def subspace_svd(
+    key: Any, weight: Float[Array, "rows columns"], rank: int, rounds: int
+) -> tuple[Float[Array, "rows r"], Float[Array, " r"], Float[Array, "r columns"]]:
+    """The largest singular values of a matrix and their vectors, about, by subspace iteration (arXiv:0909.4061)."""
+
     def orthonormal(matrix):
         return jnp.linalg.qr(matrix)[0]
 

@@ -3,6 +3,9 @@
 Pair d of a head, made of its entries d and d + rotary / 2 (or 2 d and 2 d + 1: `interleaved`), turns by the angle
 `position * inv_freq[d]`. Every rope type is a way to compute `inv_freq`; "dynamic" and "longrope" also look at the
 longest position in the batch. Frequencies and angles are float32, since bfloat16 cannot count to 257.
+
+The last bit of a frequency is an angle of 1e-4 at position 1500, and of 1e-2 at 131072. So frequencies that are known
+while tracing are made by numpy, in transformers' order, of powers that are rounded once: nearly all have its last bit.
 """
 
 from __future__ import annotations
@@ -17,28 +20,35 @@ from jaxtyping import Array, Float, Int
 from jaxlora.config import RopeConfig
 
 
-def _default(theta: float | Array, dim: int) -> Array:
-    return 1.0 / (theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim))
+def _wavelengths(theta: float, dim: int) -> np.ndarray:
+    """Positions for a radian, theta^(2 d / dim), float32."""
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
+
+
+def _default(theta: float, dim: int) -> np.ndarray:
+    return np.float32(1.0) / _wavelengths(theta, dim)
 
 
 def _dynamic(rope: RopeConfig, dim: int, native: int, length: Array) -> Array:
     """NTK-aware scaling with the base grown just enough for the longest position, never below the native window."""
     length = jnp.maximum(length, native).astype(jnp.float32)
     grown = rope.rope_theta * ((rope.factor * length / native) - (rope.factor - 1.0)) ** (dim / (dim - 2))
-    return _default(grown, dim)
+    return 1.0 / (grown ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim))
 
 
-def _llama3(rope: RopeConfig, dim: int, native: int) -> Array:
+def _llama3(rope: RopeConfig, dim: int, native: int) -> np.ndarray:
     """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between interpolated."""
     inv_freq = _default(rope.rope_theta, dim)
     original = rope.original_max_position_embeddings or native
-    turns = original * inv_freq / (2 * math.pi)  # how often the pair turns within the original window
+    wavelengths = 1 / inv_freq * (2 * math.pi)  # torch divides a number by a tensor so, and rounds twice
+    turns = 1 / wavelengths * original  # how often the pair turns within the original window
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    between = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    return np.where(smooth < 0.0, inv_freq / rope.factor, np.where(smooth > 1.0, inv_freq, between))
 
 
-def _yarn(rope: RopeConfig, dim: int, native: int) -> Array:
+def _yarn(rope: RopeConfig, dim: int, native: int) -> np.ndarray:
     """YaRN (arXiv:2309.00071), section 3.2: a ramp over the pairs from kept to divided frequencies."""
     original = rope.original_max_position_embeddings or native
 
@@ -50,9 +60,9 @@ def _yarn(rope: RopeConfig, dim: int, native: int) -> Array:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = (np.arange(dim // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
-    ramp = jnp.asarray(np.clip(ramp, 0.0, 1.0), jnp.float32)
-    inv_freq = _default(rope.rope_theta, dim)
-    return inv_freq / rope.factor * ramp + inv_freq * (1.0 - ramp)
+    kept = 1 - np.clip(ramp, 0.0, 1.0).astype(np.float32)
+    wavelengths = _wavelengths(rope.rope_theta, dim)
+    return 1 / (rope.factor * wavelengths) * (1 - kept) + 1 / wavelengths * kept
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:
@@ -68,11 +78,12 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 def _longrope(rope: RopeConfig, dim: int, native: int, length: Array) -> Array:
     """LongRoPE (arXiv:2402.13753): a divisor for each pair, of one list within the original window, else of another."""
-    beyond = length > (rope.original_max_position_embeddings or native)
-    divisors = jnp.where(
-        beyond, jnp.asarray(rope.long_factor, jnp.float32), jnp.asarray(rope.short_factor, jnp.float32)
+    wavelengths = _wavelengths(rope.rope_theta, dim)
+    long, short = (
+        jnp.asarray(1 / (np.asarray(factors, np.float32) * wavelengths))
+        for factors in (rope.long_factor, rope.short_factor)
     )
-    return _default(rope.rope_theta, dim) / divisors
+    return jnp.where(length > (rope.original_max_position_embeddings or native), long, short)
 
 
 def _longrope_attention_factor(rope: RopeConfig, native: int) -> float:
@@ -94,13 +105,15 @@ def rope_frequencies(
     if rope.rope_type == "dynamic":
         return _dynamic(rope, dim, max_position_embeddings, jnp.asarray(length)), 1.0
     if rope.rope_type == "llama3":
-        return _llama3(rope, dim, max_position_embeddings), 1.0
+        return jnp.asarray(_llama3(rope, dim, max_position_embeddings)), 1.0
     if rope.rope_type == "yarn":
-        return _yarn(rope, dim, max_position_embeddings), _yarn_attention_factor(rope)
+        return jnp.asarray(_yarn(rope, dim, max_position_embeddings)), _yarn_attention_factor(rope)
     if rope.rope_type == "longrope":
         frequencies = _longrope(rope, dim, max_position_embeddings, jnp.asarray(length))
         return frequencies, _longrope_attention_factor(rope, max_position_embeddings)
-    return _default(rope.rope_theta, dim) / rope.factor, 1.0  # "default" has factor 1, "linear" its own
+    return jnp.asarray(
+        _default(rope.rope_theta, dim) / np.float32(rope.factor)
+    ), 1.0  # "default" has factor 1, "linear" its own
 
 
 def rope_tables(

@@ -97,6 +97,27 @@ def test_a_stack_holds_one_base(checkpoint):
     assert base + 4 * one <= held < base + 4.05 * one
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_stack_trains_in_the_memory_of_one_base(quantised, tmp_path):
+    """The compiled step of five: its arguments are the base and five states, and no base of any form for each."""
+    make_checkpoint("llama", tmp_path, hidden_size=256, intermediate_size=512, head_dim=32, num_attention_heads=8)
+    model = load_folder(tmp_path, quant_config=QuantConfig() if quantised else None)
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    dense = sum(leaf.nbytes for leaf in jax.tree.leaves(load_folder(tmp_path)))
+    batch = {"input_ids": jnp.ones((1, 4), jnp.int32), "labels": jnp.ones((1, 4), jnp.int32)}
+    memory, states = {}, {}
+    for n in (1, 5):
+        adapters = [jaxlora.new_adapter(model, LoraConfig(r=2), jax.random.key(i)) for i in range(n)]
+        stack, optimizer = jaxlora.stack_adapters(model, adapters), optimizer_of(1e-3)
+        step = jax.jit(jax.vmap(jaxlora.make_train_step(stack.graphdef, optimizer), (0, stack.frozen_axes, None)))
+        state = jax.vmap(lambda t, optimizer=optimizer: jaxlora.TrainState.create(t, optimizer))(stack.trainable)
+        memory[n] = step.lower(state, stack.frozen, batch).compile().memory_analysis()
+        states[n] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    for n in (1, 5):
+        assert base + states[n] <= memory[n].argument_size_in_bytes < base + 1.05 * states[n]
+    assert memory[5].temp_size_in_bytes - memory[1].temp_size_in_bytes < 4 * 0.1 * dense
+
+
 def test_each_of_a_stack_may_have_its_own_batch(checkpoint):
     model = load_folder(checkpoint)
     adapters = [jaxlora.new_adapter(model, LoraConfig(r=2), jax.random.key(i)) for i in range(2)]

@@ -233,7 +233,6 @@ def plain_weight(model, name):
     [
         (dict(init_lora_weights="pissa"), TypeError, "is quantised: load the model with load_in_16bit=True, or"),
         (dict(init_lora_weights="olora", r=21), ValueError, r"k_proj .*rank says, 21, but it is \[20, 48\]"),
-        (dict(init_lora_weights="eva"), ValueError, "init_lora_weights 'eva' is not one of True, False, gaussian"),
         (dict(init_lora_weights="pissa_niter_x"), ValueError, "'pissa_niter_x' is not one of"),
         (dict(init_lora_weights="orthogonal", r=3), ValueError, r"needs even ranks, found \[3\]"),
     ],
@@ -247,7 +246,7 @@ def test_starts_that_do_not_work(options, error, message, checkpoint):
 def test_a_random_start_cannot_be_taken_out_again(checkpoint, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     save_peft(peft_model(theirs, init_lora_weights="pissa_niter_4"), tmp_path)
-    with pytest.raises(CheckpointError, match="init_lora_weights='pissa_niter_4', which is not supported"):
+    with pytest.raises(CheckpointError, match="init_lora_weights='pissa_niter_4' is not supported in a file"):
         ours.load_adapter(load_folder(checkpoint), tmp_path)
 
 

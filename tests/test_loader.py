@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import make_checkpoint, random_ids
+import transformers
+from helpers import make_checkpoint, random_ids, randomise_adapters
 
 from jaxlora import FastLanguageModel, QuantizedArray
 from jaxlora.converters.huggingface import CheckpointError
+from jaxlora.converters.peft import adapter_tensors
 from jaxlora.modes import resolve_dtype
 
 
@@ -91,6 +93,16 @@ def test_adapters_twice(load):
         FastLanguageModel.get_peft_model(model, r=8, target_modules=["q_proj", "v_proj"])
 
 
+def test_the_seed_of_adapters(load):
+    tensors = [
+        adapter_tensors(FastLanguageModel.get_peft_model(load(), r=4, target_modules=["q_proj"], **options))
+        for options in ({}, {"random_state": 3407}, {"random_state": 1})
+    ]
+    for name, value in tensors[0].items():
+        np.testing.assert_array_equal(tensors[1][name], value)
+        assert "lora_B" in name or not np.array_equal(tensors[2][name], value)
+
+
 @pytest.mark.parametrize("r, error", [(0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)])
 def test_ranks_that_are_none(load, r, error):
     with pytest.raises(error, match=f"{r}"):
@@ -113,3 +125,42 @@ def test_files_that_are_no_checkpoint(folder):
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="is not a checkpoint: it has no config.json"):
         FastLanguageModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "rope_scaling",
+    [
+        dict(rope_type="linear", factor=2.0),
+        dict(rope_type="dynamic", factor=2.0),
+        dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64),
+        dict(
+            rope_type="llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+@pytest.mark.parametrize("full_finetuning", [False, True])
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer files:UserWarning")
+def test_the_exported_config_says_what_was_trained(rope_scaling, full_finetuning, folder, tmp_path):
+    """A window of 128 in place of 64: transformers computes the same with what is exported, beyond the native one."""
+    options = dict(full_finetuning=True) if full_finetuning else dict(load_in_16bit=True)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=128, rope_scaling=rope_scaling, dtype="float32", **options
+    )
+    if not full_finetuning:
+        model = FastLanguageModel.get_peft_model(model, r=4)
+        randomise_adapters(model)
+    model.save_pretrained_merged(tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    found = theirs.config.rope_parameters
+    assert {name: found[name] for name in rope_scaling} == rope_scaling
+    assert found["rope_theta"] == model.config.rope.rope_theta
+    ids = random_ids(1, 128)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids).long()).logits.numpy()
+    assert np.abs(np.asarray(model(jnp.asarray(ids))) - expected).max() < 5e-5
+    again, _ = FastLanguageModel.from_pretrained(tmp_path / "merged", load_in_16bit=True, dtype="float32")
+    assert again.config.rope == model.config.rope
+    # Where the original window is named, max_position_embeddings is the new one.
+    assert theirs.config.max_position_embeddings == (128 if rope_scaling["rope_type"] == "yarn" else 64)
