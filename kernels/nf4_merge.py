@@ -99,7 +99,7 @@ def _kernel():
         column = first_column + tl.arange(0, TILE_COLUMNS)
         if RANK > 0:
             rank = tl.arange(0, INNER)
-            for start in tl.static_range(0, RANK, INNER):
+            for start in range(0, RANK, INNER):
                 ranks = start + rank
                 left = tl.load(
                     b + row[:, None] * RANK + ranks[None, :],
@@ -155,8 +155,8 @@ def merge_nf4(
 
     config = Config() if config is None else config
     rank = 0 if a is None else -(-a.shape[-2] // 16) * 16
-    inner = 16
-    while inner < min(rank, INNER):
+    inner = 16  # float32 is multiplied without tensor cores, in code that is long enough for 16
+    while dtype != jnp.float32 and inner < min(rank, INNER):
         inner *= 2
     call = functools.partial(
         jax_triton.triton_call,
