@@ -13,7 +13,6 @@ import pytest
 import transformers
 import yaml
 from chat import make_chat_checkpoint
-from helpers import FAMILIES
 from safetensors.numpy import load_file
 
 import jaxlora
@@ -320,11 +319,6 @@ def test_export_writes_what_train_merged(trained, tmp_path, capsys):
     assert cli.main(command) == 0
     one, other = (f / "adapter_model.safetensors" for f in (trained / "out", tmp_path / "adapter"))
     assert one.read_bytes() == other.read_bytes()
-
-
-def test_the_families_of_the_readme_are_those_that_are_tested():
-    readme = (Path(__file__).parents[1] / "README.md").read_text().lower()
-    assert all(family in readme for family in FAMILIES)
 
 
 def test_train_and_export_a_model_of_which_every_weight_learns(checkpoint, data, tmp_path, capsys):

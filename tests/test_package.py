@@ -51,6 +51,11 @@ def offenders(names, is_wrong):
     return [(name, imported) for name in names for imported in imports(name) if is_wrong(f"{imported}.")]
 
 
+def test_every_folder_with_code_is_packaged():
+    found = {file.parent.relative_to(ROOT) for folder in FOLDERS.values() for file in (ROOT / folder).rglob("*.py")}
+    assert found == {Path(folder) for folder in FOLDERS.values()}
+
+
 def test_kernels_import_nothing_of_the_library():
     kernels = [name for name in MODULES if name.startswith("jaxlora.kernels.")]
     assert kernels
