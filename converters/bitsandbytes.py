@@ -158,6 +158,9 @@ class BitsandbytesSource:
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
+_quantize = jax.jit(quant.quantize)  # one program for each shape of weight
+
+
 class QuantizingSource:
     """The tensors of a 4-bit checkpoint of another source's weights: a `TensorSource` of what is stored.
 
@@ -206,7 +209,7 @@ class QuantizingSource:
             return np.asarray(self._source.read(name))
         held, array = self._held
         if held != weight or array is None:
-            array = quant.quantize(jnp.asarray(self._source.read(weight)))
+            array = _quantize(self._source.read(weight))
             self._held = weight, array
         if part == _STATE_PART:
             return np.frombuffer(self._state(weight, float(array.nested_offset)), np.uint8)

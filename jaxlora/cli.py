@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import jaxlora
 from jaxlora.converters.export import save_merged
+from jaxlora.converters.staging import staged
 from jaxlora.generate import generate
 from jaxlora.language_model import LanguageModel
 from jaxlora.loader import FastLanguageModel
@@ -69,6 +70,9 @@ class Command:
 def train(values: Mapping[str, Any]) -> None:
     """from_pretrained, get_peft_model, SFTTrainer, save_pretrained. An adapter as the model trains on."""
     config = SFTConfig(output_dir=values["output"], **pick(values, TRAINING))
+    if "merged" in values:
+        with staged(values["merged"]):  # which writes nothing now, and fails where nothing could be written later
+            pass
     rows = load_rows(values["data"])  # what is wrong with it should be said before minutes of loading a model
     eval_rows = load_rows(values["eval_data"]) if "eval_data" in values else None
     load, adapter = pick(values, LOAD), pick(values, ADAPTER)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Int
 
 from jaxlora import lora
 from jaxlora.adapters import Shelf, check_shares_base, put_adapter, take_adapter, weighted_adapter
@@ -196,7 +197,7 @@ class LanguageModel(CausalLM):
         0.5196`."""
         print(lora.format_trainable_parameters(*self.get_nb_trainable_parameters()))
 
-    def generate(self, input_ids: Any, **options: Any) -> jax.Array:
+    def generate(self, input_ids: Any, **options: Any) -> Int[Array, "b total"]:
         """Continue prompts; see `jaxlora.generate.generate`."""
         return generate(self, input_ids, **options)
 

@@ -62,7 +62,7 @@ ACTIVATIONS = {
 }
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> Array:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> Float[Array, ...]:
     """Random weights of a standard deviation of 0.02."""
     return (jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02).astype(dtype)
 
@@ -371,5 +371,5 @@ def _dense(module: nnx.Module, dtype: Any, tokens: int) -> Any:
 class Identity(nnx.Module):
     """What stands where a family has no norm."""
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         return x

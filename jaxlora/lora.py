@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from jaxlora import data_starts, lora_init, quant
 from jaxlora.config import LoraConfig
@@ -133,7 +134,7 @@ def _row_norms(model: CausalLM, module: Adapted) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(squares), jnp.stack(norms)
 
 
-def float_weight(model: CausalLM, module: Adapted, layer: int | None) -> jax.Array:
+def float_weight(model: CausalLM, module: Adapted, layer: int | None) -> Float[Array, "out in"]:
     """The weight that an adapter of this module adds to, of one layer: [out, in] in float32. A tied head's, and an
     embedding's, are made of the table."""
     owner = model.model.embed_tokens if module.weight is None else module
@@ -463,7 +464,7 @@ def format_trainable_parameters(trainable: int, total: int) -> str:
     return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
 
 
-def delta_weight(module: Adapted, layer: int | None = None) -> jax.Array:
+def delta_weight(module: Adapted, layer: int | None = None) -> Float[Array, "out in"]:
     """scaling * B A of one layer, [out, in] in float32: what the adapter adds to the weight, before DoRA's gain."""
     a, b, scaling = (_of_layer(v.get_value(), layer) for v in (module.lora_A, module.lora_B, module.lora_scaling))
     return jnp.matmul(b * scaling, a, precision=jax.lax.Precision.HIGHEST)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxlora.kernels.cross_entropy import IGNORE_INDEX, chunk_length, linear_cross_entropy
 from jaxlora.model import CausalLM
@@ -19,7 +19,7 @@ from jaxlora.moe import load_balancing_loss
 Batch = Mapping[str, Array]
 
 
-def shift_labels(labels: Array, segment_ids: Array | None = None) -> Array:
+def shift_labels(labels: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None = None) -> Int[Array, "b t"]:
     """Align [B, T] labels with the position that predicts them: out[:, t] = labels[:, t + 1], -100 at the end.
 
     Across a border of segments there is nothing to predict: a document's first token is not the last one's next.

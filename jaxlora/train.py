@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from jaxlora.loss import Batch, causal_lm_loss
 from jaxlora.model import CausalLM
@@ -48,7 +48,7 @@ class LossScale:
         """A scale before the first step."""
         return cls(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32))
 
-    def after(self, is_finite: Array) -> LossScale:
+    def after(self, is_finite: Bool[Array, ""]) -> LossScale:
         """The scale after a step whose gradients were finite, or were not."""
         steps = jnp.where(is_finite, self.finite_steps + 1, 0)
         grows = steps >= self.INTERVAL

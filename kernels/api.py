@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels import nf4, nf4_merge, reference
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
@@ -75,15 +76,15 @@ LONGEST_REFERENCE_ATTENTION = 1024
 
 
 def dequantize_nf4(
-    codes: jax.Array,
-    absmax: jax.Array,
-    nested_absmax: jax.Array | None = None,
-    offset: jax.Array | None = None,
+    codes: UInt8[Array, "..."],
+    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
+    nested_absmax: Float32[Array, "..."] | None = None,
+    offset: Float32[Array, "..."] | None = None,
     *,
     shape: tuple[int, ...],
     dtype: jax.typing.DTypeLike,
     implementation: Literal["triton", "reference"] | None = None,
-) -> jax.Array:
+) -> Float[Array, "..."]:
     """NF4 codes and their statistics -> an array of that shape and dtype. See `reference.dequantize_nf4`.
 
     Every implementation gives the same bits.
@@ -111,20 +112,20 @@ def merge_nf4(
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s kv h"],
+    v: Float[Array, "b s kv h"],
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    key_bias: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-    query_segments: jax.Array | None = None,
-    key_segments: jax.Array | None = None,
-    offset: int | jax.Array = 0,
+    key_bias: Float[Array, "b n s"] | None = None,
+    sinks: Float[Array, " n"] | None = None,
+    query_segments: Int[Array, "b t"] | None = None,
+    key_segments: Int[Array, "b s"] | None = None,
+    offset: int | Int[Array, "*b"] = 0,
     implementation: Literal["cudnn", "chunked", "reference"] | None = None,
-) -> jax.Array:
+) -> Float[Array, "b t n h"]:
     """Causal attention, q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]. See the head of `kernels.attention`.
 
     Without a name it is cuDNN where that serves, else chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.

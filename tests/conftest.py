@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch; two workers with a pool each would fight for the cores
 
 import jax
+import jaxlib
 import jaxtyping
 import pytest
 
@@ -18,6 +19,13 @@ jaxtyping.install_import_hook("jaxlora", "checked.checked")
 # A script run by a test starts JAX itself. It inherits the environment, not this configuration.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# Most of a test's time is XLA's, which compiles a program to run it once: these take two thirds of that time away.
+# Another choice of XLA_FLAGS comes first, and a script run by a test inherits this one.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jaxlib.version.__version_info__ < (0, 11):  # later ones do not know it, and an unknown flag ends the process
+    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 
 
 def wants_gpu(config: pytest.Config) -> bool:
@@ -29,6 +37,7 @@ def pytest_configure(config):
         if jax.default_backend() != "gpu":
             pytest.exit(f"-m gpu was asked for, and JAX runs on the {jax.default_backend()}", returncode=1)
         return
+    os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     # A second run compiles little. The size limit is what makes JAX lock the folder, which the workers share.

@@ -1,5 +1,6 @@
 """The command line: every option explained, errors in one line, and each command the same as its Python."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 import transformers
 import yaml
 from chat import make_chat_checkpoint
-from helpers import FAMILIES
 from safetensors.numpy import load_file
 
 import jaxlora
@@ -70,12 +70,22 @@ def test_help_explains_every_option_and_its_default(name, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([name, "--help"])
     assert exit.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    shown, unbroken = " ".join(out.split()), "".join(out.split())
     for option in cli.COMMANDS[name].options:
         assert len(option.help) > 8
         assert f"{option.flag} " in shown or f"{option.flag}, " in shown
+        assert "".join(option.help.split())[1:] in unbroken, option.name  # the first letter is a capital there
+    assert "--config FILE" in shown and "--debug" in shown
     defaults = shown.count("(default: ") + shown.count("(required)")
     assert defaults == len(cli.COMMANDS[name].options)
+
+
+def test_the_commands_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f" {name} {command.help}" in shown for name, command in cli.COMMANDS.items())
 
 
 def test_every_field_of_sftconfig_is_a_flag_of_train():
@@ -211,6 +221,15 @@ def test_the_console_script_and_its_exit_codes(tmp_path):
         assert (result.stdout + result.stderr).endswith(text) and (result.stdout + result.stderr).count("\n") == 1
 
 
+def test_an_interrupt_is_one_line_and_exit_130(capsys, monkeypatch):
+    def interrupted(values):
+        raise KeyboardInterrupt
+
+    command = dataclasses.replace(cli.COMMANDS["generate"], run=interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "generate", command)
+    assert fails(capsys, ["generate", "--model", "x"], 130) == "jaxlora generate: interrupted\n"
+
+
 # ---- Commands
 
 
@@ -300,11 +319,6 @@ def test_export_writes_what_train_merged(trained, tmp_path, capsys):
     assert cli.main(command) == 0
     one, other = (f / "adapter_model.safetensors" for f in (trained / "out", tmp_path / "adapter"))
     assert one.read_bytes() == other.read_bytes()
-
-
-def test_the_families_of_the_readme_are_those_that_are_tested():
-    readme = (Path(__file__).parents[1] / "README.md").read_text().lower()
-    assert all(family in readme for family in FAMILIES)
 
 
 def test_train_and_export_a_model_of_which_every_weight_learns(checkpoint, data, tmp_path, capsys):

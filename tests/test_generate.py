@@ -192,21 +192,33 @@ def test_smollm2_logits_equal_transformers(smollm2):
     assert relative_error(model(jnp.asarray(ids)), expected) < 1e-4
 
 
-@pytest.mark.slow
-def test_smollm2_greedy_tokens_equal_transformers(smollm2):
-    theirs, model, tokenizer, prompts = smollm2
+@pytest.fixture(scope="module")
+def greedy(smollm2):
+    """64 tokens after each of the five prompts in one batch, padded on the left."""
+    _, model, tokenizer, prompts = smollm2
     encoding = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="np")
-    batched = np.asarray(generate(model, encoding, max_new_tokens=64))
-    for row, prompt in zip(batched, prompts, strict=True):
-        expected = reference(theirs, np.asarray([prompt]), max_new_tokens=64, pad_token_id=2)[0]
-        np.testing.assert_array_equal(generate(model, [prompt], max_new_tokens=64)[0], expected)
-        start = batched.shape[1] - 64 - len(prompt)
-        np.testing.assert_array_equal(row[start : start + len(expected)], expected)
-        assert (row[start + len(expected) :] == 2).all()
+    return encoding, np.asarray(generate(model, encoding, max_new_tokens=64))
+
+
+def test_smollm2_greedy_tokens_equal_transformers(smollm2, greedy):
+    theirs, _, _, prompts = smollm2
+    encoding, batched = greedy
     expected = reference(
         theirs, encoding["input_ids"], encoding["attention_mask"], max_new_tokens=64, pad_token_id=2
     )  # fmt: skip
+    assert len(prompts) == 5 and expected.shape[1] == encoding["input_ids"].shape[1] + 64
     np.testing.assert_array_equal(batched, expected)
+
+
+@pytest.mark.slow
+def test_smollm2_greedy_tokens_of_each_prompt_alone_equal_transformers(smollm2, greedy):
+    theirs, model, _, prompts = smollm2
+    for row, prompt in zip(greedy[1], prompts, strict=True):
+        expected = reference(theirs, np.asarray([prompt]), max_new_tokens=64, pad_token_id=2)[0]
+        np.testing.assert_array_equal(generate(model, [prompt], max_new_tokens=64)[0], expected)
+        start = len(row) - 64 - len(prompt)
+        np.testing.assert_array_equal(row[start : start + len(expected)], expected)
+        assert (row[start + len(expected) :] == 2).all()
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------

@@ -262,6 +262,11 @@ def test_names_go_both_ways():
     assert to_hf("blk.0.attn_norm.bias") is to_hf("blk.attn_q.weight") is to_gguf("model.layers.0.mlp.weight") is None
 
 
+def test_the_types_that_are_read():
+    named = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"}
+    assert named == {kind.name for kind in (*STORED, *QUANTISED)}
+
+
 @pytest.mark.parametrize("kind", [*STORED, *QUANTISED], ids=lambda kind: kind.name)
 def test_every_type_is_read_as_the_gguf_package_does(kind, tmp_path):
     stored = {"q_proj": ("attn_q", HEADS), "k_proj": ("attn_k", KV_HEADS), "v_proj": ("attn_v", None)}

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,6 +219,41 @@ def test_lora_gradients_are_not_rounded_to_the_compute_dtype():
     autodiff = jax.vjp(plain, x, a, b)[1](dy)
     ours = jax.vjp(lambda x, a, b: lora_delta(x, a, b, scaling), x, a, b)[1](dy)
     for name, index in (("a", 1), ("b", 2)):
+        chex.assert_equal_shape([ours[index], exact[index]])
         assert ours[index].dtype == jnp.float32
         assert not np.array_equal(ours[index], ours[index].astype(jnp.bfloat16).astype(jnp.float32)), name
         assert relative_error(ours[index], exact[index]) < relative_error(autodiff[index], exact[index]), name
+
+
+# ---- jit -------------------------------------------------------------------------------------------------------------
+
+
+class TestWithAndWithoutJit(chex.TestCase):
+    """Called from the prompt, inside of a program, or with numpy's arrays, an op has the same values and gradients."""
+
+    def same(self, function, *arguments):
+        def value_and_vjp(*arguments):
+            out, vjp = jax.vjp(function, *arguments)
+            return out, vjp(jnp.cos(out))
+
+        found = self.variant(value_and_vjp)(*arguments)
+        expected = value_and_vjp(*arguments)
+        chex.assert_tree_all_finite(found)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True)
+    def test_attention(self):
+        q, k, v = normal(0, 2, 5, 4, 8), normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8)
+        segments = jnp.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0]], jnp.int32)
+        options = dict(scale=0.3, window=3, query_segments=segments, key_segments=segments)
+        self.same(lambda q, k, v: attention(q, k, v, **options), q, k, v)
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True)
+    def test_cross_entropy(self):
+        labels = jnp.array([3, -100, 0, 8, 2, 2], jnp.int32)
+        self.same(lambda x, w: linear_cross_entropy(x, w, labels, 4), normal(0, 6, 4), normal(1, 9, 4))
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True)
+    def test_lora_delta(self):
+        self.same(lora_delta, normal(0, 2, 5, 12), normal(1, 3, 12), normal(2, 9, 3), jnp.float32(0.7))

@@ -109,6 +109,13 @@ def test_ranks_that_are_none(load, r, error):
         FastLanguageModel.get_peft_model(load(), r=r)
 
 
+@pytest.mark.parametrize("given, policy", [(False, "none"), (True, "full"), ("unsloth", "offload"), ("full", "full")])
+def test_gradient_checkpointing_by_any_of_its_names(load, given, policy):
+    model = load(load_in_16bit=True)
+    FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing=given)
+    assert model.remat_policy == policy
+
+
 def test_nothing_of_that_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         FastLanguageModel.from_pretrained(tmp_path / "nowhere")

@@ -133,6 +133,8 @@ def test_double_quantisation_given_the_offset(kind, shape):
     _assert_same_bits(codes, state.absmax)
     _assert_same_bits(nested, state.state2.absmax)
     assert got_offset == offset
+    own = _quantize_absmax(_from_torch(absmax))[2]
+    assert abs(np.asarray(own).view(np.int32) - np.asarray(offset).view(np.int32)) <= 2  # units in the last place
 
 
 @pytest.mark.parametrize("kind", [_normal, _weights, _zero_rows, _outlier])

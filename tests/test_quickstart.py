@@ -1,13 +1,13 @@
 """The quickstart, from end to end, and that what it exports is what was trained: in PEFT and in transformers too."""
 
-import contextlib
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -36,16 +36,26 @@ def prompts(tokenizer, count):
     ]
 
 
+def run(*command):
+    """A command in a process of its own, as somebody would run it: without what the tests set for JAX and XLA."""
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUMPY_DTYPE_PROMOTION": "standard", "XLA_FLAGS": ""}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environ)
+
+
+JAXLORA = Path(sys.executable).with_name("jaxlora")
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     """The folder and the printed text of a quickstart of three steps, which is too short to pass."""
     smollm2_path()
     folder = tmp_path_factory.mktemp("quickstart")
-    output = folder / "printed.txt"
-    with output.open("w") as file, contextlib.redirect_stdout(file), jax.numpy_dtype_promotion("standard"):
-        with pytest.raises(RuntimeError, match="expected above 80%"):
-            quickstart.quickstart(data=str(small_data(folder)), output=str(folder), max_steps=3)
-    return folder, output.read_text()
+    result = run(JAXLORA, "quickstart", "--data", small_data(folder), "--output", folder, "--max-steps", 3)
+    assert result.returncode == 1, result.stderr
+    *bar, error = result.stderr.splitlines()
+    assert error.startswith("jaxlora quickstart: error: ") and "after training: expected above 80%, found " in error
+    assert re.search(r"3/3 \[.*loss \d\.\d+, .*tokens/s", "\n".join(bar))
+    return folder, result.stdout
 
 
 def small_data(folder):
@@ -67,20 +77,26 @@ def test_it_says_what_it_did_and_where_everything_lies(short_run):
     assert "320 of 320 rows are trained on" in printed
     assert printed.count("request: ") == printed.count("before: ") == printed.count("after: ") == 3
     assert "210 weights merged" in printed  # 7 linears in each of 30 layers
+    assert memory_of(printed) < 6
     for part in ("metrics.jsonl", "loss.png", "adapter", "merged"):
         assert str(folder / part) in printed and (folder / part).exists()
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and losses[2] < losses[0]
 
 
-def test_the_printed_python_writes_the_same_adapter(short_run, tmp_path, standard_promotion):
+def memory_of(printed):
+    """GiB at the peak."""
+    return float(re.search(r"it took \d+ s and (\d+\.\d) GiB of memory", printed)[1])
+
+
+def test_the_printed_python_writes_the_same_adapter(short_run, tmp_path):
     """To the last bit: so the lines are those that ran, and a run can be had again."""
     folder, printed = short_run
     code = printed.partition("The same in Python:\n\n")[2].replace(str(folder / "data"), "DATA")
     code = code.replace(str(folder), str(tmp_path)).replace("DATA", str(folder / "data"))
     lines = [line for line in code.splitlines() if not line.startswith("model.save_pretrained_merged")]
-    with contextlib.redirect_stdout(None):
-        exec(compile("\n".join(lines), "quickstart", "exec"), {})
+    result = run(sys.executable, "-P", "-c", "\n".join(lines))
+    assert result.returncode == 0, result.stderr
     one, other = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, tmp_path))
     assert one.keys() == other.keys() and len(one) == 2 * 210
     assert all(np.array_equal(one[name], other[name]) for name in one)
@@ -136,13 +152,11 @@ def check_exports(folder, count, new):
 @pytest.mark.slow
 def test_the_whole_quickstart_learns_and_its_exports_answer_alike(tmp_path):
     smollm2_path()
-    script = Path(sys.executable).with_name("jaxlora")
-    result = subprocess.run(
-        [script, "quickstart", "--output", tmp_path / "out"], capture_output=True, text=True, cwd=ROOT
-    )
+    result = run(JAXLORA, "quickstart", "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     before, after = map(float, result.stdout.partition("held-out score: ")[2].replace("%", "").split()[:3:2])
     assert before < 20 and after > 80
+    assert memory_of(result.stdout) < 6
     check_exports(tmp_path / "out", count=10, new=32)
 
 

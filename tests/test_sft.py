@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -489,6 +490,7 @@ def test_files_and_lines_of_a_run(base, tokenizer, tmp_path, capsys):
         "1 rows were cut to max_length, losing 6 tokens"
     )
     assert "10/10" in bar and f"loss {rows[-1]['loss']:.4f}, " in bar and "tokens/s" in bar
+    assert re.search(r"9/10 \[\d\d:\d\d<\d\d:\d\d, ", bar)  # the time that was taken, and the time left
     assert [row["step"] for row in rows] == [3, 6, 9, 10]  # the last step is always there
     assert rows[-1]["num_tokens"] == 2 * 118 and rows[-1]["epoch"] == 2
     assert all(row["tokens_per_second"] > 0 for row in rows)

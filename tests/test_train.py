@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,8 +211,9 @@ def test_the_state_is_donated_and_the_module_is_not(tmp_path):
     optimizer = optax.adamw(1e-2)
     state = TrainState.create(trainable, optimizer)
     batch = padded(documents(0))
-    before = model(batch["input_ids"])
+    before, old_state = model(batch["input_ids"]), jax.tree.map(jnp.copy, state)
     new_state, _ = make_train_step(graphdef, optimizer)(state, frozen, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, old_state)  # or there is nothing to donate to
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((trainable, frozen, batch)))
     np.testing.assert_array_equal(model(batch["input_ids"]), before)
@@ -228,7 +230,7 @@ def test_a_batch_without_labels_teaches_nothing(parts, tmp_path):
     trainable = partition(model)[1]
     losses, state = train(model, optax.sgd(1.0), [batch])
     assert losses == [0.0]
-    jax.tree.map(np.testing.assert_array_equal, state.trainable, trainable)
+    chex.assert_trees_all_equal(state.trainable, trainable)
 
 
 # ---- losses and optimizers -------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from jaxlora.train import TrainState, make_train_step
 BLOCKS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = random_ids(2, 11)
 LEARNING_RATE, STEPS = 3e-3, 4
-EPS = 1e-5  # above the rounding of gradients, which Adam would make whole steps of
+EPS = 1e-4  # far above the rounding of gradients, which Adam would make whole steps of
 
 
 def logits_of(model) -> np.ndarray:
@@ -130,7 +130,7 @@ def walk(name, folder, converted=False, **options):
     for key, value in expected.items():
         moved = np.abs(value - start[key]).max()
         assert moved > 0, f"{key} did not learn"
-        assert largest_difference(found[key], value) < 2e-2 * moved + 1e-6, key
+        assert largest_difference(found[key], value) < 1e-2 * moved + 1e-6, key
 
     logits = model(jnp.asarray(IDS))
     again = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "ours", attn_implementation="eager")
