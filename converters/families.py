@@ -320,7 +320,9 @@ _EXPERTS_DEFAULTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
 }
-_ONE_FILE_ENTRY_AN_EXPERT = {"experts": "experts.{}"}
+# What transformers has as parameters, and PEFT's adapters are named after, whatever the checkpoint's cut.
+_EXPERT_PARAMETERS = {"experts.gate_up_lora": "experts.gate_up_proj", "experts.down_lora": "experts.down_proj"}
+_ONE_FILE_ENTRY_AN_EXPERT = {"experts": "experts.{}", **_EXPERT_PARAMETERS}
 
 
 def _falcon_parallel(hf: Json) -> bool:
@@ -591,6 +593,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         tensor_names={
             **_ONE_FILE_ENTRY_AN_EXPERT,
+            **{f"mlp.{ours}": f"mlp.{theirs}" for ours, theirs in _EXPERT_PARAMETERS.items()},
             "mlp": "block_sparse_moe",
             "gate_proj": "w1",
             "up_proj": "w3",
@@ -684,6 +687,7 @@ FAMILIES: Mapping[str, Family] = {
             "swiglu_limit": 7.0,
         },
         tensor_names={
+            **_EXPERT_PARAMETERS,
             "gate": "router",
             "gate_up_proj.weight": "gate_up_proj",
             "gate_up_proj.bias": "gate_up_proj_bias",
@@ -741,6 +745,7 @@ FAMILIES: Mapping[str, Family] = {
         fields={**_GRANITE, **_EXPERTS, "fused_gate_up": "concatenated"},
         defaults={**_GRANITE_DEFAULTS, **_EXPERTS_DEFAULTS},
         tensor_names={
+            **_EXPERT_PARAMETERS,
             "mlp": "block_sparse_moe",
             "experts.gate_up_proj": "input_linear",
             "experts.down_proj": "output_linear",
