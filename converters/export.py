@@ -223,6 +223,8 @@ class ModelSource:
 
 def _read(source: TensorSource, name: str) -> np.ndarray:
     tensor = source.read(name)
+    if isinstance(tensor, jax.Array):
+        return np.asarray(tensor)
     if isinstance(tensor, QuantizedArray):
         raise CheckpointError(f"{name} is quantised, and only unquantised tensors are written: pass the 16-bit model")
     return tensor

@@ -57,7 +57,8 @@ COMBINATIONS = ("linear", "cat", "svd")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter without its model. modules: {checkpoint name: {field of the module: value}}."""
+    """An adapter without its model. modules: {checkpoint name: {field of the module: value}}, a stack of layers being
+    under its first layer's name."""
 
     config: LoraConfig
     modules: Mapping[str, Mapping[str, Any]]
@@ -67,6 +68,12 @@ def _fields(node: Any) -> tuple[str, ...]:
     """What an adapter may hang on this module."""
     kinds = ((Weighted, _COPY_FIELDS), (Adaptable, _ADAPTER_FIELDS), (Adapted, _MODULE_FIELDS))
     return tuple(name for kind, names in kinds if isinstance(node, kind) for name in names)
+
+
+def _by_name(model: CausalLM) -> dict[str, Named]:
+    """What may carry a part of an adapter, under the names of `Adapter.modules`. Not `Named.name`, which stacks of like
+    layers share."""
+    return {module.names()[0]: module for module in named_nodes(model, _CARRIERS)}
 
 
 class Shelf:
@@ -106,10 +113,10 @@ def take_adapter(model: CausalLM, config: LoraConfig) -> Adapter:
         raise ValueError("the model carries no adapter")
     check_shares_base(config)
     modules = {}
-    for module in named_nodes(model, _CARRIERS):
+    for key, module in _by_name(model).items():
         values = {name: getattr(module.node, name) for name in _fields(module.node)}
         if any(values.get(name) is not None for name in ("lora_A", *_COPY_FIELDS)):
-            modules[module.name] = values
+            modules[key] = values
     lora.remove_adapters(model)
     return Adapter(config, modules)
 
@@ -122,12 +129,12 @@ def put_adapter(model: CausalLM, adapter: Adapter) -> None:
     """
     if lora.adapters(model):
         raise ValueError("the model carries an adapter: take it off first (jaxlora.take_adapter)")
-    nodes = {module.name: module.node for module in named_nodes(model, _CARRIERS)}
+    nodes = _by_name(model)
     if missing := sorted(adapter.modules.keys() - nodes.keys()):
         raise ValueError(f"the adapter is another model's: this one has no {', '.join(missing[:4])}")
     for name, fields in adapter.modules.items():
         for field, value in fields.items():
-            setattr(nodes[name], field, nnx.data(value) if value is None else value)
+            setattr(nodes[name].node, field, nnx.data(value) if value is None else value)
     lora.tie_adapters(model, adapter.config)
 
 
@@ -244,11 +251,11 @@ class AdapterStack:
         found = []
         for index, adapter in enumerate(self.adapters):
             model = nnx.merge(self.graphdef, jax.tree.map(operator.itemgetter(index), trainable), self.frozen)
-            nodes = {module.name: module.node for module in named_nodes(model, _CARRIERS)}
+            nodes = _by_name(model)
             found.append(
                 Adapter(
                     adapter.config,
-                    {name: _cut(nodes[name], fields) for name, fields in adapter.modules.items()},
+                    {name: _cut(nodes[name].node, fields) for name, fields in adapter.modules.items()},
                 )
             )
         return found
@@ -270,7 +277,7 @@ def stack_adapters(model: CausalLM, adapters: Sequence[Adapter]) -> AdapterStack
         values = [getattr(adapter.config, name) for adapter in adapters]
         if any(value != values[0] for value in values):
             raise ValueError(f"adapters of one stack must agree in {name}, found {values}")
-    nodes = {module.name: module for module in named_nodes(model, _CARRIERS)}
+    nodes = _by_name(model)
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
     modules = {name: _stack(nodes[name], [adapter.modules.get(name) for adapter in adapters]) for name in names}
     put_adapter(model, Adapter(adapters[0].config, modules))
@@ -284,7 +291,8 @@ def stack_adapters(model: CausalLM, adapters: Sequence[Adapter]) -> AdapterStack
 
 def _stack(module: Named, adapters: list[Mapping[str, Any] | None]) -> dict[str, Any]:
     """The fields of one module with those of all adapters in them; None is an adapter that has none there."""
-    copies = _COPY_FIELDS if isinstance(module.node, Weighted) else ()
+    node: Any = module.node
+    copies = _COPY_FIELDS if isinstance(node, Weighted) else ()
     fields: dict[str, Any] = {
         field: _stack_copies(module.name, field, [(adapter or {}).get(field) for adapter in adapters])
         for field in copies
@@ -292,7 +300,6 @@ def _stack(module: Named, adapters: list[Mapping[str, Any] | None]) -> dict[str,
     present = [adapter for adapter in adapters if adapter is not None and adapter.get("lora_A") is not None]
     if not present:
         return fields
-    node: Adaptable = module.node
     lead, r = (() if node.stack is None else (node.stack,)), max(x["lora_A"].get_value().shape[-2] for x in present)
     adapters = [x if x is not None and x.get("lora_A") is not None else None for x in adapters]
 

@@ -85,11 +85,11 @@ def _shapes(module: Adaptable, ranks: tuple[int, ...]) -> tuple[tuple[int, ...],
 
 
 def _draw(module: Adaptable, kind: bool | str, key: Any, *, rank: int) -> tuple[jax.Array, jax.Array]:
-    sizes = rank, module.in_features, module.out_features
+    d_in, d_out = module.in_features, module.out_features
     if module.experts:
-        return lora_init.draw_experts(kind, key, *module.experts, *sizes)
+        return lora_init.draw_experts(kind, key, math.prod(module.experts), rank, d_in, d_out)
     draw = lora_init.draw_embedding if isinstance(module, Embedding) else lora_init.draw
-    return draw(kind, key, *sizes)
+    return draw(kind, key, rank, d_in, d_out)
 
 
 def _keys(key: Any, target: Named) -> jax.Array:

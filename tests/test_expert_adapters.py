@@ -23,19 +23,27 @@ from helpers import (
     through_bitsandbytes,
 )
 from safetensors.numpy import load_file
-from walk import IDS, largest_difference, logits_of, peft_model, save_peft, walk
+from walk import IDS, largest_difference, logits_of, peft_model, walk
 
-from jaxlora import FastLanguageModel, lora, new_adapter, put_adapter, sharding, stack_adapters, take_adapter
+from jaxlora import (
+    FastLanguageModel,
+    SamplingParams,
+    lora,
+    new_adapter,
+    put_adapter,
+    sharding,
+    stack_adapters,
+    take_adapter,
+)
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters import peft as ours
-from jaxlora.converters.export import save_merged
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
 from jaxlora.kernels.grouped import grouped_lora_delta
 from jaxlora.kernels.lora import lora_delta
 from jaxlora.lora import add_adapters, partition
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import named_nodes
-from jaxlora.moe import ExpertAdapter, ExpertLinear
+from jaxlora.moe import ExpertLinear
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -64,24 +72,31 @@ def named_weights(model, linear):
     return next(p.names() for p in named_nodes(model, nnx.Variable) if p.node is linear.weight)
 
 
+# PEFT looks for these among modules only, but heeds them.
+pattern_warning = pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
+)
+
 SELECTIONS = {
     "experts-alone": dict(target_modules=[], target_parameters=EXPERTS[1:]),
     "gate-and-up": dict(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"], use_rslora=True),
     "paths": dict(
         target_modules=["q_proj"],
-        target_parameters=["model.layers.2.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj", "gate_up_proj"],
-        rank_pattern={r"layers\.1\..*gate_up_proj": 6, "experts.down_proj": 2},
+        target_parameters=["model.layers.2.mlp.experts.down_proj", "gate_up_proj"],
+        rank_pattern={r"layers\.2\..*gate_up_proj": 6, "experts.down_proj": 2},
         alpha_pattern={"gate_up_proj": 11.5},
     ),
 }
 
 
+@pattern_warning
 @pytest.mark.parametrize("option", SELECTIONS)
 def test_selections_of_parameters_walk_around(option, tmp_path):
     walk("mixtral", tmp_path, **SELECTIONS[option])
 
 
 @pytest.mark.parametrize("name", [one for one in SPARSE if one != "mixtral"])
+@pattern_warning
 @pytest.mark.parametrize("option", SELECTIONS)
 def test_fresh_adapters_are_on_pefts_parameters(option, name, tmp_path):
     path = "block_sparse_moe.experts" if name == "granitemoe" else "mlp.experts"
@@ -164,7 +179,7 @@ def gradient_of(model):
 
 
 def test_checkpointing_and_16_bit_experts_change_nothing_but_rounding(tmp_path):
-    make_checkpoint("gpt_oss", tmp_path)
+    make_checkpoint("gpt_oss-plain", tmp_path)  # each token goes to all experts, so that rounding changes no choice
     model, _ = adapted(tmp_path)
     expected = gradient_of(model)
     for policy in ("full", "projections"):
@@ -185,8 +200,9 @@ def test_gradients_of_adapters_are_never_added_in_places(tmp_path):
         hidden, _ = nnx.merge(graphdef, trainable, frozen).hidden_states(jnp.asarray(IDS))
         return jnp.sum(hidden**2)
 
-    rows = list(scatters(jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr))
-    assert rows and all(one.params["unique_indices"] for one in rows if one.invars[0].aval.ndim == 2)
+    program = jax.make_jaxpr(jax.grad(loss))(trainable)
+    rows = [one for one in scatters(program.jaxpr) if one.invars[0].aval.shape[-1] in (48, 80)]
+    assert rows and all(one.params["unique_indices"] for one in rows)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -317,8 +333,8 @@ def test_the_engine_takes_adapters_on_experts(tmp_path):
     model = FastLanguageModel.get_peft_model(model, r=3, target_modules=["q_proj"], target_parameters=EXPERTS)
     randomise_adapters(model)
     prompt = random_ids(1, 7)[0].tolist()
-    (answer,) = model.fast_generate([prompt])
-    expected = model.generate([prompt], max_new_tokens=len(answer.outputs[0].token_ids))
+    (answer,) = model.fast_generate([prompt], SamplingParams(temperature=0.0, max_tokens=9))
+    expected = model.generate([prompt], max_new_tokens=9)
     assert list(answer.outputs[0].token_ids) == expected[0, 7:].tolist()
 
 
@@ -345,7 +361,7 @@ def test_a_mesh_splits_adapters_on_experts(tmp_path):
         sharding.variable_sharding(v.get_value(), v.get_metadata()["axes"], mesh).spec
         for v in (node.lora_A, node.lora_B)
     ]
-    assert specs == [jax.P(None, None, None, "fsdp"), jax.P(None, None, "tensor", None)]
+    assert specs == [jax.P(None, None, None, "fsdp"), jax.P(None, None, "tensor")]
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
@@ -412,9 +428,7 @@ def test_layers_to_transform_does_not_act_on_parameters(tmp_path):
 def test_files_that_do_not_fit(tmp_path):
     make_checkpoint("mixtral", tmp_path / "base")
     model, config = adapted(tmp_path / "base")
-    with pytest.raises(
-        ValueError, match="has adapters, and the settings say target_parameters=..experts.down"
-    ):
+    with pytest.raises(ValueError, match="has adapters, and the settings say target_parameters=..experts.down"):
         other = dataclasses.replace(config, target_parameters=EXPERTS[1:])
         ours.save_adapter(model, tmp_path / "none", config=other, base="")
     ours.save_adapter(model, tmp_path / "adapter", config=config, base="")

@@ -6,7 +6,6 @@ import json
 import operator
 import re
 
-import bitsandbytes.functional
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ from helpers import (
     scatters,
     through_bitsandbytes,
 )
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jaxlora import FastLanguageModel, remat
 from jaxlora.config import LoraConfig, QuantConfig
