@@ -291,8 +291,8 @@ def stack_adapters(model: CausalLM, adapters: Sequence[Adapter]) -> AdapterStack
 
 def _stack(module: Named, adapters: list[Mapping[str, Any] | None]) -> dict[str, Any]:
     """The fields of one module with those of all adapters in them; None is an adapter that has none there."""
-    node: Any = module.node
-    copies = _COPY_FIELDS if isinstance(node, Weighted) else ()
+    node: Adaptable = module.node
+    copies = [field for field in _fields(node) if field in _COPY_FIELDS]
     fields: dict[str, Any] = {
         field: _stack_copies(module.name, field, [(adapter or {}).get(field) for adapter in adapters])
         for field in copies
