@@ -3,37 +3,30 @@
 A module's tensors are "base_model.model." + its checkpoint name + ".lora_A.weight" [r, in] and ".lora_B.weight"
 [out, r], of an embedding ".lora_embedding_A" and ".lora_embedding_B", with DoRA ".lora_magnitude_vector" [out];
 copies that learn have the checkpoint's own names. All are float32. What PEFT can say in adapter_config.json and this
-library cannot do is refused when it is read.
-
-Of a parameter of E experts (`target_parameters`) A is [E r, in], with the rows of an expert together, and B [out, r E],
-with the columns of a rank together. They are named after the module that has the parameter, since PEFT wraps that: once
-for each parameter, so that what it wrapped first is the ".base_layer" of the other.
+library cannot do is refused when it is read. `peft_experts` says how experts differ.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from jaxlora import lora
 from jaxlora.config import LoraConfig
+from jaxlora.converters import peft_experts
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsFile, tensor_problems
 from jaxlora.converters.staging import staged
 from jaxlora.layers import Adapted, Embedding, Weighted
 from jaxlora.lora_targets import Copied, copied, is_target_parameter, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.vocabulary import learning_rows
-
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")  # in the order of transformers' modules, in which PEFT wraps them
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -163,7 +156,7 @@ def save_adapter(
     if config.ensure_weight_tying:  # which older versions of PEFT do not know
         options["ensure_weight_tying"] = True
     if parameters:  # so here
-        options["target_parameters"] = parameters
+        options |= {"target_parameters": parameters, "peft_version": peft_experts.LAYOUT_VERSION}
     if config.changes_base:
         options["init_lora_weights"] = config.init_lora_weights
         options["loftq_config"] = {"loftq_bits": config.loftq_bits, "loftq_iter": config.loftq_iter}
@@ -183,7 +176,8 @@ def adapter_tensors(model: CausalLM) -> dict[str, np.ndarray]:
     for module in lora.adapters(model):
         for adapter in lora.layer_adapters(model, module):
             keys = _keys_of(adapter.name, module, adapted, use_dora=adapter.magnitude is not None)
-            matrices = pack_experts(adapter.a, adapter.b) if module.node.experts else (adapter.a, adapter.b)
+            matrices = (adapter.a, adapter.b)
+            matrices = peft_experts.pack(*matrices) if module.node.experts else matrices
             values = (*matrices, adapter.magnitude)
             tensors |= {key: np.ascontiguousarray(value) for key, value in zip(keys, values, strict=False)}
     for name, value in lora.trained_copies(model):
@@ -233,26 +227,8 @@ def _keys(module: str, *, is_table: bool, use_dora: bool) -> list[str]:
 
 def _keys_of(name: str, target: Named, adapted: set[str], *, use_dora: bool) -> list[str]:
     """The names of what an adapter of a target has; `adapted` are the paths of all that carry one."""
-    if target.node.experts:
-        module, own = name.rsplit(".", 1)
-        wrapped_later = EXPERT_PARAMETERS[EXPERT_PARAMETERS.index(own) + 1 :]
-        name = module + ".base_layer" * sum(f"{module}.{other}" in adapted for other in wrapped_later)
+    name = peft_experts.wrapper_name(name, adapted) if target.node.experts else name
     return _keys(name, is_table=isinstance(target.node, Embedding), use_dora=use_dora)
-
-
-def pack_experts(
-    a: Float[np.ndarray, "e r d_in"], b: Float[np.ndarray, "e d_out r"]
-) -> tuple[Float[np.ndarray, "er d_in"], Float[np.ndarray, "d_out re"]]:
-    """A and B of each expert as PEFT keeps them; see the head of this module."""
-    experts, out, rank = b.shape
-    return a.reshape(experts * rank, -1), b.transpose(1, 2, 0).reshape(out, rank * experts)
-
-
-def unpack_experts(
-    a: Float[np.ndarray, "er d_in"], b: Float[np.ndarray, "d_out re"], experts: int
-) -> tuple[Float[np.ndarray, "e r d_in"], Float[np.ndarray, "e d_out r"]]:
-    """The inverse of `pack_experts`."""
-    return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
 
 
 def _copy_key(name: str, adapted: set[str]) -> str:
@@ -380,12 +356,14 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
 
     adapted = {name for target, ranks in targets for name, rank in zip(target.names(), ranks, strict=True) if rank}
     keys_of = functools.partial(_keys_of, adapted=adapted, use_dora=config.use_dora)
+    older = functools.partial(_is_older, file=file, keys_of=keys_of, version=options.get("peft_version"))
     shapes: dict[str, tuple[int, ...]] = {}
     for target, ranks in targets:
-        node, experts = target.node, math.prod(target.node.experts)
+        node = target.node
         for name, rank in zip(target.names(), ranks, strict=True):
             if rank:
-                sizes = [(experts * rank, node.in_features), (node.out_features, experts * rank), (node.out_features,)]
+                sizes = [(rank, node.in_features), (node.out_features, rank), (node.out_features,)]
+                sizes = peft_experts.sizes(node, rank, older=older(name, target)) if node.experts else sizes
                 shapes |= dict(zip(keys_of(name, target), sizes, strict=False))
     for copy in copies:
         for key in _keys_of_copy(copy, adapted):
@@ -402,8 +380,8 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
     for target, ranks in targets:
 
         def read(name: str, target: Named = target) -> Sequence[np.ndarray]:
-            parts = [file.read(key) for key in keys_of(name, target)]
-            return unpack_experts(*parts, *target.node.experts) if target.node.experts else parts
+            parts, experts = [file.read(key) for key in keys_of(name, target)], target.node.experts
+            return peft_experts.unpack(*parts, *experts, older=older(name, target)) if experts else parts
 
         lora.attach_named(model, target, ranks, config, read)
     for copy in copies:
@@ -416,6 +394,17 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
         variable.set_value(jnp.asarray(value))
     lora.tie_adapters(model, config)
     return config
+
+
+def _is_older(
+    name: str, target: Named, *, file: SafetensorsFile, keys_of: Callable[..., list[str]], version: str | None
+) -> bool:
+    """Whether experts' A and B are in PEFT's layout before 0.19.1."""
+    entry = file.entries.get(keys_of(name, target)[0])
+    try:
+        return peft_experts.is_older(target.node, None if entry is None else entry.shape, version)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path.parent / CONFIG}: {error}") from error
 
 
 def _keys_of_copy(copy: Copied, adapted: set[str]) -> list[str]:

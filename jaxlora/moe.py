@@ -191,13 +191,13 @@ class ExpertAdapter(Adaptable):
     """The adapters of all experts on what transformers and PEFT have as one parameter, `gate_up_proj` or `down_proj`.
 
     Its weight lies in one `ExpertLinear`, or in several whose outputs are the parameter's side by side; it follows the
-    parameter whatever the checkpoint's cut. A [stack, E, r, in], B [stack, E, out, r].
+    parameter whatever the checkpoint's cut. A [stack, E, r, in], B [stack, E, out, r]; in_out: as the weight's.
     """
 
     def __init__(self, *linears: ExpertLinear):
         first = linears[0]
         self.in_features, self.out_features = first.in_features, sum(linear.out_features for linear in linears)
-        self.axes, self.stack, self.experts = first.axes, first.stack, (first.experts,)
+        self.axes, self.stack, self.experts, self.in_out = first.axes, first.stack, (first.experts,), first.in_out
         self.without_adapter()
 
     def __call__(self, x: Float[Array, "rows d_in"], groups: Groups) -> Float[Array, "rows d_out"] | None:

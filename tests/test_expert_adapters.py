@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from flax import nnx
@@ -126,6 +127,46 @@ def test_experts_start_as_pefts(kind, tmp_path):
         assert found.std() == pytest.approx(float(expected.std()), rel=0.1, abs=1e-9)
         if kind != "gaussian" and found.any():  # uniform, up to a bound
             assert np.abs(found).max() == pytest.approx(float(expected.abs().max()), rel=0.05)
+
+
+@pytest.mark.parametrize("inner", [80, 48])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_files_of_older_versions_of_peft(name, inner, tmp_path):
+    """Before 0.19.1 an expert's delta was [in, out] = (B_e A_e)^T whatever its parameter's orientation."""
+    theirs = make_checkpoint(name, tmp_path / "base", intermediate_size=inner)  # 48: of down_proj inputs and outputs
+    tensors, generator = {}, torch.Generator().manual_seed(0)
+    for path, module in theirs.named_modules():
+        if path.endswith("experts"):
+            for parameter, wrapper in (("gate_up_proj", "experts.base_layer"), ("down_proj", "experts")):
+                weight = module.get_parameter(parameter)
+                experts, d0, d1 = weight.shape
+                shapes = (experts * 3, d0), (d1, 3 * experts)
+                a, b = (torch.empty(shape).normal_(0.0, 0.1, generator=generator) for shape in shapes)
+                parts = b.reshape(d1, 3, experts), a.reshape(experts, 3, d0)
+                weight.data += 2.0 * torch.einsum("ore,eri->eio", *parts)
+                prefix = f"base_model.model.{path.removesuffix('experts')}{wrapper}"
+                tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+    (tmp_path / "adapter").mkdir()
+    safetensors.torch.save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    options = dict(peft_type="LORA", r=3, lora_alpha=6, target_modules=[], target_parameters=EXPERTS)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(options | dict(peft_version="0.18.2.dev0")))
+    model = load_folder(tmp_path / "base")
+    config = ours.load_adapter(model, tmp_path / "adapter")
+    logits = model(jnp.asarray(IDS))
+    assert largest_difference(logits, logits_of(theirs)) < 5e-5
+    ours.save_adapter(model, tmp_path / "ours", config=config, base=str(tmp_path / "base"))
+    newer = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert largest_difference(logits, logits_of(newer)) < 5e-5
+    again = load_folder(tmp_path / "base")
+    ours.load_adapter(again, tmp_path / "ours")
+    np.testing.assert_array_equal(again(jnp.asarray(IDS)), logits)
+    path.write_text(json.dumps(options))
+    if inner == 48 and name == "mixtral":
+        with pytest.raises(CheckpointError, match="adapter_config.json: .* are as many, 48, and without peft_version"):
+            ours.load_adapter(load_folder(tmp_path / "base"), tmp_path / "adapter")
+    else:
+        ours.load_adapter(load_folder(tmp_path / "base"), tmp_path / "adapter")
 
 
 # ---- Computing -------------------------------------------------------------------------------------------------------
