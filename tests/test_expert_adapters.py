@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from helpers import (
     through_bitsandbytes,
 )
 from safetensors.numpy import load_file
-from walk import IDS, largest_difference, logits_of, peft_model, walk
+from walk import IDS, largest_difference, logits_of, peft_model, save_peft, walk
 
 from jaxlora import (
     FastLanguageModel,
@@ -110,6 +111,24 @@ def test_fresh_adapters_are_on_pefts_parameters(option, name, tmp_path):
     state = peft.get_peft_model_state_dict(theirs)
     assert shapes == {key: tuple(value.shape) for key, value in state.items()}
     assert lora.get_nb_trainable_parameters(model) == theirs.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-plain"])
+def test_what_peft_makes_of_modules_that_were_experts(name, tmp_path):
+    """Each expert was a linear in transformers 4. PEFT takes these names for the parameters, gate_up_proj at twice the
+    rank, and says so in adapter_config.json."""
+    theirs = make_checkpoint(name, tmp_path / "base")
+    modules = ["w1", "w2", "w3"] if name == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
+        theirs = peft_model(theirs, target_modules=["q_proj", *modules])
+    save_peft(theirs, tmp_path / "adapter")
+    model = load_folder(tmp_path / "base")
+    config = ours.load_adapter(model, tmp_path / "adapter")
+    ranks = {x.name.rsplit(".", 1)[-1]: max(x.node.lora_ranks) for x in lora.adapters(model)}
+    assert ranks == {"q_proj": 4, "gate_up_proj": 8, "down_proj": 4}
+    assert set(config.target_parameters or ()) == {"gate_up_proj", "down_proj"}
+    assert largest_difference(model(jnp.asarray(IDS)), logits_of(theirs)) < 5e-5
 
 
 @pytest.mark.parametrize("kind", [True, False, "gaussian"])
@@ -246,7 +265,7 @@ def test_gradients_of_adapters_are_never_added_in_places(tmp_path):
     assert rows and all(one.params["unique_indices"] for one in rows)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", SPARSE)
 def test_adapters_on_nf4_experts_equal_pefts_on_dequantised_ones(name, tmp_path):
     theirs = make_checkpoint(name, tmp_path / "base")
     model, config = adapted(tmp_path / "base", quant_config=QuantConfig(), target_modules=ATTENTION)
