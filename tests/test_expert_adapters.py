@@ -42,6 +42,7 @@ from jaxlora.converters import peft as ours
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
 from jaxlora.kernels.grouped import grouped_lora_delta
 from jaxlora.kernels.lora import lora_delta
+from jaxlora.layers import Linear
 from jaxlora.lora import add_adapters, partition
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import named_nodes
@@ -271,15 +272,17 @@ def test_adapters_on_nf4_experts_equal_pefts_on_dequantised_ones(name, tmp_path)
     model, config = adapted(tmp_path / "base", quant_config=QuantConfig(), target_modules=ATTENTION)
     fused = model.config.fused_gate_up is not None
     with torch.no_grad():
-        for path, module in theirs.named_modules():
+        for module in theirs.modules():
             if type(module).__name__.endswith("Experts"):
                 for weight in module.gate_up_proj:
                     for part in [weight] if fused else weight.chunk(2):
                         part.copy_(through_bitsandbytes(part))
                 for weight in module.down_proj:
                     weight.copy_(through_bitsandbytes(weight))
-            elif isinstance(module, torch.nn.Linear) and path != "lm_head":
-                module.weight.copy_(through_bitsandbytes(module.weight))
+        for linear in named_nodes(model, Linear):
+            for one in linear.names() if linear.layers else ():
+                weight = theirs.get_submodule(one).weight
+                weight.copy_(through_bitsandbytes(weight))
     ours.save_adapter(model, tmp_path / "adapter", config=config, base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True)
     assert relative_error(model(jnp.asarray(IDS)), logits_of(theirs)) < 1e-4
