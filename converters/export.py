@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,7 @@ class MergedSource:
 
     def __init__(self, source: TensorSource, model: CausalLM):
         self._source = source
-        self._merges: dict[str, tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]] = {}
-        for module in lora.adapters(model):
-            for adapter in lora.layer_adapters(model, module):
-                self._merges[f"{adapter.name}.weight"] = adapter.weight_shape, adapter.merge
+        self._merges = {name: (shape, merge) for name, shape, merge in lora.merges(model)}
         for name, value in lora.trained_copies(model):
             self._merges[name] = value.shape, functools.partial(_instead, value)
         self.added: tuple[str, ...] = ()
@@ -226,6 +223,8 @@ class ModelSource:
 
 def _read(source: TensorSource, name: str) -> np.ndarray:
     tensor = source.read(name)
+    if isinstance(tensor, jax.Array):
+        return np.asarray(tensor)
     if isinstance(tensor, QuantizedArray):
         raise CheckpointError(f"{name} is quantised, and only unquantised tensors are written: pass the 16-bit model")
     return tensor
@@ -282,9 +281,10 @@ def save_merged(
 ) -> MergeReport:
     """Write the model with its adapters merged as a Hugging Face checkpoint, and check what was written.
 
-    A tensor keeps the dtype that it has in the base checkpoint, whatever the model computes in. Checking reads the
-    checkpoint back in float32, once from the files and once merged anew, one after the other: it takes four bytes a
-    weight beside the live model. No file appears in `folder` before it has passed.
+    A tensor keeps the dtype that it has in the base checkpoint, whatever the model computes in; but experts in mxfp4
+    become bfloat16 if any has an adapter. Checking reads the checkpoint back in float32, once from the files and once
+    merged anew, one after the other: it takes four bytes a weight beside the live model. No file appears in `folder`
+    before it has passed.
 
     Args:
         tokenizer: is saved too; None copies the base's.
@@ -311,12 +311,14 @@ def save_merged(
         raise ValueError(
             f"{folder} is the base checkpoint itself, which a merge leaves as it is: choose another folder"
         )
-    source = _open_base(base, base_dtype)
+    opened, hf_config = _open_base(base, base_dtype), dict(model.hf_config)
+    source: TensorSource = opened
+    if is_mxfp4(hf_config) and any(module.node.experts for module in lora.adapters(model)):
+        source = Mxfp4Source(opened)  # what experts learnt does not fit their 4 bits: all become bfloat16
+    if source is not opened or not is_mxfp4(hf_config):  # whose experts else stay as they are
+        hf_config.pop("quantization_config", None)
     merged = MergedSource(source, model)
     tensors = merged if base_dtype is None else CastSource(merged, base_dtype)
-    hf_config = dict(model.hf_config)
-    if not is_mxfp4(hf_config):  # whose experts stay as they are
-        hf_config.pop("quantization_config", None)
     hf_config = _with_dtype(_untied(hf_config) if merged.unties else hf_config, base_dtype)
     if save_method != "merged_16bit":
         quantised, others = _quantised_names(model)
@@ -327,7 +329,7 @@ def save_merged(
             files = _write_shards(source, merged, stage)
         else:
             files = _write_tensors(tensors, stage, max_shard_size)
-        if isinstance(source, SafetensorsSource):
+        if isinstance(opened, SafetensorsSource):
             _copy_files(base, stage, tokenizer)
         else:
             _write_gguf_files(GGUFSource(base), stage, tokenizer)

@@ -380,7 +380,9 @@ _EXPERTS_DEFAULTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
 }
-_ONE_FILE_ENTRY_AN_EXPERT = {"experts": "experts.{}"}
+# What transformers has as parameters, and PEFT's adapters are named after, whatever the checkpoint's cut.
+_EXPERT_PARAMETERS = {"experts.gate_up_lora": "experts.gate_up_proj", "experts.down_lora": "experts.down_proj"}
+_ONE_FILE_ENTRY_AN_EXPERT = {"experts": "experts.{}", **_EXPERT_PARAMETERS}
 
 _QWEN_3_5_MOE = {
     **_QWEN_3_5,
@@ -400,7 +402,10 @@ _QWEN_3_5_MOE_DEFAULTS = {
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
 }
-_EXPERTS_WITHOUT_WEIGHT = {f"experts.{name}.weight": f"experts.{name}" for name in ("gate_up_proj", "down_proj")}
+_EXPERTS_WITHOUT_WEIGHT = {
+    **_EXPERT_PARAMETERS,
+    **{f"experts.{name}.weight": f"experts.{name}" for name in ("gate_up_proj", "down_proj")},
+}
 _QWEN_3_5_MOE_LAYOUTS = {
     **_QWEN_3_5_LAYOUTS,
     # As transformers writes them, where published files have the experts of a layer in one tensor.
@@ -704,6 +709,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         tensor_names={
             **_ONE_FILE_ENTRY_AN_EXPERT,
+            **{f"mlp.{ours}": f"mlp.{theirs}" for ours, theirs in _EXPERT_PARAMETERS.items()},
             "mlp": "block_sparse_moe",
             "gate_proj": "w1",
             "up_proj": "w3",
@@ -797,6 +803,7 @@ FAMILIES: Mapping[str, Family] = {
             "swiglu_limit": 7.0,
         },
         tensor_names={
+            **_EXPERT_PARAMETERS,
             "gate": "router",
             "gate_up_proj.weight": "gate_up_proj",
             "gate_up_proj.bias": "gate_up_proj_bias",
@@ -854,6 +861,7 @@ FAMILIES: Mapping[str, Family] = {
         fields={**_GRANITE, **_EXPERTS, "fused_experts": "concatenated"},
         defaults={**_GRANITE_DEFAULTS, **_EXPERTS_DEFAULTS},
         tensor_names={
+            **_EXPERT_PARAMETERS,
             "mlp": "block_sparse_moe",
             "experts.gate_up_proj": "input_linear",
             "experts.down_proj": "output_linear",

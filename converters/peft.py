@@ -3,13 +3,14 @@
 A module's tensors are "base_model.model." + its checkpoint name + ".lora_A.weight" [r, in] and ".lora_B.weight"
 [out, r], of an embedding ".lora_embedding_A" and ".lora_embedding_B", with DoRA ".lora_magnitude_vector" [out];
 copies that learn have the checkpoint's own names. All are float32. What PEFT can say in adapter_config.json and this
-library cannot do is refused when it is read.
+library cannot do is refused when it is read. `peft_experts` says how experts differ.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from safetensors.numpy import save_file
 
 from jaxlora import lora
 from jaxlora.config import LoraConfig
+from jaxlora.converters import peft_experts
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsFile, tensor_problems
 from jaxlora.converters.staging import staged
 from jaxlora.layers import Adapted, Embedding, Weighted
-from jaxlora.lora_targets import Copied, copied, target_ranks
+from jaxlora.lora_targets import Copied, copied, is_target_parameter, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.vocabulary import learning_rows
 
@@ -65,6 +67,7 @@ _OPTIONS = (
     "bias",
     "modules_to_save",
     "ensure_weight_tying",
+    "target_parameters",
 )
 _READ = {"peft_type", "r", "lora_alpha", "init_lora_weights", *_OPTIONS}
 _WITHOUT_EFFECT = {
@@ -134,7 +137,7 @@ def save_adapter(
     """
     config = config.on_plain_base()
     _check_adapters(model, config)
-    targets = target_modules(model)
+    targets, parameters = target_modules(model), list(config.target_parameters or ())
     alpha = int(config.lora_alpha) if config.lora_alpha == int(config.lora_alpha) else config.lora_alpha
     options = {
         **_PLAIN,
@@ -153,26 +156,31 @@ def save_adapter(
     }
     if config.ensure_weight_tying:  # which older versions of PEFT do not know
         options["ensure_weight_tying"] = True
+    if parameters:  # so here
+        options |= {"target_parameters": parameters, "peft_version": peft_experts.LAYOUT_VERSION}
     if config.changes_base:
         options["init_lora_weights"] = config.init_lora_weights
         options["loftq_config"] = {"loftq_bits": config.loftq_bits, "loftq_iter": config.loftq_iter}
     with staged(folder) as stage:
         save_file(adapter_tensors(model), stage / WEIGHTS, metadata={"format": "pt"})
         (stage / CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True))
-        (stage / "README.md").write_text(_model_card(config.r, alpha, base, targets))
+        (stage / "README.md").write_text(
+            _model_card(config.r, alpha, base, [*targets, *(config.target_parameters or ())])
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
 
 
 def adapter_tensors(model: CausalLM) -> dict[str, np.ndarray]:
     """{PEFT's name: float32 tensor} of all adapters and copies, on the host, for the weights of the checkpoint."""
-    tensors = {}
+    tensors, adapted = {}, _adapted(model)
     for module in lora.adapters(model):
         for adapter in lora.layer_adapters(model, module):
-            keys = _keys(adapter.name, is_table=adapter.is_table, use_dora=adapter.magnitude is not None)
-            values = (adapter.a, adapter.b, adapter.magnitude)
+            keys = _keys_of(adapter.name, module, adapted, use_dora=adapter.magnitude is not None)
+            matrices = (adapter.a, adapter.b)
+            matrices = peft_experts.pack(*matrices) if module.node.experts else matrices
+            values = (*matrices, adapter.magnitude)
             tensors |= {key: np.ascontiguousarray(value) for key, value in zip(keys, values, strict=False)}
-    adapted = _adapted(model)
     for name, value in lora.trained_copies(model):
         tensors[_copy_key(name, adapted)] = np.ascontiguousarray(value)
     return tensors | _followers(model, tensors)
@@ -203,6 +211,7 @@ def target_modules(model: CausalLM) -> list[str]:
     The last part of a module's path, or the whole path where another module with that last part has no adapter.
     """
     names, adapted = {name for module in named_nodes(model, Weighted) for name in module.names()}, _adapted(model)
+    adapted = adapted & names  # without parameters of experts
     plain = {_last(name) for name in names - adapted}
     return sorted({name if _last(name) in plain else _last(name) for name in adapted})
 
@@ -217,6 +226,12 @@ def _keys(module: str, *, is_table: bool, use_dora: bool) -> list[str]:
     return [f"base_model.model.{module}.{part}" for part in (*parts, *(["lora_magnitude_vector"] * use_dora))]
 
 
+def _keys_of(name: str, target: Named, adapted: set[str], *, use_dora: bool) -> list[str]:
+    """The names of what an adapter of a target has; `adapted` are the paths of all that carry one."""
+    name = peft_experts.wrapper_name(name, adapted) if target.node.experts else name
+    return _keys(name, is_table=isinstance(target.node, Embedding), use_dora=use_dora)
+
+
 def _copy_key(name: str, adapted: set[str]) -> str:
     """The name of a copy: an adapted module is a wrapper around the checkpoint's."""
     module, part = name.rsplit(".", 1)
@@ -224,7 +239,7 @@ def _copy_key(name: str, adapted: set[str]) -> str:
 
 
 def _adapted(model: CausalLM) -> set[str]:
-    """The paths of all modules that carry an adapter."""
+    """The paths of all modules, and parameters of experts, that carry an adapter."""
     return {
         name
         for module in lora.adapters(model)
@@ -237,13 +252,20 @@ def _check_adapters(model: CausalLM, config: LoraConfig) -> None:
     adapters = lora.adapters(model)
     if not adapters:
         raise ValueError("the model has no adapter to save: call FastLanguageModel.get_peft_model first")
-    for adapter in (adapter for module in adapters for adapter in lora.layer_adapters(model, module)):
-        rank, scaling = config.rank_of(adapter.name), config.scaling_of(adapter.name)
-        if adapter.rank != rank or not np.allclose(adapter.scaling, scaling):
-            raise ValueError(
-                f"{adapter.name}: its adapter has rank {adapter.rank} and scaling {adapter.scaling}, but the settings "
-                f"say rank {rank} and scaling {scaling}: pass the LoraConfig that the adapters were made with"
-            )
+    for module in adapters:
+        for adapter in lora.layer_adapters(model, module):
+            if module.node.experts and not is_target_parameter(config, adapter.name):
+                raise ValueError(
+                    f"{adapter.name} has adapters, and the settings say target_parameters={config.target_parameters}: "
+                    "pass the LoraConfig that the adapters were made with"
+                )
+            rank, scaling = config.rank_of(adapter.name), config.scaling_of(adapter.name)
+            if adapter.rank != rank or not np.allclose(adapter.scaling, scaling):
+                raise ValueError(
+                    f"{adapter.name}: its adapter has rank {adapter.rank} and scaling {adapter.scaling}, but the "
+                    f"settings say rank {rank} and scaling {scaling}: pass the LoraConfig that the adapters were made "
+                    "with"
+                )
 
 
 def _model_card(rank: int, alpha: float, base: str, targets: list[str]) -> str:
@@ -333,13 +355,17 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
     targets, copies, config = _read_config(model, options, folder / CONFIG)
     file = _open_weights(model, folder)
 
+    adapted = {name for target, ranks in targets for name, rank in zip(target.names(), ranks, strict=True) if rank}
+    keys_of = functools.partial(_keys_of, adapted=adapted, use_dora=config.use_dora)
+    older = functools.partial(_is_older, file=file, keys_of=keys_of, version=options.get("peft_version"))
     shapes: dict[str, tuple[int, ...]] = {}
     for target, ranks in targets:
+        node = target.node
         for name, rank in zip(target.names(), ranks, strict=True):
             if rank:
-                sizes = [(rank, target.node.in_features), (target.node.out_features, rank), (target.node.out_features,)]
-                shapes |= dict(zip(_keys_of(name, target, config), sizes, strict=False))
-    adapted = {name for target, ranks in targets for name, rank in zip(target.names(), ranks, strict=True) if rank}
+                sizes = [(rank, node.in_features), (node.out_features, rank), (node.out_features,)]
+                sizes = peft_experts.sizes(node, rank, older=older(name, target)) if node.experts else sizes
+                shapes |= dict(zip(keys_of(name, target), sizes, strict=False))
     for copy in copies:
         for key in _keys_of_copy(copy, adapted):
             shapes[key] = _shape_of(model, copy)
@@ -348,13 +374,17 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
     problems = tensor_problems(shapes, found)
     if problems:
         raise CheckpointError(
-            f"{file.path}: the tensors do not fit an adapter of rank {config.r} on {options['target_modules']} of this "
-            f"{model.config.model_type} model. {problems}"
+            f"{file.path}: the tensors do not fit an adapter of rank {config.r} on {options.get('target_modules')} and "
+            f"the parameters {options.get('target_parameters')} of this {model.config.model_type} model. {problems}"
         )
 
     for target, ranks in targets:
-        keys = {name: _keys_of(name, target, config) for name in target.names()}
-        lora.attach_named(model, target, ranks, config, lambda name, keys=keys: [file.read(key) for key in keys[name]])
+
+        def read(name: str, target: Named = target) -> Sequence[np.ndarray]:
+            parts, experts = [file.read(key) for key in keys_of(name, target)], target.node.experts
+            return peft_experts.unpack(*parts, *experts, older=older(name, target)) if experts else parts
+
+        lora.attach_named(model, target, ranks, config, read)
     for copy in copies:
         lora.add_copy(model, copy.module, copy.part, copy.layers)
         variable = getattr(copy.module.node, f"trained_{copy.part}").value
@@ -367,8 +397,15 @@ def load_adapter(model: CausalLM, folder: str | Path) -> LoraConfig:
     return config
 
 
-def _keys_of(name: str, target: Named, config: LoraConfig) -> list[str]:
-    return _keys(name, is_table=isinstance(target.node, Embedding), use_dora=config.use_dora)
+def _is_older(
+    name: str, target: Named, *, file: SafetensorsFile, keys_of: Callable[..., list[str]], version: str | None
+) -> bool:
+    """Whether experts' A and B are in PEFT's layout before 0.19.1."""
+    entry = file.entries.get(keys_of(name, target)[0])
+    try:
+        return peft_experts.is_older(target.node, None if entry is None else entry.shape, version)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path.parent / CONFIG}: {error}") from error
 
 
 def _keys_of_copy(copy: Copied, adapted: set[str]) -> list[str]:

@@ -27,32 +27,53 @@ from flax import nnx
 
 from jaxlora import lora
 from jaxlora.config import LoraConfig
-from jaxlora.layers import Adapted, AdapterConstant, AdapterScale, BaseSquare, Copy, LayerMask, LoraParam, Weighted
+from jaxlora.layers import (
+    Adaptable,
+    Adapted,
+    AdapterConstant,
+    AdapterScale,
+    BaseSquare,
+    Copy,
+    LayerMask,
+    LoraParam,
+    Weighted,
+)
 from jaxlora.lora_targets import target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
 
-_ADAPTER_FIELDS = (
-    "lora_A",
-    "lora_B",
-    "lora_scaling",
+_COPY_FIELDS = ("trained_weight", "trained_bias")
+_ADAPTER_FIELDS = ("lora_A", "lora_B", "lora_scaling", "lora_ranks")
+_MODULE_FIELDS = (
     "lora_magnitude",
     "lora_base_square",
     "lora_start_A",
     "lora_start_B",
     "lora_dropout",
-    "lora_ranks",
     "lora_owns_base",
 )
-_COPY_FIELDS = ("trained_weight", "trained_bias")
+_CARRIERS = (Weighted, Adaptable)
 COMBINATIONS = ("linear", "cat", "svd")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter without its model. modules: {checkpoint name: {field of the module: value}}."""
+    """An adapter without its model. modules: {checkpoint name: {field of the module: value}}, a stack of layers being
+    under its first layer's name."""
 
     config: LoraConfig
     modules: Mapping[str, Mapping[str, Any]]
+
+
+def _fields(node: Any) -> tuple[str, ...]:
+    """What an adapter may hang on this module."""
+    kinds = ((Weighted, _COPY_FIELDS), (Adaptable, _ADAPTER_FIELDS), (Adapted, _MODULE_FIELDS))
+    return tuple(name for kind, names in kinds if isinstance(node, kind) for name in names)
+
+
+def _by_name(model: CausalLM) -> dict[str, Named]:
+    """What may carry a part of an adapter, under the names of `Adapter.modules`. Not `Named.name`, which stacks of like
+    layers share."""
+    return {module.names()[0]: module for module in named_nodes(model, _CARRIERS)}
 
 
 class Shelf:
@@ -91,16 +112,11 @@ def take_adapter(model: CausalLM, config: LoraConfig) -> Adapter:
         raise ValueError("the model carries no adapter")
     check_shares_base(config)
     modules = {}
-    for module in named_nodes(model, Weighted):
-        fields = (*_COPY_FIELDS, *(_ADAPTER_FIELDS if isinstance(module.node, Adapted) else ()))
-        values = {name: getattr(module.node, name) for name in fields}
+    for key, module in _by_name(model).items():
+        values = {name: getattr(module.node, name) for name in _fields(module.node)}
         if any(values.get(name) is not None for name in ("lora_A", *_COPY_FIELDS)):
-            modules[module.name] = values
-    for module in list(named_nodes(model, Weighted)):
-        module.node.without_copies()
-        if isinstance(module.node, Adapted):
-            module.node.without_adapter()
-    model.ties_adapters = False
+            modules[key] = values
+    lora.remove_adapters(model)
     return Adapter(config, modules)
 
 
@@ -112,12 +128,12 @@ def put_adapter(model: CausalLM, adapter: Adapter) -> None:
     """
     if lora.adapters(model):
         raise ValueError("the model carries an adapter: take it off first (jaxlora.take_adapter)")
-    nodes = {module.name: module.node for module in named_nodes(model, Weighted)}
+    nodes = _by_name(model)
     if missing := sorted(adapter.modules.keys() - nodes.keys()):
         raise ValueError(f"the adapter is another model's: this one has no {', '.join(missing[:4])}")
     for name, fields in adapter.modules.items():
         for field, value in fields.items():
-            setattr(nodes[name], field, nnx.data(value) if value is None else value)
+            setattr(nodes[name].node, field, nnx.data(value) if value is None else value)
     lora.tie_adapters(model, adapter.config)
 
 
@@ -152,8 +168,8 @@ def weighted_adapter(
             themselves, for adapters of the same rank that came from the same start.
 
     Raises:
-        ValueError: an unknown combination, "linear" with different ranks, or an adapter with DoRA, or with copies that
-            learn, of which there is no sum.
+        ValueError: an unknown combination, "linear" with different ranks, an adapter with DoRA, or with copies that
+            learn, of which there is no sum, or one on experts.
     """
     if combination_type not in COMBINATIONS:
         raise ValueError(f"combination_type {combination_type!r} is not one of {', '.join(COMBINATIONS)}")
@@ -162,6 +178,8 @@ def weighted_adapter(
     for adapter in adapters:
         if adapter.config.use_dora or adapter.config.bias != "none" or adapter.config.modules_to_save:
             raise ValueError("an adapter with use_dora, bias or modules_to_save cannot be added to another")
+        if adapter.config.target_parameters:
+            raise ValueError("an adapter with target_parameters cannot be added to another, as in PEFT")
     parts: dict[str, list[tuple[float, lora.LayerAdapter]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         put_adapter(model, adapter)
@@ -232,11 +250,11 @@ class AdapterStack:
         found = []
         for index, adapter in enumerate(self.adapters):
             model = nnx.merge(self.graphdef, jax.tree.map(operator.itemgetter(index), trainable), self.frozen)
-            nodes = {module.name: module.node for module in named_nodes(model, Weighted)}
+            nodes = _by_name(model)
             found.append(
                 Adapter(
                     adapter.config,
-                    {name: _cut(nodes[name], fields) for name, fields in adapter.modules.items()},
+                    {name: _cut(nodes[name].node, fields) for name, fields in adapter.modules.items()},
                 )
             )
         return found
@@ -258,7 +276,7 @@ def stack_adapters(model: CausalLM, adapters: Sequence[Adapter]) -> AdapterStack
         values = [getattr(adapter.config, name) for adapter in adapters]
         if any(value != values[0] for value in values):
             raise ValueError(f"adapters of one stack must agree in {name}, found {values}")
-    nodes = {module.name: module for module in named_nodes(model, Weighted)}
+    nodes = _by_name(model)
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
     modules = {name: _stack(nodes[name], [adapter.modules.get(name) for adapter in adapters]) for name in names}
     put_adapter(model, Adapter(adapters[0].config, modules))
@@ -272,14 +290,15 @@ def stack_adapters(model: CausalLM, adapters: Sequence[Adapter]) -> AdapterStack
 
 def _stack(module: Named, adapters: list[Mapping[str, Any] | None]) -> dict[str, Any]:
     """The fields of one module with those of all adapters in them; None is an adapter that has none there."""
+    node: Adaptable = module.node
+    copies = [field for field in _fields(node) if field in _COPY_FIELDS]
     fields: dict[str, Any] = {
         field: _stack_copies(module.name, field, [(adapter or {}).get(field) for adapter in adapters])
-        for field in _COPY_FIELDS
+        for field in copies
     }
     present = [adapter for adapter in adapters if adapter is not None and adapter.get("lora_A") is not None]
     if not present:
         return fields
-    node: Adapted = module.node
     lead, r = (() if node.stack is None else (node.stack,)), max(x["lora_A"].get_value().shape[-2] for x in present)
     adapters = [x if x is not None and x.get("lora_A") is not None else None for x in adapters]
 
@@ -296,12 +315,12 @@ def _stack(module: Named, adapters: list[Mapping[str, Any] | None]) -> dict[str,
 
     first, layers = present[0], (() if node.stack is None else ("layers",))
     ranks = [(0,) * (node.stack or 1) if x is None else x["lora_ranks"] for x in adapters]
-    fields |= dict(first) | {field: fields[field] for field in _COPY_FIELDS}
-    fields["lora_A"] = LoraParam(stacked("lora_A", (*lead, r, node.in_features)), axes=(None, *first["lora_A"].axes))
-    fields["lora_B"] = LoraParam(stacked("lora_B", (*lead, node.out_features, r)), axes=(None, *first["lora_B"].axes))
+    fields |= dict(first) | {field: fields[field] for field in copies}
+    for name, shape in (("lora_A", (r, node.in_features)), ("lora_B", (node.out_features, r))):
+        fields[name] = LoraParam(stacked(name, (*lead, *node.experts, *shape)), axes=(None, *first[name].axes))
     fields["lora_scaling"] = AdapterScale(stacked("lora_scaling", (*lead, r)), axes=(None, *layers, "rank"))
     fields["lora_ranks"] = tuple(map(max, zip(*ranks, strict=True)))
-    if first["lora_magnitude"] is not None:
+    if first.get("lora_magnitude") is not None:
         square = first["lora_base_square"]
         magnitudes = [(square if x is None else x["lora_magnitude"]).get_value() for x in adapters]
         fields["lora_magnitude"] = LoraParam(jnp.stack(magnitudes), axes=(None, *first["lora_magnitude"].axes))
@@ -333,13 +352,12 @@ def _cut(node: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
         learnt = {
             "lora_A": node.lora_A.get_value()[..., :r, :],
             "lora_B": node.lora_B.get_value()[..., :r],
-            "lora_magnitude": None if node.lora_magnitude is None else node.lora_magnitude.get_value(),
         }
-        found |= {
-            field: LoraParam(value, axes=fields[field].axes) for field, value in learnt.items() if value is not None
-        }
+        if fields.get("lora_magnitude") is not None:
+            learnt["lora_magnitude"] = node.lora_magnitude.get_value()
+        found |= {field: LoraParam(value, axes=fields[field].axes) for field, value in learnt.items()}
     for field in _COPY_FIELDS:
-        if fields[field] is not None:
+        if fields.get(field) is not None:
             found[field] = nnx.clone(fields[field])
             found[field].value.set_value(getattr(node, field).value.get_value())
     return found

@@ -439,6 +439,10 @@ class LoraConfig:
     any. `rank_pattern` and `alpha_pattern` give single modules another `r` or `lora_alpha`: {expression for the end of
     a path: value}, of which the first that matches counts. Mappings are kept as tuples of pairs, so that this hashes.
 
+    `target_parameters` are parameters of experts, as transformers has them: ends of paths such as
+    "mlp.experts.gate_up_proj", of which each expert gets an adapter. As in PEFT `exclude_modules` and
+    `layers_to_transform` do not act on them; a path may name a layer. `target_modules` may then be empty.
+
     `init_lora_weights`: True draws A and leaves B zero, False draws both, "gaussian" draws A from a normal
     distribution, "orthogonal" draws B and A so that B A = 0. "pissa" (arXiv:2404.02948), "pissa_niter_n" (by n steps of
     subspace iteration) and "olora" (arXiv:2406.01775) start from the weight's largest directions and take them out of
@@ -456,7 +460,7 @@ class LoraConfig:
     Raises:
         TypeError: a rank is not an integer.
         ValueError: a rank below 1, `lora_dropout` outside [0, 1), no target at all, an expression that is none, or
-            options that contradict each other.
+            options that contradict each other, or cannot be had with `target_parameters`.
     """
 
     r: int = 16
@@ -477,19 +481,26 @@ class LoraConfig:
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
     ensure_weight_tying: bool = False
+    target_parameters: Sequence[str] | None = None
 
     def __post_init__(self):
         _check_rank("the rank r", self.r)
         _require(0.0 <= self.lora_dropout < 1.0, f"lora_dropout must lie in [0, 1), found {self.lora_dropout}")
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        for name in (
+            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+            "target_parameters",
+        ):  # fmt: skip
             value = getattr(self, name)
-            if isinstance(value, str) and name == "modules_to_save":
-                raise TypeError(f"modules_to_save must be a list of names, found the text {value!r}")
+            if isinstance(value, str) and name in ("modules_to_save", "target_parameters"):
+                raise TypeError(f"{name} must be a list of names, found the text {value!r}")
             if isinstance(value, str) and name != "layers_pattern":
                 _check_expression(name, value)
             elif not isinstance(value, str | int | None):
                 object.__setattr__(self, name, tuple(value))
-        _require(len(self.target_modules) > 0, "target_modules is empty: name at least one module, or 'all-linear'")
+        _require(
+            len(self.target_modules) > 0 or bool(self.target_parameters),
+            "target_modules is empty: name at least one module, or 'all-linear', or experts in target_parameters",
+        )
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             pairs = tuple(value.items() if isinstance(value, Mapping) else map(tuple, value))
@@ -500,6 +511,7 @@ class LoraConfig:
             _check_rank(f"rank_pattern: the rank of {expression!r}", rank)
         self._check_layers()
         self._check_init()
+        self._check_parameters()
         _require(self.bias in BIASES, f"bias {self.bias!r} is not one of {', '.join(BIASES)}")
 
     def _check_init(self) -> None:
@@ -526,6 +538,21 @@ class LoraConfig:
                 init == name or not settings, f'{option}={settings} needs init_lora_weights="{name}", found {init!r}'
             )
             object.__setattr__(self, option, _settings(cls, option, settings) if init == name else None)
+
+    def _check_parameters(self) -> None:
+        if not self.target_parameters:
+            return
+        _require(
+            not self.lora_dropout,
+            "target_parameters does not work with lora_dropout, as in PEFT, which adapts a parameter and never sees "
+            f"its input: pass lora_dropout=0, found {self.lora_dropout}",
+        )
+        _require(not self.use_dora, "target_parameters does not work with use_dora=True, as in PEFT: leave out one")
+        _require(
+            self.init_lora_weights in (True, False, "gaussian"),
+            f"target_parameters does not work with init_lora_weights={self.init_lora_weights!r}: experts start as "
+            'True, False or "gaussian" says',
+        )
 
     @property
     def loftq_bits(self) -> int:

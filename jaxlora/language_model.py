@@ -21,8 +21,7 @@ from jaxlora.converters.gguf import GGUFSource
 from jaxlora.engine import Engine
 from jaxlora.generate import generate
 from jaxlora.hub import resolve_path
-from jaxlora.layers import Adapted, Weighted
-from jaxlora.model import CausalLM, named_nodes
+from jaxlora.model import CausalLM
 from jaxlora.sampling import SamplingParams
 
 
@@ -311,10 +310,6 @@ def _with_adapter_of(model: LanguageModel, folder: str | Path) -> LanguageModel:
             f"(init_lora_weights={model.lora_config.init_lora_weights!r}) has changed those: load the base anew"
         )
     copy = nnx.merge(*nnx.split(model))
-    for module in named_nodes(copy, Weighted):
-        module.node.without_copies()
-        if isinstance(module.node, Adapted):
-            module.node.without_adapter()
-    copy.ties_adapters = False
+    lora.remove_adapters(copy)
     copy.lora_config = peft.load_adapter(copy, folder)
     return copy

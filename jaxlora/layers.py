@@ -115,31 +115,43 @@ class Weighted(nnx.Module):
         return value if self.trained_bias is None else self.trained_bias(value)
 
 
-class Adapted(Weighted):
-    """A module that may carry an adapter: A [*stack, r, in], B [*stack, out, r], DoRA's magnitudes [*stack, out].
+class Adaptable(nnx.Module):
+    """What may carry an adapter: A [*stack, *experts, r, in], B [*stack, *experts, out, r].
 
-    `axes` names (out, in), `lora_ranks` the rank of each layer of the stack.
+    stack: as in `Weighted`. experts: (), or (E,) for E adapters of one rank side by side. `axes` names (out, in),
+    `lora_ranks` the rank of each layer of the stack.
     """
 
     in_features: int
     out_features: int
     axes: tuple[str, str]
+    stack: int | None
+    experts: tuple[int, ...] = ()
     lora_A: Any  # a LoraParam, or None where there is no adapter; so the next
     lora_B: Any
-    lora_magnitude: Any  # or None without DoRA; and a BaseSquare
-    lora_base_square: Any
     lora_scaling: Any  # an AdapterScale
-    lora_start_A: Any  # an AdapterStart, or None where the base is what it was
-    lora_start_B: Any
-    lora_owns_base: bool  # whether the weight is not the checkpoint's any more, but one that goes with the adapter
     lora_ranks: tuple[int, ...]
-    lora_dropout: float
 
     def without_adapter(self) -> None:
         self.lora_A = self.lora_B = self.lora_scaling = nnx.data(None)
+        self.lora_ranks = ()
+
+
+class Adapted(Adaptable, Weighted):
+    """A module with a weight that may carry an adapter, with DoRA's magnitudes [*stack, out]."""
+
+    lora_magnitude: Any  # or None without DoRA; and a BaseSquare
+    lora_base_square: Any
+    lora_start_A: Any  # an AdapterStart, or None where the base is what it was
+    lora_start_B: Any
+    lora_owns_base: bool  # whether the weight is not the checkpoint's any more, but one that goes with the adapter
+    lora_dropout: float
+
+    def without_adapter(self) -> None:
+        super().without_adapter()
         self.lora_magnitude = self.lora_base_square = nnx.data(None)
         self.lora_start_A = self.lora_start_B = nnx.data(None)
-        self.lora_dropout, self.lora_ranks, self.lora_owns_base = 0.0, (), False
+        self.lora_dropout, self.lora_owns_base = 0.0, False
 
     def dora_gain(self, weight_a: Float[Array, "r d_out"]) -> Float[Array, " d_out"]:
         """DoRA's factor on each output (arXiv:2402.09353, equation 5), m / ||W + scaling B A||, of one layer.

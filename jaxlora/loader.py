@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 # The options of LoraConfig that come down to a rank and a scaling for each module.
 _PER_MODULE = (
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -283,6 +284,7 @@ class FastLanguageModel:
         modules_to_save: Sequence[str] | None = None,
         loftq_config: dict[str, int] | None = None,
         ensure_weight_tying: bool = False,
+        target_parameters: Sequence[str] | None = None,
         finetune_last_n_layers: int | None = None,
         qat_scheme: str | None = None,
         max_seq_length: int | None = None,
@@ -322,6 +324,9 @@ class FastLanguageModel:
             loftq_config: for "loftq": {"loftq_bits": 4 or 8, "loftq_iter": rounds}, by default 4 and 1.
             ensure_weight_tying: a head that is tied to the embedding stays so, and follows what the embedding learns.
                 Without it only what is named learns, and a merged checkpoint has a head of its own.
+            target_parameters: parameters of experts of which each expert gets an adapter, as transformers names them:
+                "mlp.experts.gate_up_proj" and "mlp.experts.down_proj", or the ends or whole of their paths. The names
+                gate_proj, up_proj and down_proj in `target_modules` may then match nothing.
             finetune_last_n_layers: the same as `layers_to_transform` with the last layers.
             qat_scheme: compute as a quantised model will: "int8", "int4", "fp8-fp8" or "fp8-int4"; see
                 `kernels.fake_quant`. Exported in 16 bit and quantised so, the model computes what was trained.
@@ -360,6 +365,7 @@ class FastLanguageModel:
             rank_pattern=rank_pattern or (), alpha_pattern=alpha_pattern or (), init_lora_weights=init_lora_weights,
             loftq_config=loftq_config or (), use_dora=use_dora, bias=bias, modules_to_save=modules_to_save,
             ensure_weight_tying=ensure_weight_tying, eva_config=eva_config, corda_config=corda_config,
+            target_parameters=target_parameters,
         )  # fmt: skip
         config = learning_rows(model, config)
         policy = remat.resolve(use_gradient_checkpointing)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from jaxlora.config import LoraConfig
 from jaxlora.kernels.fake_quant import GROUP, SCHEMES
 from jaxlora.kernels.lora import row_norms
 from jaxlora.layers import (
+    Adaptable,
     Adapted,
     AdapterConstant,
     AdapterScale,
@@ -38,6 +40,7 @@ from jaxlora.layers import (
 )
 from jaxlora.lora_targets import copied, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
+from jaxlora.moe import ExpertAdapter, Experts
 from jaxlora.quant import QuantizedArray
 
 
@@ -69,22 +72,17 @@ def add_adapters(model: CausalLM, config: LoraConfig, key: Any, init_dataset: An
         config, starts = data_starts.eva(model, targets, config, init_dataset)
         targets = target_ranks(model, config)
     for target, ranks in targets:
-        module: Adapted = target.node
+        module: Adaptable = target.node
         if config.changes_base and not isinstance(module, Embedding):
             start_from_base(model, target, ranks, config, key, starts)
             continue
-        draw = lora_init.draw_embedding if isinstance(module, Embedding) else lora_init.draw
-        a = jnp.zeros((len(ranks), max(ranks), module.in_features), jnp.float32)
-        b = jnp.zeros((len(ranks), module.out_features, max(ranks)), jnp.float32)
+        a, b = (jnp.zeros(shape, jnp.float32) for shape in _shapes(module, ranks))
         keys = _keys(key, target)
         for rank in sorted(set(ranks) - {0}):
             layers = jnp.asarray([i for i, other in enumerate(ranks) if other == rank])
-            drawn = jax.vmap(
-                lambda k, rank=rank, module=module, draw=draw: draw(
-                    config.init_lora_weights, k, rank, module.in_features, module.out_features
-                )
-            )(keys[layers])
-            a, b = a.at[layers, :rank].set(drawn[0]), b.at[layers, :, :rank].set(drawn[1])
+            draw = functools.partial(_draw, module, config.init_lora_weights, rank=rank)
+            drawn = jax.vmap(draw)(keys[layers])
+            a, b = a.at[layers, ..., :rank, :].set(drawn[0]), b.at[layers, ..., :rank].set(drawn[1])
         for i, name in enumerate(target.names()):
             if name in starts:
                 a = a.at[i, : ranks[i]].set(starts[name])
@@ -100,6 +98,20 @@ def tie_adapters(model: CausalLM, config: LoraConfig) -> None:
     model.ties_adapters = config.ensure_weight_tying and model.lm_head.weight is None
 
 
+def _shapes(module: Adaptable, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B with a leading axis of layers, at the largest of their ranks."""
+    lead, rank = (len(ranks), *module.experts), max(ranks)
+    return (*lead, rank, module.in_features), (*lead, module.out_features, rank)
+
+
+def _draw(module: Adaptable, kind: bool | str, key: Any, *, rank: int) -> tuple[jax.Array, jax.Array]:
+    d_in, d_out = module.in_features, module.out_features
+    if module.experts:
+        return lora_init.draw_experts(kind, key, math.prod(module.experts), rank, d_in, d_out)
+    draw = lora_init.draw_embedding if isinstance(module, Embedding) else lora_init.draw
+    return draw(kind, key, rank, d_in, d_out)
+
+
 def _keys(key: Any, target: Named) -> jax.Array:
     return jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names()])
 
@@ -107,11 +119,11 @@ def _keys(key: Any, target: Named) -> jax.Array:
 def attach_stack(model: CausalLM, target: Named, a, b, config: LoraConfig, ranks: tuple[int, ...]) -> None:
     """`attach` of matrices that have a leading axis even if the module is no stack; with DoRA, magnitudes that leave
     the model as it is when B A = 0."""
-    module: Adapted = target.node
+    module: Adaptable = target.node
     scaling = jnp.asarray([config.scaling_of(name) for name in target.names()], jnp.float32)
     parts = (a, b, scaling) if target.layers else (a[0], b[0], scaling[0])
     attach(module, *parts, config.lora_dropout, ranks)
-    if config.use_dora:
+    if config.use_dora and isinstance(module, Adapted):
         square, norms = _row_norms(model, module)
         axes = (*(("layers",) if target.layers else ()), module.axes[0])
         module.lora_base_square = BaseSquare(square, axes=axes)
@@ -227,8 +239,8 @@ def _stored_like(weight: Any, new: jax.Array) -> Any:
     return quant.quantize(new, scheme=weight.scheme, double_quant=nested, dtype=weight.dtype)
 
 
-def attach(module: Adapted, a, b, scaling, dropout: float, ranks: tuple[int, ...] | None = None) -> None:
-    """Give a module its adapter: a [*stack, r, in], b [*stack, out, r], scaling [*stack].
+def attach(module: Adaptable, a, b, scaling, dropout: float, ranks: tuple[int, ...] | None = None) -> None:
+    """Give a module its adapter: a [*stack, *experts, r, in], b [*stack, *experts, out, r], scaling [*stack].
 
     `ranks` are those of the layers, 0 for a layer without adapter; by default r for all. A layer of a lower rank uses
     its first rows of A and columns of B, and the rest is padding: the scaling becomes [*stack, r], with zeros there,
@@ -241,10 +253,13 @@ def attach(module: Adapted, a, b, scaling, dropout: float, ranks: tuple[int, ...
     padded = set(ranks) != {r}
     if padded:
         scaling = jnp.where(jnp.arange(r) < jnp.asarray(ranks)[:, None], scaling[:, None], jnp.zeros((), jnp.float32))
-    module.lora_A = LoraParam(a, axes=(*lead, "rank", in_axis))
-    module.lora_B = LoraParam(b, axes=(*lead, out_axis, "rank"))
+    of_experts = ("experts",) * len(module.experts)
+    module.lora_A = LoraParam(a, axes=(*lead, *of_experts, "rank", in_axis))
+    module.lora_B = LoraParam(b, axes=(*lead, *of_experts, out_axis, "rank"))
     module.lora_scaling = AdapterScale(scaling, axes=(*lead, "rank") if padded else lead)
-    module.lora_dropout, module.lora_ranks = dropout, ranks
+    module.lora_ranks = ranks
+    if isinstance(module, Adapted):  # experts have none
+        module.lora_dropout = dropout
 
 
 def attach_named(
@@ -254,17 +269,15 @@ def attach_named(
     config: LoraConfig,
     read: Callable[[str], Sequence[np.ndarray]],
 ) -> None:
-    """Give a module the adapter that `read` has for each of its names: A [r, in], B [out, r] and, with DoRA, the
-    magnitudes [out]. A base that the adapter's start changed is changed in the same way again, as PEFT does."""
-    node, size = target.node, len(ranks)
-    values = [
-        np.zeros((size, max(ranks), node.in_features), np.float32),
-        np.zeros((size, node.out_features, max(ranks)), np.float32),
-        np.ones((size, node.out_features), np.float32),
-    ]
+    """Give a module the adapter that `read` has for each of its names: A [*experts, r, in], B [*experts, out, r] and,
+    with DoRA, the magnitudes [out]. A base that the adapter's start changed is changed in the same way again, as PEFT
+    does."""
+    node = target.node
+    values = [np.zeros(shape, np.float32) for shape in _shapes(node, ranks)]
+    values.append(np.ones((len(ranks), node.out_features), np.float32))
     for i, (name, rank) in enumerate(zip(target.names(), ranks, strict=True)):
         if rank:
-            places = (values[0][i, :rank], values[1][i, :, :rank], values[2][i])
+            places = (values[0][i, ..., :rank, :], values[1][i, ..., :rank], values[2][i])
             for place, value in zip(places, read(name), strict=False):
                 place[...] = value
     a, b, magnitude = (jnp.asarray(value) for value in values)
@@ -283,12 +296,13 @@ def attach_named(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerAdapter:
-    """The adapter of one module, without padding, on the host: a [r, in], b [out, r], magnitude None or [out], float32.
+    """The adapter of one module, without padding, on the host, float32: a [*experts, r, in], b [*experts, out, r],
+    magnitude None or [out].
 
-    name: the module's path in the checkpoint. It is meant for the checkpoint's own weight: where a start was taken out
-    of that, it is [A; A_0] and [B, -B_0], of twice the rank, as PEFT converts such adapters. is_table: whether the
-    weight is an embedding, [in, out]. base: None, or what gives the weight [out, in] that stands here in place of the
-    checkpoint's (LoftQ's).
+    name: the module's path in the checkpoint, or that of the experts' parameter in transformers. It is meant for the
+    checkpoint's own weight: where a start was taken out of that, it is [A; A_0] and [B, -B_0], of twice the rank, as
+    PEFT converts such adapters. is_table: whether the weight is an embedding, [in, out]. base: None, or what gives the
+    weight [out, in] that stands here in place of the checkpoint's (LoftQ's).
     """
 
     name: str
@@ -301,7 +315,7 @@ class LayerAdapter:
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -323,17 +337,17 @@ class LayerAdapter:
 
 def layer_adapters(model: CausalLM, target: Named) -> Iterator[LayerAdapter]:
     """The adapters of a module, one for each layer that has one."""
-    node: Adapted = target.node
+    node: Adaptable = target.node
+    parts = [node.lora_A, node.lora_B, node.lora_scaling]
+    parts += [node.lora_magnitude, node.lora_start_A, node.lora_start_B] if isinstance(node, Adapted) else [None] * 3
     a, b, scaling, magnitude, start_a, start_b = (
         None if part is None else np.asarray(part.get_value()) if target.layers else np.asarray(part.get_value())[None]
-        for part in (
-            node.lora_A, node.lora_B, node.lora_scaling, node.lora_magnitude, node.lora_start_A, node.lora_start_B
-        )
-    )  # fmt: skip
+        for part in parts
+    )
     assert a is not None and b is not None and scaling is not None
     for i, (name, rank) in enumerate(zip(target.names(), node.lora_ranks, strict=True)):
         if rank:
-            low_a, low_b = a[i, :rank], b[i, :, :rank]
+            low_a, low_b = a[i, ..., :rank, :], b[i, ..., :rank]
             if start_a is not None and start_b is not None:
                 low_a = np.concatenate([low_a, start_a[i, :rank]])
                 low_b = np.concatenate([low_b, -start_b[i, :, :rank]], axis=1)
@@ -345,13 +359,60 @@ def layer_adapters(model: CausalLM, target: Named) -> Iterator[LayerAdapter]:
                 magnitude=None if magnitude is None else magnitude[i],
                 scaling=float(scaling[i] if scaling.ndim == 1 else scaling[i, 0]),
                 is_table=isinstance(node, Embedding),
-                base=functools.partial(float_weight, model, node, layer) if node.lora_owns_base else None,
+                base=functools.partial(float_weight, model, node, layer)
+                if isinstance(node, Adapted) and node.lora_owns_base
+                else None,
             )
 
 
 def adapters(model: CausalLM) -> list[Named]:
-    """The modules that carry an adapter."""
-    return [module for module in named_nodes(model, Adapted) if module.node.lora_A is not None]
+    """The modules, and parameters of experts, that carry an adapter."""
+    return [module for module in named_nodes(model, Adaptable) if module.node.lora_A is not None]
+
+
+def remove_adapters(model: CausalLM) -> None:
+    """Take adapters and copies off a model, in place: what stays is the base."""
+    for module in list(named_nodes(model, (Weighted, Adaptable))):
+        if isinstance(module.node, Weighted):
+            module.node.without_copies()
+        if isinstance(module.node, Adaptable):
+            module.node.without_adapter()
+    model.ties_adapters = False
+
+
+Merge = Callable[[np.ndarray], np.ndarray]
+
+
+def merges(model: CausalLM) -> Iterator[tuple[str, tuple[int, ...], Merge]]:
+    """(name, shape, what puts the adapter into it) of every weight of the checkpoint that has an adapter."""
+    for target in adapters(model):
+        for adapter in layer_adapters(model, target):
+            if isinstance(target.node, ExpertAdapter):
+                yield from _expert_merges(model, target, adapter)
+            else:
+                yield f"{adapter.name}.weight", adapter.weight_shape, adapter.merge
+
+
+def _expert_merges(
+    model: CausalLM, target: Named, adapter: LayerAdapter
+) -> Iterator[tuple[str, tuple[int, ...], Merge]]:
+    """One for each tensor that the checkpoint has of one layer's parameter: for gate and up, an expert, or all."""
+    owners = (owner.node.linears_of(target.node) for owner in named_nodes(model, Experts))
+    linears, named = next(filter(None, owners)), {id(p.node): p for p in named_nodes(model, BaseParam)}
+    layer, start = target.names().index(adapter.name), 0
+    for linear in linears:
+        rows = slice(start, start + linear.out_features)
+        start = rows.stop
+        for name, (index, *expert) in named[id(linear.weight)].places().items():
+            if index == layer:
+                a, b = adapter.a[tuple(expert)], adapter.b[(*expert, ..., rows, slice(None))]
+                shape = (*a.shape[:-2], *((a.shape[-1], b.shape[-2]) if linear.in_out else (b.shape[-2], a.shape[-1])))
+                yield name, shape, functools.partial(_merge_experts, a, b, adapter.scaling, linear.in_out)
+
+
+def _merge_experts(a: np.ndarray, b: np.ndarray, scaling: float, in_out: bool, weight: np.ndarray) -> np.ndarray:
+    delta = scaling * (b @ a)
+    return weight.astype(np.float32) + (delta.swapaxes(-1, -2) if in_out else delta)
 
 
 def trained_copies(model: CausalLM) -> Iterator[tuple[str, np.ndarray]]:
@@ -427,11 +488,13 @@ def _size(value: Any) -> int:
     return value.size
 
 
-def _padding(module: Adapted) -> int:
+def _padding(module: Adaptable) -> int:
     """Number of entries of an adapter that stand in no layer's."""
     r = module.lora_A.get_value().shape[-2]
     padding = sum(r - rank for rank in module.lora_ranks) * (module.in_features + module.out_features)
-    return padding + (module.lora_ranks.count(0) * module.out_features if module.lora_magnitude is not None else 0)
+    padding *= math.prod(module.experts)
+    has_magnitude = isinstance(module, Adapted) and module.lora_magnitude is not None
+    return padding + (module.lora_ranks.count(0) * module.out_features if has_magnitude else 0)
 
 
 def get_nb_trainable_parameters(model: CausalLM) -> tuple[int, int]:

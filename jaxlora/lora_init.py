@@ -41,6 +41,19 @@ def draw(kind: bool | str, key: Any, rank: int, in_features: int, out_features: 
     return a, jnp.zeros(shape_b, jnp.float32)
 
 
+def draw_experts(
+    kind: bool | str, key: Any, experts: int, rank: int, in_features: int, out_features: int
+) -> tuple[Array, Array]:
+    """A [experts, rank, in] and B [experts, out, rank], float32, of an adapter on all experts: True, False, "gaussian".
+
+    PEFT has one matrix of experts * rank columns for B, whose bound is that of so many inputs.
+    """
+    a, b = draw(kind, key, experts * rank, in_features, out_features)
+    if kind == "gaussian":
+        a = a * experts  # `draw` has divided by all columns
+    return a.reshape(experts, rank, in_features), jnp.moveaxis(b.reshape(out_features, experts, rank), 0, 1)
+
+
 def draw_embedding(kind: bool | str, key: Any, rank: int, rows: int, features: int) -> tuple[Array, Array]:
     """A [rank, rows] and B [features, rank], float32, of an embedding's adapter: A zero and B normal, both normal for
     False. The other kinds are for linear layers, and start an embedding like True."""

@@ -1,6 +1,7 @@
 """Which modules a `LoraConfig` means: those that get an adapter, and those of whose weights a copy learns.
 
-PEFT's rules, on paths of the checkpoint; but what matches nothing is an error, and what has no effect a warning.
+PEFT's rules, on paths of the checkpoint, and for parameters of experts on those of transformers; but what matches
+nothing is an error, and what has no effect a warning.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from collections.abc import Iterator, Sequence
 from jaxlora.config import LoraConfig
 from jaxlora.layers import Adapted, BaseParam, Linear, Weighted
 from jaxlora.model import CausalLM, Named, named_nodes
+from jaxlora.moe import ExpertAdapter
 from jaxlora.quant import QuantizedArray
+
+# What target_modules may name without a linear, where experts are adapted as parameters: all families call them so.
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def is_target(config: LoraConfig, module: str) -> bool:
@@ -26,6 +31,11 @@ def is_target(config: LoraConfig, module: str) -> bool:
     if module in targets:  # a whole path, to which layers_to_transform has nothing to add
         return True
     return _names(targets, module) and _is_layer(config, module)
+
+
+def is_target_parameter(config: LoraConfig, parameter: str) -> bool:
+    """Whether a config means the parameter of experts of this path in transformers."""
+    return _names(config.target_parameters or (), parameter)
 
 
 def _names(targets: Sequence[str], module: str) -> bool:
@@ -45,17 +55,18 @@ def _is_layer(config: LoraConfig, module: str) -> bool:
 
 
 def target_ranks(model: CausalLM, config: LoraConfig) -> list[tuple[Named, tuple[int, ...]]]:
-    """The linears and embeddings that get an adapter, each with the rank of every layer of its stack: 0 where a layer
-    gets none.
+    """The linears, embeddings and parameters of experts that get an adapter, each with the rank of every layer of its
+    stack: 0 where a layer gets none.
 
     "all-linear" is every linear of the blocks, not the head. A module that is no stack has one rank. With
     `ensure_weight_tying` the adapter of a tied head is the embedding's.
 
     Raises:
         ValueError: a target, or all of them together, matches nothing (names every target that exists), or a layer
-            that the model has not, or a tied adapter with DoRA.
+            that the model has not, or a tied adapter with DoRA, or a parameter that is not of experts.
     """
     modules = list(named_nodes(model, Adapted))
+    _check_parameters(model, config)
     if config.target_modules == "all-linear":
         modules = [x for x in modules if x.layers and isinstance(x.node, Linear)]
         blocks = tuple(sorted({module.name.rsplit(".", 1)[-1] for module in modules}))
@@ -66,13 +77,38 @@ def target_ranks(model: CausalLM, config: LoraConfig) -> list[tuple[Named, tuple
         for module in modules
     ]
     chosen = [(module, ranks) for module, ranks in chosen if any(ranks)]
-    if not chosen:
+    parameters = _parameter_ranks(model, config)
+    if not chosen and not parameters:
         raise ValueError(
             f"target_modules {config.target_modules!r} leaves no linear layer of this {model.config.model_type} model, "
             f"with exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r} and "
             f"layers_pattern={config.layers_pattern!r}"
         )
-    return _tied(model, config, modules, chosen)
+    return [*_tied(model, config, modules, chosen), *parameters]
+
+
+def _parameter_ranks(model: CausalLM, config: LoraConfig) -> list[tuple[Named, tuple[int, ...]]]:
+    parameters = [
+        (parameter, tuple(config.rank_of(name) if is_target_parameter(config, name) else 0 for name in names))
+        for parameter in named_nodes(model, ExpertAdapter)
+        for names in [parameter.names()]
+    ]
+    return [(parameter, ranks) for parameter, ranks in parameters if any(ranks)]
+
+
+def _check_parameters(model: CausalLM, config: LoraConfig) -> None:
+    names = [name for parameter in named_nodes(model, ExpertAdapter) for name in parameter.names()]
+    for target in config.target_parameters or ():
+        if any(_names([target], name) for name in names):
+            continue
+        others = (name for parameter in named_nodes(model, BaseParam) for name in parameter.names())
+        other = next((name for name in others if _names([target], name)), None)
+        found = f"{other}, which is no parameter of experts" if other else "no parameter"
+        known = ", ".join(sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})) or "none"
+        raise ValueError(
+            f"target_parameters: {target!r} matches {found}. Those of this {model.config.model_type} model, by the "
+            f"names of transformers: {known}. A linear layer is named in target_modules"
+        )
 
 
 def _tied(model: CausalLM, config: LoraConfig, modules: list[Named], chosen: list) -> list:
@@ -100,7 +136,9 @@ def _check_targets(model: CausalLM, config: LoraConfig) -> None:
         matched = any(re.fullmatch(pattern, name) for name in names)
         unmatched, kind = ([] if matched else [pattern]), " as a regular expression for whole paths"
     else:
+        of_experts = _OF_EXPERTS if config.target_parameters else ()
         unmatched, kind = [t for t in config.target_modules if not any(_names([t], name) for name in names)], ""
+        unmatched = [target for target in unmatched if target not in of_experts]
     if unmatched:
         known = sorted({module.name.rsplit(".", 1)[-1] for module in modules})
         raise ValueError(
@@ -111,10 +149,13 @@ def _check_targets(model: CausalLM, config: LoraConfig) -> None:
     indices = (indices,) if isinstance(indices, int) else indices or ()
     if beyond := [index for index in indices if not 0 <= index < depth]:
         raise ValueError(f"layers_to_transform names {beyond}, but the model's layers are 0 to {depth - 1}")
-    _warn_of_idle_options(config, names, is_tied=model.lm_head.weight is None)
+    parameters = [name for target, _ in _parameter_ranks(model, config) for name in target.names()]
+    _warn_of_idle_options(config, names, parameters, is_tied=model.lm_head.weight is None)
 
 
-def _warn_of_idle_options(config: LoraConfig, names: Sequence[str], *, is_tied: bool) -> None:
+def _warn_of_idle_options(
+    config: LoraConfig, names: Sequence[str], parameters: Sequence[str], *, is_tied: bool
+) -> None:
     """Say what has no effect, as PEFT does for exclude_modules and ensure_weight_tying."""
     excluded = config.exclude_modules
     idle = [("exclude_modules", x) for x in ((excluded,) if isinstance(excluded, str) else excluded or ())]
@@ -124,10 +165,16 @@ def _warn_of_idle_options(config: LoraConfig, names: Sequence[str], *, is_tied: 
         idle = [(option, x) for option, x in idle if not any(_names([x], name) for name in names)]
     for option in ("rank_pattern", "alpha_pattern"):
         for expression, _ in getattr(config, option):
-            if not any(re.match(rf"(.*\.)?({expression})$", name) for name in names):
+            if not any(re.match(rf"(.*\.)?({expression})$", name) for name in (*names, *parameters)):
                 idle.append((option, expression))
     for option, expression in idle:
         warnings.warn(f"{option}: {expression!r} matches no linear layer, and changes nothing", stacklevel=2)
+    if parameters and config.layers_to_transform is not None:
+        warnings.warn(
+            "layers_to_transform does not act on target_parameters, as in PEFT: experts of all layers that their paths "
+            "match get adapters. Name layers in the paths: 'layers.0.mlp.experts.down_proj', say",
+            stacklevel=2,
+        )
     if config.ensure_weight_tying and not is_tied:
         warnings.warn("ensure_weight_tying changes nothing: the model's head is not tied", stacklevel=2)
 

@@ -639,8 +639,8 @@ class Named:
         return tuple(self.places())
 
 
-def named_nodes(model: CausalLM, kind: type) -> Iterator[Named]:
-    """Every Variable or Module of this type, in the order of the layers, under its checkpoint name.
+def named_nodes(model: CausalLM, kind: type | tuple[type, ...]) -> Iterator[Named]:
+    """Every Variable or Module of this type, or of one of these, in the order of the layers, under its checkpoint name.
 
     The path model.layers.0.period.0.mlp.up_proj becomes model.layers.{}.mlp.up_proj, and parts of it, one or some in a
     row, what `config.tensor_names` says.

@@ -18,8 +18,9 @@ So the work is that of k experts a token, whatever E is, every shape is static, 
 token. The rows go there and back by permutations, never by adding into places, so a step gives the same bits each time.
 
 Experts are frozen, dense or quantised, each expert's matrix on its own. Quantised ones are dequantised before the
-grouped product and again in its backward pass, which keeps the packed form only, as in `quant.matmul`. The router is a
-`PlainLinear`: never quantised, no adapter's target.
+grouped product and again in its backward pass, which keeps the packed form only, as in `quant.matmul`. Adapters follow
+the parameters of transformers, which has gate and up in one, and are two grouped products more (`kernels.grouped`).
+The router is a `PlainLinear`: never quantised, no adapter's target.
 
 Nothing so far keeps a router from sending every token to the same experts. The load-balancing loss does
 (arXiv:2101.03961, equation 4), of the shares of tokens and of probability that each expert gets over all layers:
@@ -43,7 +44,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig
-from jaxlora.layers import ACTIVATIONS, TokenwiseModule, base_param, normal
+from jaxlora.kernels.grouped import grouped_dot, grouped_lora_delta, grouped_outer
+from jaxlora.layers import ACTIVATIONS, Adaptable, TokenwiseModule, base_param, normal
 from jaxlora.quant import QuantizedArray
 
 
@@ -99,32 +101,47 @@ def grouped_matmul(
         )
     if isinstance(w, QuantizedArray):
         return _grouped_quantized(contracted, x, w, sizes)
-    return _grouped(x, w.astype(x.dtype), sizes, contracted)
+    return _grouped(contracted, x, w.astype(x.dtype), sizes)
 
 
-def _grouped(x: Array, w: Array, sizes: Array, contracted: int) -> Array:
-    numbers = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (contracted,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
-    return lax.ragged_dot_general(x, w, sizes, numbers)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(contracted: int, x: Array, w: Array, sizes: Array) -> Array:
+    return grouped_dot(x, w, sizes, contracted)
+
+
+def _grouped_forward(contracted, x, w, sizes):
+    # A frozen w has no gradient, and so no need of x.
+    y = grouped_dot(x.value, w.value, sizes.value, contracted)
+    return y, (x.value if w.perturbed else None, w.value, sizes.value)
+
+
+def _grouped_backward(contracted, kept, dy):
+    x, w, sizes = kept
+    dx = grouped_dot(dy, w, sizes, 3 - contracted)
+    if x is None:
+        return dx, None, None
+    return dx, grouped_outer(dy, x, sizes) if contracted == 2 else grouped_outer(x, dy, sizes), None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_quantized(contracted: int, x: Array, w: QuantizedArray, sizes: Array) -> Array:
-    return _grouped(x, quant.dequantize(w, x.dtype), sizes, contracted)
+    return grouped_dot(x, quant.dequantize(w, x.dtype), sizes, contracted)
 
 
-def _grouped_forward(contracted, x, w, sizes):
+def _quantized_forward(contracted, x, w, sizes):
     return _grouped_quantized(contracted, x, w, sizes), (w, sizes)
 
 
-def _grouped_backward(contracted, kept, dy):
+def _quantized_backward(contracted, kept, dy):
     w, sizes = kept
-    dx = _grouped(dy, quant.dequantize(w, dy.dtype), sizes, 3 - contracted)
+    dx = grouped_dot(dy, quant.dequantize(w, dy.dtype), sizes, 3 - contracted)
     return dx, None, None  # None: a zero for every field of w, and for the sizes, which are integers
 
 
-_grouped_quantized.defvjp(_grouped_forward, _grouped_backward)
+_grouped_quantized.defvjp(_quantized_forward, _quantized_backward)
 
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
@@ -152,6 +169,7 @@ class ExpertLinear(nnx.Module):
         quant_config: QuantConfig | None,
     ):
         self.in_features, self.out_features, self.in_out = in_features, out_features, in_out
+        self.experts, self.stack, self.axes = experts, stack, axes
         shape, weight_axes = (out_features, in_features), axes
         if in_out:
             shape, weight_axes = shape[::-1], axes[::-1]
@@ -169,6 +187,27 @@ class ExpertLinear(nnx.Module):
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)[groups.expert]
 
 
+class ExpertAdapter(Adaptable):
+    """The adapters of all experts on what transformers and PEFT have as one parameter, `gate_up_proj` or `down_proj`.
+
+    Its weight lies in one `ExpertLinear`, or in several whose outputs are the parameter's side by side; it follows the
+    parameter whatever the checkpoint's cut. A [stack, E, r, in], B [stack, E, out, r]; in_out: as the weight's.
+    """
+
+    def __init__(self, *linears: ExpertLinear):
+        first = linears[0]
+        self.in_features, self.out_features = first.in_features, sum(linear.out_features for linear in linears)
+        self.axes, self.stack, self.experts, self.in_out = first.axes, first.stack, (first.experts,), first.in_out
+        self.without_adapter()
+
+    def __call__(self, x: Float[Array, "rows d_in"], groups: Groups) -> Float[Array, "rows d_out"] | None:
+        """What the adapter adds to the product; None without one."""
+        if self.lora_A is None:
+            return None
+        a, b, scaling = self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value()
+        return grouped_lora_delta(x, a, b, scaling, groups.sizes)
+
+
 class Experts(nnx.Module):
     """The MLPs of all experts, on rows that are sorted by expert: [rows, D] -> [rows, D]."""
 
@@ -181,19 +220,42 @@ class Experts(nnx.Module):
         else:
             self.gate_proj, self.up_proj = make_experts(width, inner, axes), make_experts(width, inner, axes)
         self.down_proj = make_experts(inner, width, axes[::-1])
+        self.gate_up_lora = ExpertAdapter(*self._gate_up_linears())
+        self.down_lora = ExpertAdapter(self.down_proj)
 
-    def __call__(self, x: Float[Array, "rows d"], groups: Groups) -> Float[Array, "rows d"]:
+    def _gate_up_linears(self) -> tuple[ExpertLinear, ...]:
+        return (self.gate_up_proj,) if self.fused is not None else (self.gate_proj, self.up_proj)
+
+    def linears_of(self, adapter: ExpertAdapter) -> tuple[ExpertLinear, ...]:
+        """Where the weight of what an adapter of these experts adapts lies, in the order of its outputs; () if it is
+        another's."""
+        if adapter is self.gate_up_lora:
+            return self._gate_up_linears()
+        return (self.down_proj,) if adapter is self.down_lora else ()
+
+    def _gate_up(self, x: Float[Array, "rows d"], groups: Groups) -> tuple[Array, Array]:
+        delta = self.gate_up_lora(x, groups)
         if self.fused is None:
             gate, up = self.gate_proj(x, groups), self.up_proj(x, groups)
-        elif self.fused == "interleaved":
-            both = self.gate_up_proj(x, groups)
-            gate, up = both[:, 0::2], both[:, 1::2]
+            if delta is not None:
+                of_gate, of_up = jnp.split(delta, 2, axis=-1)
+                gate, up = gate + of_gate, up + of_up
         else:
-            gate, up = jnp.split(self.gate_up_proj(x, groups), 2, axis=-1)
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+            both = _plus(self.gate_up_proj(x, groups), delta)
+            gate, up = (both[:, 0::2], both[:, 1::2]) if self.fused == "interleaved" else jnp.split(both, 2, axis=-1)
+        return checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+
+    def __call__(self, x: Float[Array, "rows d"], groups: Groups) -> Float[Array, "rows d"]:
+        gate, up = self._gate_up(x, groups)
         if self.alpha is None or self.limit is None:
-            return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up, groups)
-        return self.down_proj(clamped_swiglu(gate, up, self.alpha, self.limit), groups)
+            inner = ACTIVATIONS[self.hidden_act](gate) * up
+        else:
+            inner = clamped_swiglu(gate, up, self.alpha, self.limit)
+        return _plus(self.down_proj(inner, groups), self.down_lora(inner, groups))
+
+
+def _plus(y: Array, delta: Array | None) -> Array:
+    return y if delta is None else y + delta
 
 
 def clamped_swiglu(

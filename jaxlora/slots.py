@@ -18,8 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from jaxlora import lora
-from jaxlora.layers import Adapted, AdapterScale, Linear
+from jaxlora.layers import Adaptable, Adapted, AdapterScale, Linear
 from jaxlora.model import CausalLM, KVCache
+from jaxlora.moe import ExpertAdapter
 from jaxlora.sampling import Drawn, Needs, Seen, Wishes, draw, finished
 
 STEPS = 32  # the most tokens of one call of `decode`
@@ -45,25 +46,28 @@ class Serving(CausalLM):
             _pad_adapter(adapter.name, adapter.node, rank, self.dtype)
 
 
-def _pad_adapter(name: str, module: Adapted, rank: int, dtype: Any) -> None:
+def _pad_adapter(name: str, module: Adaptable, rank: int, dtype: Any) -> None:
     if max(module.lora_ranks) > rank:
         raise ValueError(
             f"the adapter of {name} has rank {max(module.lora_ranks)}, and the engine was made for ranks up to {rank}: "
             f"load the model with max_lora_rank={max(module.lora_ranks)}"
         )
     a, b, scaling = (v.get_value() for v in (module.lora_A, module.lora_B, module.lora_scaling))
-    if scaling.ndim < a.ndim - 1:  # one for all ranks
-        scaling = jnp.broadcast_to(scaling[..., None], a.shape[:-1])
+    layers = () if module.stack is None else (module.stack,)
+    if scaling.ndim == len(layers):  # one for all ranks
+        scaling = jnp.broadcast_to(scaling[..., None], (*layers, a.shape[-2]))
     lead, more = [(0, 0)] * (a.ndim - 2), (0, rank - a.shape[-2])
     a, b = jnp.pad(a, [*lead, more, (0, 0)]), jnp.pad(b, [*lead, (0, 0), more])
-    if isinstance(module, Linear) and module.lora_magnitude is None:  # others compute with them in float32
-        a, b = a.astype(dtype), b.astype(dtype)
+    if isinstance(module, ExpertAdapter) or (isinstance(module, Linear) and module.lora_magnitude is None):
+        a, b = a.astype(dtype), b.astype(dtype)  # others compute with them in float32
     module.lora_A.set_value(a)
     module.lora_B.set_value(b)
     axes = ("rank",) if module.stack is None else ("layers", "rank")
-    module.lora_scaling = AdapterScale(jnp.pad(scaling, [*lead, more]), axes=axes)
-    module.lora_start_A = module.lora_start_B = nnx.data(None)
-    module.lora_dropout, module.lora_ranks, module.lora_owns_base = 0.0, (rank,) * len(module.lora_ranks), False
+    module.lora_scaling = AdapterScale(jnp.pad(scaling, [*[(0, 0)] * len(layers), more]), axes=axes)
+    module.lora_ranks = (rank,) * len(module.lora_ranks)
+    if isinstance(module, Adapted):
+        module.lora_start_A = module.lora_start_B = nnx.data(None)
+        module.lora_dropout, module.lora_owns_base = 0.0, False
 
 
 @jax.tree_util.register_dataclass

@@ -6,16 +6,20 @@ import copy
 import importlib.util
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.huggingface import SafetensorsSource, load_model
@@ -489,3 +493,42 @@ def peft_twin(theirs: Any, ours: CausalLM, config: LoraConfig) -> Any:
         for name, parameter in parameters.items():
             parameter.copy_(torch.tensor(matrices[name]))
     return twin
+
+
+def scatters(jaxpr: Any) -> Iterator[Any]:
+    """Every scatter-add of a program, those of the programs in it included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scatter-add":
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from scatters(inner)
+
+
+def through_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
+    """A float32 matrix in NF4 with double quantisation, and back."""
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    state.shape = torch.Size((1, weight.numel()))  # on the CPU it reads other statistics for rows of no whole blocks
+    return bitsandbytes.functional.dequantize_4bit(codes, state).reshape(weight.shape)
+
+
+def mxfp4_checkpoint(folder: Path) -> Any:
+    """A tiny gpt-oss of random codes and exponents, and the transformers model of what they stand for, float32."""
+    shape = dict(hidden_size=64, intermediate_size=32)
+    stored = make_checkpoint("gpt_oss", folder, dtype=torch.bfloat16, **shape)
+    theirs = torch_model("gpt_oss", **shape)
+    theirs.load_state_dict(stored.state_dict())
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = (experts, rows, columns // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 125, shape, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        theirs.get_parameter(name).data.copy_(convert_moe_packed_tensors(blocks, scales))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    return theirs

@@ -48,6 +48,27 @@ def train_alone(model, adapter, learning_rate, batch=BATCH, steps=3):
     return losses, tensors
 
 
+@pytest.mark.parametrize("name", ["qwen2-windows", "gemma2"])
+def test_stacks_of_like_layers_keep_their_own(name, tmp_path):
+    """Layers of several runs, or places of a period, are stacks whose modules differ in their layers only."""
+    make_checkpoint(name, tmp_path)
+    model = load_folder(tmp_path)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], bias="lora_only", init_lora_weights=False)
+    adapter = jaxlora.new_adapter(model, config, jax.random.key(0))
+    base = model(jnp.asarray(IDS))
+    lora.add_adapters(model, config, jax.random.key(0))
+    logits, tensors = model(jnp.asarray(IDS)), ours.adapter_tensors(model)
+    assert largest_difference(logits, base) > 1e-2
+    jaxlora.take_adapter(model, config)
+    np.testing.assert_array_equal(model(jnp.asarray(IDS)), base)
+    stack = jaxlora.stack_adapters(model, [adapter])
+    for one in (adapter, *stack.unstack(stack.trainable)):
+        jaxlora.put_adapter(model, one)
+        np.testing.assert_array_equal(model(jnp.asarray(IDS)), logits)
+        jax.tree.map(np.testing.assert_array_equal, ours.adapter_tensors(model), tensors)
+        jaxlora.take_adapter(model, config)
+
+
 STACKS = {
     "ranks": [dict(r=2), dict(r=5, lora_alpha=3, use_rslora=True), dict(r=3, rank_pattern={"layers.1.mlp.up_proj": 1})],
     "modules": [dict(r=4), dict(r=2, target_modules=["q_proj", "layers.1.mlp.up_proj"])],

@@ -6,7 +6,6 @@ import json
 import operator
 import re
 
-import bitsandbytes.functional
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -23,12 +22,13 @@ from helpers import (
     load_folder,
     make_checkpoint,
     make_pair,
+    mxfp4_checkpoint,
     random_ids,
     randomise_adapters,
     relative_error,
-    torch_model,
+    scatters,
+    through_bitsandbytes,
 )
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jaxlora import FastLanguageModel, remat
 from jaxlora.config import LoraConfig, QuantConfig
@@ -114,15 +114,6 @@ def first_sparse(model):
     block = next(block.mlp for run in model.model.layers for block in run.period if isinstance(block.mlp, SparseMLP))
     graphdef, state = nnx.split(block)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state))
-
-
-def scatters(jaxpr):
-    """Every scatter-add of a program, those of the programs in it included."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scatter-add":
-            yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from scatters(inner)
 
 
 def test_a_token_does_not_depend_on_the_others(tmp_path):
@@ -226,15 +217,6 @@ def test_a_model_without_experts_has_no_load(tmp_path):
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-def through_bitsandbytes(weight):
-    """A float32 matrix in NF4 with double quantisation, and back."""
-    codes, state = bitsandbytes.functional.quantize_4bit(
-        weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True
-    )
-    state.shape = torch.Size((1, weight.numel()))  # on the CPU it reads other statistics for rows of no whole blocks
-    return bitsandbytes.functional.dequantize_4bit(codes, state).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -347,27 +329,6 @@ def test_more_experts_a_token_than_there_are_are_refused():
 
 
 # ---- mxfp4 -----------------------------------------------------------------------------------------------------------
-
-
-def mxfp4_checkpoint(folder):
-    """A tiny gpt-oss of random codes and exponents, and the transformers model of what they stand for, float32."""
-    shape = dict(hidden_size=64, intermediate_size=32)
-    stored = make_checkpoint("gpt_oss", folder, dtype=torch.bfloat16, **shape)
-    theirs = torch_model("gpt_oss", **shape)
-    theirs.load_state_dict(stored.state_dict())
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
-        experts, columns, rows = tensors.pop(name).shape
-        shape = (experts, rows, columns // 32)
-        blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(120, 125, shape, generator=generator, dtype=torch.uint8)
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        theirs.get_parameter(name).data.copy_(convert_moe_packed_tensors(blocks, scales))
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
-    return theirs
 
 
 @pytest.mark.filterwarnings("ignore:.*has no tokenizer files:UserWarning")
