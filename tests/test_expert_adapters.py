@@ -33,6 +33,7 @@ from jaxlora import (
     lora,
     new_adapter,
     put_adapter,
+    quant,
     sharding,
     stack_adapters,
     take_adapter,
@@ -57,7 +58,9 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_adapters_on_experts_walk_around(name, tmp_path):
-    model, config = walk(name, tmp_path, target_modules=ATTENTION, target_parameters=EXPERTS)
+    # The tiny Qwen3.5 has logits up to 10, of which 2e-5 is what is asked without adapters.
+    bound = 2e-4 if name.startswith("qwen3_5") else 5e-5
+    model, config = walk(name, tmp_path, bound=bound, target_modules=ATTENTION, target_parameters=EXPERTS)
     assert set(config.target_parameters or ()) == set(EXPERTS)
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert set(written["target_parameters"]) == set(EXPERTS)
@@ -281,7 +284,8 @@ def test_adapters_on_nf4_experts_equal_pefts_on_dequantised_ones(name, tmp_path)
                 for weight in module.down_proj:
                     weight.copy_(through_bitsandbytes(weight))
         for linear in named_nodes(model, Linear):
-            for one in linear.names() if linear.layers else ():
+            is_quantised = isinstance(linear.node.weight.get_value(), quant.QuantizedArray) if linear.layers else False
+            for one in linear.names() if is_quantised else ():
                 weight = theirs.get_submodule(one).weight
                 weight.copy_(through_bitsandbytes(weight))
     ours.save_adapter(model, tmp_path / "adapter", config=config, base=str(tmp_path / "base"))
