@@ -207,7 +207,7 @@ class Linear(Adapted):
         weight = self.current_weight()
         if self.lora_A is None:
             return quant.matmul(x, weight)
-        adapter = quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
+        adapter = self._low_rank()
         dropped = dropout(x, self.lora_dropout, key)
         if self.lora_magnitude is None:
             if dropped is x:
@@ -220,6 +220,9 @@ class Linear(Adapted):
         y, extra, delta = (part.astype(jnp.float32) for part in parts)  # a gain is near 1
         return (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
 
+    def _low_rank(self) -> quant.LowRank:
+        return quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
+
     def dense(self, dtype: Any, tokens: int) -> Linear:
         """A copy for so many tokens, some at a time: its weight is a dense constant, perhaps with the adapter in it."""
         copy = jax.tree.map(lambda leaf: leaf, self)
@@ -228,8 +231,7 @@ class Linear(Adapted):
             return copy
         has_plain_adapter = self.lora_A is not None and self.lora_magnitude is None and self.lora_dropout == 0.0
         if has_plain_adapter and self.qat_scheme is None and quant.is_merging_cheaper(tokens, weight.shape):
-            adapter = quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
-            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(adapter), dtype))
+            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(self._low_rank()), dtype))
         else:
             dense = quant.dequantize(weight, dtype)
         copy.weight.set_value(dense)

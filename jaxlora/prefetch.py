@@ -37,8 +37,8 @@ class _Recipe:
     learns: tuple[bool, ...]
 
     def pullback(self, inputs: list, kept: list) -> Callable:
-        kept = iter(kept)
-        return self.structure.unflatten([next(kept) if place < 0 else inputs[place] for place in self.sources])
+        others = iter(kept)
+        return self.structure.unflatten([next(others) if place < 0 else inputs[place] for place in self.sources])
 
 
 def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tuple[Any, Any]:
@@ -115,7 +115,7 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
     return run(x, flat, traced.consts)
 
 
-def _move(tree: Any, space: jax.memory.Space) -> Any:
+def _move(tree: Any, space: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, space), tree)
 
 
@@ -125,8 +125,8 @@ def _select(chosen: tuple[bool, ...], leaves: list) -> list:
 
 def _merge(chosen: tuple[bool, ...], some: list, others: list) -> list:
     """`others`, with those that are chosen out of `some`."""
-    some = iter(some)
-    return [next(some) if is_chosen else other for other, is_chosen in zip(others, chosen, strict=True)]
+    chosen_ones = iter(some)
+    return [next(chosen_ones) if is_chosen else other for other, is_chosen in zip(others, chosen, strict=True)]
 
 
 def _is_symbolic(leaf: Any) -> bool:

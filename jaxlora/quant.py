@@ -109,9 +109,8 @@ class QuantizedArray:
         """The same without an index: that matrix alone, copied out of the stack."""
         if self.index is None:
             return self
-        fields = self.codes, self.scales, self.nested_absmax, self.nested_offset
-        one = [None if f is None else lax.dynamic_index_in_dim(f, self.index, keepdims=False) for f in fields]
-        return QuantizedArray(*one, self.shape, self.dtype, self.scheme)
+        take = lambda field: lax.dynamic_index_in_dim(field, self.index, keepdims=False)
+        return jax.tree.map(take, dataclasses.replace(self, index=None))
 
 
 jax.tree_util.register_dataclass(

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -74,7 +74,7 @@ def resolve(use_gradient_checkpointing: bool | str) -> str:
     Raises:
         ValueError: neither a policy nor one of False, True, "unsloth", "auto".
     """
-    name = _ALIASES.get(use_gradient_checkpointing, use_gradient_checkpointing)
+    name = cast(str, _ALIASES.get(use_gradient_checkpointing, use_gradient_checkpointing))
     if name != AUTO and name not in POLICIES:
         raise ValueError(
             f"use_gradient_checkpointing={use_gradient_checkpointing!r} is not one of False, True, 'unsloth', 'auto', "

@@ -84,7 +84,7 @@ def choose_policy(
     leanest = min(tried, key=lambda policy: tried[policy])
     raise MemoryError(
         f"no checkpointing policy fits: {leanest!r} takes {tried[leanest] / 2**30:.2f} GiB beside the weights for "
-        f"{tokens} tokens, and {free / 2**30:.2f} GiB are free; make rows shorter or batches smaller"
+        f"{tokens} tokens, and {(free or 0) / 2**30:.2f} GiB are free; make rows shorter or batches smaller"
     )
 
 

@@ -1,6 +1,7 @@
 """EVA and CorDA: adapters that start from data, against PEFT's on the same model and the same batches."""
 
 import contextlib
+from collections.abc import Iterator
 from unittest import mock
 
 import jax
@@ -489,7 +490,7 @@ FLAT = {"input_ids": np.zeros((1, 2, 3), np.int32)}
         ),
         (dict(init_lora_weights="corda", r=50), data(), ValueError, "takes as many directions .* as the rank says, 50"),
     ],
-    ids=str,
+    ids=lambda value: "iterator" if isinstance(value, Iterator) else str(value),
 )
 def test_what_does_not_work(options, dataset, error, message, checkpoint):
     model = load_folder(checkpoint)
