@@ -285,7 +285,7 @@ class SFTTrainer:
         if (path := self._checkpoint_to_resume(resume_from_checkpoint)) is not None:
             state, extra = checkpoint.restore(path, state)
             if self.model.remat_policy == remat.AUTO:  # as it was decided, whatever is free today
-                self.model.remat_policy = extra["remat_policy"]
+                self.model.remat_policy = extra.get("remat_policy", remat.AUTO)
             batches.set_state(extra["data"])
             tally = Tally(**extra["tally"])
             print(f"resuming from {path}: {int(state.step)} of {self.total_steps} steps are done", flush=True)

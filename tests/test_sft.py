@@ -370,6 +370,27 @@ def test_a_resumed_run_is_the_one_that_never_stopped(base, straight, tmp_path, s
     assert extras[0] == extras[1] and extras[0]["data"]["epoch"] == 2
 
 
+def test_auto_is_decided_once_and_a_resumed_run_keeps_it(base, tmp_path, monkeypatch):
+    args = dict(max_steps=3, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
+    rows, trained = rows_of_ids(8), {}
+    for policy in ("auto", "projections"):
+        model = with_adapters(base[0])
+        model.remat_policy = policy
+        trainer = SFTTrainer(model, SFTConfig(output_dir=tmp_path / policy, **args), train_dataset=rows)
+        trainer.train()
+        assert model.remat_policy == "projections"  # the CPU does not say what is free
+        trained[policy] = bits(model)
+    assert trained["auto"] == trained["projections"]
+
+    shutil.rmtree(tmp_path / "auto" / "checkpoint-3")
+    model = with_adapters(base[0])
+    model.remat_policy = "auto"
+    monkeypatch.setattr("jaxlora.sft.choose_policy", None)  # nothing is left to decide
+    args = SFTConfig(output_dir=tmp_path / "auto", **args)
+    SFTTrainer(model, args, train_dataset=rows).train(resume_from_checkpoint=True)
+    assert model.remat_policy == "projections" and bits(model) == trained["auto"]
+
+
 def read_checkpoint(trainer, out):
     """The bytes of every array of the last checkpoint, the random key's among them, and its extra without times."""
     from jaxlora import checkpoint
