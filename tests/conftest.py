@@ -50,8 +50,8 @@ def pytest_configure(config):
 # no worker ends with one alone while the other has nothing left.
 LONGEST_FIRST = [
     "test_quickstart", "test_engine", "test_train", "test_model", "test_moe", "test_generate", "test_adapter_options",
-    "test_adapter_sets", "test_adapters", "test_huggingface", "test_loading_modes", "test_lora", "test_bitsandbytes",
-    "test_examples",
+    "test_adapter_sets", "test_adapters", "test_nf4", "test_huggingface", "test_loading_modes", "test_lora",
+    "test_bitsandbytes", "test_examples",
 ]  # fmt: skip
 
 
