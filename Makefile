@@ -12,9 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 quickstart: $(VENV)/.quickstart
 	$(BIN)/jaxlora quickstart
 
-# The console script, not `python -m pytest`: that would put the root, and with it our kernels/, on sys.path.
+# The console script, not `python -m pytest`: that would put the root, and with it our kernels/, on sys.path. Files go to
+# the workers in the order of conftest.py, the longest first, and not by their number of tests.
 test: $(VENV)/.test
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -46,7 +46,18 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# Files of a minute and more of processor time, each of which one worker runs from end to end: they come first, so that
+# no worker ends with one alone while the other has nothing left.
+LONGEST_FIRST = [
+    "test_quickstart", "test_engine", "test_train", "test_model", "test_moe", "test_generate", "test_adapter_options",
+    "test_adapter_sets", "test_adapters", "test_nf4", "test_huggingface", "test_loading_modes", "test_lora",
+    "test_bitsandbytes", "test_examples",
+]  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if not wants_gpu(config):
         for item in items:
             if item.get_closest_marker("gpu"):
