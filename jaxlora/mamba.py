@@ -232,6 +232,6 @@ class Mamba(nnx.Module):
         return self.out_proj(y.astype(x.dtype)), cache
 
 
-def put_layer(stacked: Array, new: Array, layer: Array) -> Array:
+def put_layer(stacked: Float[Array, "*all"], new: Float[Array, "*one"], layer: Int[Array, ""]) -> Float[Array, "*all"]:
     """`new` in the place of one layer of a stacked cache, in its dtype."""
     return jax.lax.dynamic_update_index_in_dim(stacked, new.astype(stacked.dtype), layer, 0)

@@ -94,18 +94,18 @@ def dequantize_nf4(
 
 
 def merge_nf4(
-    codes: jax.Array,
-    absmax: jax.Array,
-    nested_absmax: jax.Array | None = None,
-    offset: jax.Array | None = None,
-    index: jax.Array | None = None,
-    a: jax.Array | None = None,
-    b: jax.Array | None = None,
+    codes: UInt8[Array, "..."],
+    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
+    nested_absmax: Float32[Array, "..."] | None = None,
+    offset: Float32[Array, "..."] | None = None,
+    index: Int[Array, ""] | None = None,
+    a: Float[Array, "r d_in"] | None = None,
+    b: Float[Array, "d_out r"] | None = None,
     *,
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
     implementation: Literal["triton", "reference"] | None = None,
-) -> jax.Array:
+) -> Float[Array, "d_out d_in"]:
     """An NF4 weight, perhaps one of a stack, with b a added: [out, in]. See `reference.merge_nf4`."""
     args = codes, absmax, nested_absmax, offset, index, a, b
     return dispatch("merge_nf4", _OPS["merge_nf4"], implementation, *args, shape=shape, dtype=dtype)

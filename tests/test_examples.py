@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from chat import WORDS, make_chat_checkpoint
 
-from jaxlora.converters.families import FAMILIES
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -74,17 +72,6 @@ def test_the_python_of_the_readme_runs(checkpoint, tmp_path, monkeypatch, capsys
     assert float(names["metrics"]["num_tokens"]) == 5
     for file in ("out/metrics.jsonl", "out/loss.png", "out/checkpoint-2", "adapter/adapter_config.json", "merged"):
         assert (tmp_path / file).exists(), file
-
-
-def test_every_family_is_in_the_tables():
-    """By its model_type in docs/families.md, and by a name like it in the README's row."""
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "families.md").read_text()))
-    assert FAMILIES.keys() <= documented
-    (row,) = re.findall(r"^\| families \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    readme = re.sub(r"\W|_", "", row.lower())
-    names = {"gemma3_text": "3 (text)", "gemma3": "gemma", "gemma2": "2 and 3", "cohere2": "cohere", "glm4": "glm-4"}
-    for family in FAMILIES:
-        assert re.sub(r"\W|_", "", names.get(family, family)) in readme, family
 
 
 def test_what_is_to_be_in_the_readme():

@@ -224,7 +224,9 @@ def checkout(tmp_path):
 
 def would_run(checkout, target):
     """The commands of `make`, which are printed and not run."""
-    result = subprocess.run(["make", "-n", target], cwd=checkout, capture_output=True, text=True)
+    result = subprocess.run(
+        ["make", "--no-print-directory", "-n", target], cwd=checkout, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 

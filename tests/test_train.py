@@ -128,7 +128,7 @@ def keep_first():
 def test_four_steps_equal_peft(name, layout, tmp_path):
     # Where logits are scaled down some gradients are 1e-8, mostly rounding, which Adam would blow up to whole steps.
     # Qwen3.5's reach 3, and two float32 programs of theirs are 6e-5 apart.
-    eps = 1e-3 if name.startswith("qwen3_5") else 1e-5 if name in (*DENSE, *SPARSE, *HYBRID) else 1e-8
+    eps = 1e-2 if name.startswith("qwen3_5") else 1e-5 if name in (*DENSE, *SPARSE, *HYBRID) else 1e-8
     config = dataclasses.replace(LORA, target_modules=LINEARS) if name in (*SPARSE, *HYBRID) else LORA
     theirs, ours = make_pair(name, tmp_path)
     with_adapters(ours, config)
@@ -388,9 +388,11 @@ def test_a_quantised_model_trains_as_its_dense_image(tmp_path):
         if isinstance(value, QuantizedArray):
             linear.node.weight.set_value(dequantize(value))
     batches = [packed(documents(seed)) for seed in range(2)]
-    losses, state = train(quantised, optax.adamw(3e-3), batches)
-    losses_dense, state_dense = train(dense, optax.adamw(3e-3), batches)
-    np.testing.assert_allclose(losses, losses_dense, rtol=1e-6)
+    optimizer = optax.adamw(3e-3, eps=1e-4)  # far above the rounding of gradients
+    losses, state = train(quantised, optimizer, batches)
+    losses_dense, state_dense = train(dense, optimizer, batches)
+    # Here the adapter is added to the weight, there to the product: another order of the same float32 sums.
+    np.testing.assert_allclose(losses, losses_dense, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(state_dense.trainable), strict=True):
         assert relative_error(one, other) < 1e-4
 
