@@ -24,6 +24,7 @@ tile's backward pass computes again what the layer's would have.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -144,6 +145,15 @@ def over_tiles(function: Callable, x: jax.Array, tile: int | None) -> jax.Array:
     count = -(-tokens // tile)
     size = -(-tokens // count)
     padded = jax.numpy.pad(rows, ((0, count * size - tokens), (0, 0))).reshape(count, size, -1)
-    one = jax.checkpoint(lambda inputs: function(*inputs), prevent_cse=False)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(inputs):
+        # Masking the padding, of which there is mostly none, makes slicing a tile the work of a kernel. The copy engine
+        # would do it otherwise, when it has done what it may be at, and that is offloading (see `prefetch`).
+        rows, index = inputs
+        is_token = (index * size + jax.numpy.arange(size) < tokens)[:, None]
+        masked = lambda rows: jax.numpy.where(is_token, rows, jax.numpy.zeros((), rows.dtype))
+        return masked(function(masked(rows), index))
+
     out = jax.lax.map(one, (padded, jax.numpy.arange(count)))
     return out.reshape(count * size, -1)[:tokens].reshape(*x.shape[:2], -1)
