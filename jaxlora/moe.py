@@ -44,7 +44,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig
-from jaxlora.kernels.grouped import grouped_dot, grouped_lora_delta, grouped_outer
+from jaxlora.kernels.api import grouped_dot, grouped_outer
+from jaxlora.kernels.grouped import grouped_lora_delta
 from jaxlora.layers import ACTIVATIONS, Adaptable, TokenwiseModule, base_param, normal
 from jaxlora.quant import QuantizedArray
 

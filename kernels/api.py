@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
-from jaxlora.kernels import nf4, nf4_merge, reference
+from jaxlora.kernels import grouped_triton, nf4, nf4_merge, reference
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
 
 
@@ -68,6 +68,8 @@ def on_gpu(function: Callable) -> Callable:
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
     "merge_nf4": {"triton": on_gpu(nf4_merge.merge_nf4), "reference": reference.merge_nf4},
+    "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
+    "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
     "attention": {"cudnn": on_gpu(attention_cudnn), "chunked": attention_chunked, "reference": attention_reference},
 }
 
@@ -109,6 +111,31 @@ def merge_nf4(
     """An NF4 weight, perhaps one of a stack, with b a added: [out, in]. See `reference.merge_nf4`."""
     args = codes, absmax, nested_absmax, offset, index, a, b
     return dispatch("merge_nf4", _OPS["merge_nf4"], implementation, *args, shape=shape, dtype=dtype)
+
+
+def grouped_dot(
+    x: Float[Array, "n d_in"],
+    w: Float[Array, "g d0 d1"],
+    sizes: Int[Array, " g"],
+    contracted: int,
+    dtype: Any = None,
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> Float[Array, "n d_out"]:
+    """Rows sorted by group, each times its group's matrix. See `reference.grouped_dot`."""
+    return dispatch("grouped_dot", _OPS["grouped_dot"], implementation, x, w, sizes, contracted, dtype)
+
+
+def grouped_outer(
+    x: Float[Array, "n d0"],
+    y: Float[Array, "n d1"],
+    sizes: Int[Array, " g"],
+    dtype: Any = None,
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> Float[Array, "g d0 d1"]:
+    """The sum of the outer products of each group's rows. See `reference.grouped_outer`."""
+    return dispatch("grouped_outer", _OPS["grouped_outer"], implementation, x, y, sizes, dtype)
 
 
 def attention(

@@ -1,60 +1,24 @@
-"""Products of rows that are sorted into groups, each group with a matrix of its own (arXiv:2211.15841, section 4).
+"""The low-rank update of rows that are sorted into groups, each group with an adapter of its own (an expert's).
 
     rows  [n, in]        sorted: the rows of group 0, then those of group 1, ...
-    w     [g, ...]       a matrix for each group
     sizes [g]            rows of each group, int32; they add up to n
 
-`grouped_dot` multiplies each row with its group's matrix, `grouped_outer` sums the outer products of the rows of each
-group, which is the gradient of the matrices. Both are `lax.ragged_dot_general`, whose sums are float32.
-
-The low-rank update of a group (arXiv:2106.09685, equation 3) is two grouped products, of in x r and r x out:
+It is two grouped products (`api.grouped_dot`), of in x r and r x out, for a row of group g (arXiv:2106.09685,
+equation 3):
 
     delta = scaling * (x A_g^T) B_g^T        A [g, r, in] and B [g, out, r] in float32
 
-As in `lora`, the products run in x's dtype, and the vjp is our own so that the gradients of A and B leave the
-accumulator as float32. The residuals are x, A and B.
-
-Under `jax.vmap` the instances run one after the other: `ragged_dot_general` cannot share w between them, and copies of
-w, the experts of a model, would not fit.
+As in `lora`, the products run in x's dtype, and the vjp is our own so that the gradients of A and B, which are
+`api.grouped_outer`, leave the accumulator as float32. The residuals are x, A and B.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-
-def _ragged(x: Array, w: Array, sizes: Array, contracted: tuple[int, int], groups: list[int], dtype: Any) -> Array:
-    numbers = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((contracted[0],), (contracted[1],)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=groups,
-    )
-
-    @sequential_vmap
-    def product(x, w, sizes):
-        return lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=dtype)
-
-    return product(x, w, sizes)
-
-
-def grouped_dot(
-    x: Float[Array, "n d_in"], w: Float[Array, "g d0 d1"], sizes: Int[Array, " g"], contracted: int, dtype: Any = None
-) -> Float[Array, "n d_out"]:
-    """Each row times its group's matrix, of which axis 1 or 2 is contracted; in x's dtype unless another is given."""
-    return _ragged(x, w, sizes, (1, contracted), [0], dtype)
-
-
-def grouped_outer(
-    x: Float[Array, "n d0"], y: Float[Array, "n d1"], sizes: Int[Array, " g"], dtype: Any = None
-) -> Float[Array, "g d0 d1"]:
-    """x^T y of the rows of each group; zeros for a group without rows."""
-    return _ragged(x, y, sizes, (0, 0), [], dtype)
+from jaxlora.kernels.api import grouped_dot, grouped_outer
 
 
 @jax.custom_vjp

@@ -5,11 +5,13 @@ Raw arrays in, raw arrays out; no padding asked of the caller, no layout tricks,
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,3 +296,42 @@ def merge_nf4(
         low_rank = jnp.matmul(b.astype(dtype), a.astype(dtype), precision=exact, preferred_element_type=jnp.float32)
         weight = weight + low_rank
     return weight.astype(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products of rows that are sorted into groups, each group with a matrix of its own (arXiv:2211.15841, section 4)
+#
+# Under `jax.vmap` the instances run one after the other: `ragged_dot_general` cannot share w between them, and copies
+# of w, the experts of a model, would not fit.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _ragged(x: Array, w: Array, sizes: Array, contracted: tuple[int, int], groups: list[int], dtype: Any) -> Array:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((contracted[0],), (contracted[1],)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=groups,
+    )
+
+    @sequential_vmap
+    def product(x, w, sizes):
+        return lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=dtype)
+
+    return product(x, w, sizes)
+
+
+def grouped_dot(
+    x: Float[Array, "n d_in"], w: Float[Array, "g d0 d1"], sizes: Int[Array, " g"], contracted: int, dtype: Any = None
+) -> Float[Array, "n d_out"]:
+    """Each row times its group's matrix, of which axis 1 or 2 is contracted; in x's dtype unless another is given.
+
+    The rows are sorted by group, `sizes` of them each, which add up to n. The sums are float32.
+    """
+    return _ragged(x, w, sizes, (1, contracted), [0], dtype)
+
+
+def grouped_outer(
+    x: Float[Array, "n d0"], y: Float[Array, "n d1"], sizes: Int[Array, " g"], dtype: Any = None
+) -> Float[Array, "g d0 d1"]:
+    """x^T y of the rows of each group; zeros for a group without rows. The sums are float32."""
+    return _ragged(x, y, sizes, (0, 0), [], dtype)
