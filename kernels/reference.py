@@ -294,3 +294,24 @@ def merge_nf4(
         low_rank = jnp.matmul(b.astype(dtype), a.astype(dtype), precision=exact, preferred_element_type=jnp.float32)
         weight = weight + low_rank
     return weight.astype(dtype)
+
+
+def matmul_nf4(
+    x: Float[Array, "m d_in"],
+    codes: UInt8[Array, "..."],
+    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
+    nested_absmax: Float32[Array, "..."] | None,
+    offset: Float32[Array, "..."] | None,
+    index: Int[Array, ""] | None,
+    *,
+    shape: tuple[int, int],
+) -> Float[Array, "m d_out"]:
+    """x W^T for an NF4 weight, perhaps one of a stack: in x's dtype, the weight too, with sums in float32.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      codes, absmax, nested_absmax, offset, index: as for `merge_nf4`.
+      shape: (out, in).
+    """
+    weight = merge_nf4(codes, absmax, nested_absmax, offset, index, None, None, shape=shape, dtype=x.dtype)
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
