@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
-from jaxlora.kernels import grouped_triton, nf4, nf4_merge, reference
+from jaxlora.kernels import grouped_triton, nf4, nf4_matmul, nf4_merge, reference
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
 
 
@@ -68,6 +68,7 @@ def on_gpu(function: Callable) -> Callable:
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
     "merge_nf4": {"triton": on_gpu(nf4_merge.merge_nf4), "reference": reference.merge_nf4},
+    "matmul_nf4": {"triton": on_gpu(nf4_matmul.matmul_nf4), "reference": reference.matmul_nf4},
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
     "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
     "attention": {"cudnn": on_gpu(attention_cudnn), "chunked": attention_chunked, "reference": attention_reference},
@@ -111,6 +112,25 @@ def merge_nf4(
     """An NF4 weight, perhaps one of a stack, with b a added: [out, in]. See `reference.merge_nf4`."""
     args = codes, absmax, nested_absmax, offset, index, a, b
     return dispatch("merge_nf4", _OPS["merge_nf4"], implementation, *args, shape=shape, dtype=dtype)
+
+
+def matmul_nf4(
+    x: Float[Array, "m d_in"],
+    codes: UInt8[Array, "..."],
+    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
+    nested_absmax: Float32[Array, "..."] | None = None,
+    offset: Float32[Array, "..."] | None = None,
+    index: Int[Array, ""] | None = None,
+    *,
+    shape: tuple[int, int],
+    implementation: Literal["triton", "reference"] | None = None,
+) -> Float[Array, "m d_out"]:
+    """x [M, in] times an NF4 weight [out, in], perhaps one of a stack: [M, out]. See `reference.matmul_nf4`.
+
+    Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`.
+    """
+    args = x, codes, absmax, nested_absmax, offset, index
+    return dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, *args, shape=shape)
 
 
 def grouped_dot(

@@ -298,6 +298,27 @@ def merge_nf4(
     return weight.astype(dtype)
 
 
+def matmul_nf4(
+    x: Float[Array, "m d_in"],
+    codes: UInt8[Array, "..."],
+    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
+    nested_absmax: Float32[Array, "..."] | None,
+    offset: Float32[Array, "..."] | None,
+    index: Int[Array, ""] | None,
+    *,
+    shape: tuple[int, int],
+) -> Float[Array, "m d_out"]:
+    """x W^T for an NF4 weight, perhaps one of a stack: in x's dtype, the weight too, with sums in float32.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      codes, absmax, nested_absmax, offset, index: as for `merge_nf4`.
+      shape: (out, in).
+    """
+    weight = merge_nf4(codes, absmax, nested_absmax, offset, index, None, None, shape=shape, dtype=x.dtype)
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Products of rows that are sorted into groups, each group with a matrix of its own (arXiv:2211.15841, section 4)
 #

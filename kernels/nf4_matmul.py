@@ -1,0 +1,431 @@
+"""A product with an NF4 weight for few tokens: y = x W^T, dequantised inside the product, in one Triton kernel.
+
+The maths, for x [M, in] and a weight [out, in] in blocks of 64 elements of a row:
+
+    y[m, n] = sum over blocks b of   scale[n, b] * sum over k in b of   NF4[code[n, k]] * x[m, k]
+
+NF4 is rounded to x's dtype, the products are exact, both sums are float32, and so are the scales: what is rounded is
+the table, where dequantising first rounds every weight.
+
+The layout. A warp takes 16 rows of the weight and multiplies them with `mma.m16n8k16`, whose operands it loads straight
+into the registers where the tensor cores want them: no shared memory, no shuffling of weights. The order of k within a
+product is free as long as both operands agree on it, so lane 4 g + t takes
+
+    of row g and of row g + 8 of the weight    8 bytes, elements 16 t .. 16 t + 15 of a block,
+    of row g of x                             32 bytes, the same elements,
+
+and step s of the four of a block multiplies elements 4 s .. 4 s + 3 of all lanes. A block's sum is multiplied by its
+scale and added to the total. The warps of a program share its rows and divide k; their totals are added at the end.
+`split` programs may divide k further, and leave float32 parts that XLA adds: no atomics, so a result never varies.
+
+Triton does the addresses, the loads, and the sum over warps. It holds the operands as tensors of one element a thread,
+whose layout is the only one there is for such a shape, and inline PTX does what is done across a warp.
+
+The trade. At the speed of a copy an SM of an H100 must take 25 weights a cycle, for which it has 5.2 instructions each,
+2.6 of them in the integer unit. The lookup of 8 codes into 4 registers of 2 elements each is
+  * "prmt": byte permutations, with the table in immediate operands: 19 integer instructions and 4 floating;
+  * "shfl": a warp shuffle is a table of 32 entries, so one for each element: 11 integer and 8 in the load unit, which
+    does 32 elements a cycle;
+  * "mixed": one word this way, the next one that.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.kernels import reference
+
+LOOKUPS = ("prmt", "shfl", "mixed")
+# What NF4 is multiplied by before it is rounded to 16 bits, and the sum divided by at the end: with these its entries
+# lie near numbers of the dtype, and the error of weights that are normally distributed is least. It is 8.0e-4 in
+# bfloat16 and 8.4e-5 in float16, relative, where dequantising first has 1.7e-3 and 2.1e-4.
+FACTORS = {"bfloat16": 1.43675, "float16": 1.6385}
+MOST_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the kernel is laid out on the device; no field changes a result but for the order of its sums.
+
+    Attributes:
+      num_warps: warps of a program, among which k is divided; a power of two.
+      row_tiles: tiles of 16 rows that a warp takes, 1 or 2: x is read once for all of them.
+      split: programs that divide k, each leaving a part of the sum.
+      lookup: how codes become numbers, see the head of this file.
+    """
+
+    num_warps: int = 4
+    row_tiles: int = 1
+    split: int = 1
+    lookup: Literal["prmt", "shfl", "mixed"] = "mixed"
+
+    def __post_init__(self):
+        if self.num_warps < 1 or self.num_warps & (self.num_warps - 1):
+            raise ValueError(f"num_warps must be a power of two, not {self.num_warps}")
+        if self.row_tiles not in (1, 2):
+            raise ValueError(f"row_tiles must be 1 or 2, not {self.row_tiles}")
+        if self.split < 1:
+            raise ValueError(f"split must be 1 or more, not {self.split}")
+        if self.lookup not in LOOKUPS:
+            raise ValueError(f"lookup must be one of {', '.join(LOOKUPS)}, not {self.lookup!r}")
+
+
+def heuristics(tokens: int, shape: tuple[int, int]) -> Config:
+    """The configuration for so many tokens and a weight [out, in]."""
+    rows, columns = shape
+    groups = -(-columns // 256)
+    num_warps = 4
+    while num_warps < 8 and num_warps * 2 <= groups and -(-rows // 16) * num_warps < 132 * 16:
+        num_warps *= 2
+    return Config(num_warps=num_warps)
+
+
+def _table(dtype: np.dtype) -> np.ndarray:
+    """NF4 times its factor in a 16-bit dtype, as bits: uint16 [16]."""
+    return (reference.NF4 * np.float32(FACTORS[dtype.name])).astype(dtype).view(np.uint16)
+
+
+def _planes(dtype: np.dtype) -> dict[str, tuple[int, int]]:
+    """The table as "prmt" has it: magnitudes of codes below 8 ("n", negative) and of the others ("p"), their low bytes
+    ("l") and high ones ("h"), four in a word."""
+    bits = _table(dtype) & 0x7FFF
+    planes = {}
+    for side, codes in (("n", bits[:8]), ("p", bits[8:])):
+        for byte, values in (("l", codes & 0xFF), ("h", codes >> 8)):
+            planes[side + byte] = tuple(values.astype(np.uint8).view("<u4").tolist())
+    return planes
+
+
+def tables(dtype: np.dtype) -> np.ndarray:
+    """A lane's registers, uint32 [5, 32]: an entry of the table twice, for "shfl"; and for "prmt" the first words of
+    the four planes, whose second words are immediate operands, of which an instruction has one. The latter are the
+    same in all lanes, which the compiler must not know, or it copies them out of uniform registers each time."""
+    entries = np.tile(_table(dtype).astype(np.uint32), 2)
+    firsts = np.array([first for first, _ in _planes(dtype).values()], np.uint32)
+    return np.concatenate([[entries << 16 | entries], np.repeat(firsts[:, None], 32, 1)])
+
+
+def _lookup_prmt(word: str, out: list[str], firsts: tuple[str, ...], dtype: np.dtype) -> list[str]:
+    """PTX that turns the 8 codes of a word into 4 registers of 2 elements, in order.
+
+    `prmt d, a, b, s` makes byte k of d from nibble k of s: its low 3 bits choose one of the 8 bytes of (a, b); its top
+    bit asks for 8 copies of that byte's sign instead. So four codes are a selector as they are. Two tables of
+    magnitudes, for codes below 8, which are negative, and the others; the latter's selector has its top bits flipped.
+    The high bytes of magnitudes have no sign: a code of the other table finds 0 there. Its low byte may be 255, which
+    makes the number a subnormal: below 2^-125 in bfloat16, and 2^-16 in float16, an eighth of its rounding.
+    """
+    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    minus_one = "0xBF80BF80" if dtype == jnp.bfloat16 else "0xBC00BC00"
+    lines = [f"mov.b32 minus, {minus_one};", f"xor.b32 flipped, {word}, 0x88888888;"]
+    for half in range(2):
+        selectors = {"n": word, "p": "flipped"}
+        if half:
+            for side, selector in selectors.items():
+                lines.append(f"shr.u32 s{side}, {selector}, 16;")
+                selectors[side] = f"s{side}"
+        for first, (plane, (_, second)) in zip(firsts, _planes(dtype).items(), strict=True):
+            lines.append(f"prmt.b32 {plane}, {first}, {second:#010x}, {selectors[plane[0]]};")
+        for pair, selector in enumerate(("0x4051", "0x6273")):  # of two codes in a byte the high nibble comes first
+            lines += [f"prmt.b32 {side}, {side}l, {side}h, {selector};" for side in ("n", "p")]
+            lines.append(f"fma.rn.{kind} {out[2 * half + pair]}, n, minus, p;")
+    return lines
+
+
+def _lookup_shfl(word: str, out: list[str], table: str) -> list[str]:
+    """The same by shuffles: lane i holds entry i % 16 of the table in both halves of the register `table`.
+
+    A shuffle reads 5 bits of the index. The fifth, of the next code, does not matter.
+    """
+    lines = []
+    for pair, register in enumerate(out):
+        for name, nibble in (("t", 2 * pair + 1), ("u", 2 * pair)):
+            lines += [
+                f"shr.u32 {name}, {word}, {4 * nibble};",
+                f"shfl.sync.idx.b32 {name}, {table}, {name}, 0x1f, 0xffffffff;",
+            ]
+        lines.append(f"prmt.b32 {register}, t, u, 0x5410;")
+    return lines
+
+
+def _lookup_assembly(lookup: str, dtype: np.dtype) -> str:
+    """PTX for the codes $8, $9 and the tables $10 and $11..$14: the 16 elements of a lane, two a register, $0..$7."""
+    lines = [".reg .b32 minus, flipped, t, u, n, p, nl, nh, pl, ph, sn, sp;"]
+    for i in range(2):
+        out = [f"${4 * i + j}" for j in range(4)]
+        by_shuffle = lookup == "shfl" or (lookup == "mixed" and i == 1)
+        word = f"${8 + i}"
+        if by_shuffle:
+            lines += _lookup_shfl(word, out, "$10")
+        else:
+            lines += _lookup_prmt(word, out, ("$11", "$12", "$13", "$14"), dtype)
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _product_assembly(dtype: np.dtype) -> str:
+    """PTX for a block: totals $0..$3 from rows g $4..$11 and g + 8 $12..$19, x $20..$27, scales $28, $29, and the
+    totals so far $30..$33."""
+    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    lines = [".reg .f32 d<4>;", *(f"mov.f32 d{i}, 0f00000000;" for i in range(4))]
+    for step in range(4):
+        a = ", ".join(f"${i + 2 * step}" for i in (4, 12, 5, 13))
+        b = ", ".join(f"${i + 2 * step}" for i in (20, 21))
+        lines.append(
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+            f"{{d0, d1, d2, d3}}, {{{a}}}, {{{b}}}, {{d0, d1, d2, d3}};"
+        )
+    lines += [f"fma.rn.f32 ${i}, d{i}, ${28 + i // 2}, ${30 + i};" for i in range(4)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@functools.cache
+@no_type_check  # a type checker's wrapper around the function would hide its source from Triton
+def _kernel(lookup: str, dtype: np.dtype):
+    """The Triton function. Built on first use, since the library imports where Triton is not installed."""
+    import triton
+    import triton.language as tl
+
+    lookup_assembly = tl.constexpr(_lookup_assembly(lookup, dtype))
+    lookup_operands = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 7))
+    product_assembly = tl.constexpr(_product_assembly(dtype))
+    product_operands = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24 + ["f"] * 6))
+    unit = tl.constexpr(1.0 / FACTORS[dtype.name])
+    scale_operands = tl.constexpr("=r,r,r")
+    scale_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
+
+    @triton.jit
+    def block_of(first, i: tl.constexpr, BLOCKS: tl.constexpr):
+        """Block i of four. What lies beyond a row's last block is read there once more, and counts nothing."""
+        if BLOCKS % 4:
+            return tl.minimum(first + i, BLOCKS - 1)
+        return first + i
+
+    @triton.jit
+    def fetch(first, t, codes, blocks, absmax, nested_absmax, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
+        """Of four blocks of a row, whose codes are at `codes` and whose number is `blocks`: the codes, 8 bytes of each
+        block, and absmax and nested absmax of block t."""
+        if BLOCKS % 4:
+            inside = tl.minimum(first, BLOCKS - 1)
+        else:
+            inside = tl.minimum(first, BLOCKS - 4)
+        words = ()
+        for i in tl.static_range(4):
+            words = words + (tl.load(codes + block_of(inside, i, BLOCKS) * 4),)
+        block = blocks + tl.minimum(inside + t, BLOCKS - 1)
+        scale = tl.load(absmax + block)
+        nested = 0.0
+        if NESTED:
+            nested = tl.load(nested_absmax + (block >> 8))
+        return words, scale, nested
+
+    @triton.jit
+    def scale_of(fetched, is_inside, offset, dynamic_map, NESTED: tl.constexpr):
+        scale = fetched[1]
+        if NESTED:
+            scale = tl.load(dynamic_map + scale.to(tl.int32)) * fetched[2] + offset
+        return tl.where(is_inside, scale, 0.0)
+
+    @triton.jit
+    def from_lane(value, lane):
+        return tl.inline_asm_elementwise(
+            scale_assembly, scale_operands, [value, lane], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def weights(word, tables):
+        operands = (word.to(tl.uint32), (word >> 32).to(tl.uint32)) + tables
+        return tl.inline_asm_elementwise(
+            lookup_assembly, lookup_operands, operands, dtype=(tl.uint32,) * 8, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def operand(pointer):
+        """The 32 bytes at each pointer to 8 of them, as 8 words."""
+        two = tl.arange(0, 2)[None, :]
+        a, b = tl.split(tl.load(pointer[:, None] + two))
+        c, d = tl.split(tl.load(pointer[:, None] + 2 + two))
+        return (
+            a.to(tl.uint32), (a >> 32).to(tl.uint32), b.to(tl.uint32), (b >> 32).to(tl.uint32),
+            c.to(tl.uint32), (c >> 32).to(tl.uint32), d.to(tl.uint32), (d >> 32).to(tl.uint32),
+        )  # fmt: skip
+
+    @triton.jit
+    def product(upper, lower, x, upper_scale, lower_scale, total):
+        return tl.inline_asm_elementwise(
+            product_assembly,
+            product_operands,
+            upper + lower + x + (upper_scale, lower_scale) + total,
+            dtype=(tl.float32,) * 4,
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
+    def add(a0, a1, a2, a3, b0, b1, b2, b3):
+        return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+    @triton.jit
+    def matmul_nf4(
+        x,  # [M, COLUMNS]
+        codes,  # uint8 [stack, ROWS, COLUMNS / 2]
+        absmax,  # uint8 or float32 [stack, ROWS, COLUMNS / 64]
+        nested_absmax,  # float32 [stack, ceil(blocks / 256)]; unread unless NESTED
+        offset,  # float32 [stack]; unread unless NESTED
+        index,  # int32 []: which of the stack; unread unless STACKED
+        nf4,  # uint32 [5, 32], `tables`
+        dynamic_map,  # float32 [256]
+        out,  # [M, ROWS], or float32 [SPLIT, M, ROWS]
+        M: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        NESTED: tl.constexpr,
+        STACKED: tl.constexpr,
+        SPLIT: tl.constexpr,
+        WARPS: tl.constexpr,
+        ROW_TILES: tl.constexpr,
+        TOKEN_TILES: tl.constexpr,  # of 8
+    ):
+        BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
+        STEP: tl.constexpr = 4 * WARPS * SPLIT
+        if STACKED:
+            layer = tl.load(index).to(tl.int64)
+            codes += layer * (ROWS * BLOCKS * 32)
+            absmax += layer * (ROWS * BLOCKS)
+            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
+            offset += layer
+        mean = 0.0
+        if NESTED:
+            mean = tl.load(offset)
+        thread = tl.arange(0, 32 * WARPS)
+        group, t = thread % 32 // 4, thread % 4
+        codes = codes.to(tl.pointer_type(tl.uint64)) + t
+        x = x.to(tl.pointer_type(tl.uint64)) + t * 4
+        tables = ()
+        for i in tl.static_range(5):
+            tables = tables + (tl.load(nf4 + 32 * i + thread % 32),)
+
+        first = 4 * (thread // 32 + WARPS * tl.program_id(1))
+        blocks = ()  # the number of the first block of each row
+        fetched = ()
+        for i in tl.static_range(2 * ROW_TILES):
+            row = tl.program_id(0) * (16 * ROW_TILES) + 8 * i + group
+            blocks = blocks + (tl.minimum(row, ROWS - 1) * BLOCKS,)
+            fetched = fetched + (
+                fetch(first, t, codes + blocks[i] * 4, blocks[i], absmax, nested_absmax, BLOCKS, NESTED),
+            )
+        tokens = ()
+        for i in tl.static_range(TOKEN_TILES):
+            tokens = tokens + (x + tl.minimum(8 * i + group, M - 1) * (COLUMNS // 4),)
+        zero = tl.zeros((32 * WARPS,), tl.float32)
+        totals = ((zero, zero, zero, zero),) * (ROW_TILES * TOKEN_TILES)
+
+        for _ in range((BLOCKS + STEP - 1) // STEP):
+            current = fetched
+            fetched = ()
+            scales = ()
+            for i in tl.static_range(2 * ROW_TILES):
+                fetched = fetched + (
+                    fetch(first + STEP, t, codes + blocks[i] * 4, blocks[i], absmax, nested_absmax, BLOCKS, NESTED),
+                )
+                scales = scales + (scale_of(current[i], first + t < BLOCKS, mean, dynamic_map, NESTED),)
+            inside = tl.minimum(first, BLOCKS - 1 if BLOCKS % 4 else BLOCKS - 4)
+            for i in tl.static_range(4):
+                lane = tl.full((32 * WARPS,), i, tl.int32)
+                operands = ()
+                for j in tl.static_range(TOKEN_TILES):
+                    operands = operands + (operand(tokens[j] + block_of(inside, i, BLOCKS) * 16),)
+                before = totals
+                totals = ()
+                for tile in tl.static_range(ROW_TILES):
+                    upper = weights(current[2 * tile][0][i], tables)
+                    lower = weights(current[2 * tile + 1][0][i], tables)
+                    upper_scale = from_lane(scales[2 * tile], lane)
+                    lower_scale = from_lane(scales[2 * tile + 1], lane)
+                    for j in tl.static_range(TOKEN_TILES):
+                        total = before[tile * TOKEN_TILES + j]
+                        totals = totals + (product(upper, lower, operands[j], upper_scale, lower_scale, total),)
+            first += STEP
+
+        lane = tl.arange(0, 32)
+        group, t = lane // 4, lane % 4
+        out += tl.program_id(1) * (M * ROWS)
+        for tile in tl.static_range(ROW_TILES):
+            row = tl.program_id(0) * (16 * ROW_TILES) + 16 * tile + group
+            for j in tl.static_range(TOKEN_TILES):
+                total = totals[tile * TOKEN_TILES + j]
+                parts = ()
+                for i in tl.static_range(4):
+                    parts = parts + (tl.reshape(total[i], (WARPS, 32)),)
+                parts = tl.reduce(parts, 0, add)
+                for i in tl.static_range(4):
+                    m, n = 8 * j + 2 * t + i % 2, row + 8 * (i // 2)
+                    tl.store(out + m * ROWS + n, (parts[i] * unit).to(out.dtype.element_ty), mask=(m < M) & (n < ROWS))
+
+    return matmul_nf4
+
+
+def matmul_nf4(
+    x: jax.Array,
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None,
+    offset: jax.Array | None,
+    index: jax.Array | None,
+    *,
+    shape: tuple[int, int],
+    config: Config | None = None,
+) -> jax.Array:
+    """`reference.matmul_nf4` as a Triton kernel: the same arguments; the result is nearer to the exact one.
+
+    It may be vmapped (which loops) and is not differentiable.
+
+    Raises:
+      NotImplementedError: jax-triton is not installed, x is none of bfloat16 and float16 or has more than `MOST_TOKENS`
+        rows, rows of the weight are not whole blocks (in % 64), or there are 2^31 elements or more.
+    """
+    tokens, (rows, columns) = x.shape[0], shape
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the kernel takes bfloat16 or float16, not {x.dtype.name}")
+    if not 0 < tokens <= MOST_TOKENS:
+        raise NotImplementedError(f"the kernel takes 1 to {MOST_TOKENS} tokens, not {tokens}")
+    if columns % reference.NF4_BLOCK:
+        raise NotImplementedError(f"the kernel takes rows of whole blocks of 64, not of {columns} elements")
+    if rows * columns >= 1 << 31:
+        raise NotImplementedError(f"the kernel counts elements in 32 bits, and there are {rows * columns}")
+    try:
+        import jax_triton
+    except ImportError as error:
+        raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
+
+    config = heuristics(tokens, shape) if config is None else config
+    parts = config.split
+    call = functools.partial(
+        jax_triton.triton_call,
+        kernel=_kernel(config.lookup, x.dtype),
+        out_shape=jax.ShapeDtypeStruct((parts, tokens, rows), x.dtype if parts == 1 else jnp.float32),
+        grid=(-(-rows // (16 * config.row_tiles)), parts),
+        num_warps=config.num_warps,
+        M=tokens,
+        ROWS=rows,
+        COLUMNS=columns,
+        NESTED=nested_absmax is not None,
+        STACKED=index is not None,
+        SPLIT=parts,
+        WARPS=config.num_warps,
+        ROW_TILES=config.row_tiles,
+        TOKEN_TILES=-(-tokens // 8),
+    )
+
+    @jax.custom_batching.sequential_vmap
+    def run(x, codes, absmax, nested_absmax, offset, index):
+        constants = jnp.asarray(tables(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
+        out = call(x, codes, absmax, nested_absmax, offset, index, *constants)
+        return out[0] if parts == 1 else jnp.sum(out, axis=0).astype(x.dtype)
+
+    if nested_absmax is None:
+        nested_absmax, offset = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
+    index = jnp.zeros((), jnp.int32) if index is None else index
+    return run(x, codes, absmax, nested_absmax, offset, index)
