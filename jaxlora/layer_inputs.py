@@ -143,29 +143,28 @@ class _Watched:
         self.slots: dict[str, Any] = {}
         self.update: Callable = lambda state, slot, x: state
 
-    def __call__(self, x: Array, context: Context, policy: str, key: Any = None, cache: Any = None):
+    def __call__(
+        self, x: Array, context: Context, policy: str, key: Any = None, cache: Any = None, per_layer_inputs: Any = None
+    ):
         def body(carry, layer):
             x, states = carry
-            period, slots = layer
-            for place, block in enumerate(period):
-                inputs: dict[str, Any] = {}
-                for path in self.paths:
-                    _, at, *names = path.split(".")
-                    if int(at) == place:
-                        _tap(block, names, functools.partial(inputs.__setitem__, path))
-                x, _, _ = block(x, context)
-                for path, value in inputs.items():
-                    if self.note is not None:
-                        self.note(path, value)
-                states = states | {
-                    path: self.update(states[path], slots[path], value)
-                    for path, value in inputs.items()
-                    if path in states
-                }
-            return (x, states), None
+            period, slots, own = layer
+            inputs: dict[str, Any] = {}
+            for path in self.paths:
+                _, place, *names = path.split(".")
+                _tap(period[int(place)], names, functools.partial(inputs.__setitem__, path))
+            x, _, aside = self.run.once(period, x, context, per_layer_inputs=own)
+            for path, value in inputs.items():
+                if self.note is not None:
+                    self.note(path, value)
+            states = states | {
+                path: self.update(states[path], slots[path], value) for path, value in inputs.items() if path in states
+            }
+            return (x, states), aside
 
-        (x, self.states), _ = jax.lax.scan(body, (x, self.states), (self.run.period, self.slots))
-        return x, None, None
+        layers = (self.run.period, self.slots, self.run.inputs_of(per_layer_inputs))
+        (x, self.states), aside = jax.lax.scan(body, (x, self.states), layers)
+        return x, None, self.run.whole(aside)
 
 
 def _tap(block: nnx.Module, names: Sequence[str], see: Callable) -> None:

@@ -67,6 +67,10 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> Float[Array, .
     return (jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02).astype(dtype)
 
 
+class Buffer(BaseParam):
+    """A value of the checkpoint that is no parameter in transformers: it neither learns nor counts."""
+
+
 def base_param(value: Any, axes: tuple[str | None, ...]) -> BaseParam:
     """A frozen parameter with its logical axis names, one for each dimension."""
     return BaseParam(value, axes=axes)
@@ -351,6 +355,12 @@ class Norm(Weighted):
         if self.bias is not None:
             out = out + self.current_bias().astype(jnp.float32)
         return out.astype(x.dtype)
+
+
+def rms_normed(x: Float[Array, "*batch features"], eps: float) -> Float[Array, "*batch features"]:
+    """x over the root of the mean square of its last axis, the statistics in float32: a `Norm` without a weight."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 class TokenwiseModule(nnx.Module):
