@@ -7,7 +7,7 @@ i puts out is of layer i - 1, and the last layer's values never leave the device
 
 A layer is differentiated in the forward pass already, by `jax.vjp` of its checkpointed form. The leaves of the pullback
 are then what the backward pass needs: those that are inputs of the layer are there again when its turn comes, and the
-rest is what the policy keeps.
+rest is what the policy keeps. What every layer reads alike stays on the device; its gradients are added up on the way.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ class _Recipe:
     """How to make a layer's pullback out of what is there again in the backward pass, and what was kept.
 
     structure: of the pullback. sources: for each of its leaves the place among the layer's own inputs, or -1 for the
-    next of what was kept. learns: which leaves of a layer have a gradient.
+    next of what was kept. learns: which leaves of a layer have a gradient; constant_learns: which of those that all
+    layers share.
     """
 
     structure: Any
     sources: tuple[int, ...]
     learns: tuple[bool, ...]
+    constant_learns: tuple[bool, ...]
 
     def pullback(self, inputs: list, kept: list) -> Callable:
         others = iter(kept)
@@ -45,9 +47,6 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
     """`jax.lax.scan(body, x, layers)` that keeps each layer's x, and what else is asked for, in pinned host memory.
 
     body: (x, layer) -> (x, out). keeps: a policy of `jax.checkpoint`.
-
-    Raises:
-        TypeError: `body` closes over an array that has a gradient.
     """
     flat, structure = jax.tree.flatten(layers)
     # The layer as a function of all that it reads, with what `body` closes over as its first argument.
@@ -67,9 +66,7 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
         return jax.lax.scan(functools.partial(layer_of, constants), x, flat)
 
     def forward(x, flat, constants):
-        learns = tuple(leaf.perturbed for leaf in flat)
-        if any(leaf.perturbed for leaf in constants):
-            raise TypeError("the body of scan_prefetched closes over an array that learns: pass it with the layers")
+        learns, constant_learns = (tuple(leaf.perturbed for leaf in leaves) for leaves in (flat, constants))
         x, flat, constants = jax.tree.map(
             lambda leaf: leaf.value, (x, flat, constants), is_leaf=lambda leaf: hasattr(leaf, "perturbed")
         )
@@ -78,13 +75,16 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
         def differentiated(x, leaves):
             """What the layer returns, and what is to be kept of it."""
             nonlocal recipe
-            of_learning = lambda x, learning: layer_of(constants, x, merge(learning, leaves))
-            merge = functools.partial(_merge, learns)
-            result, pullback = jax.vjp(of_learning, x, _select(learns, leaves))
+
+            def of_learning(x, learning, shared):
+                return layer_of(_merge(constant_learns, shared, constants), x, _merge(learns, learning, leaves))
+
+            learning, shared = _select(learns, leaves), _select(constant_learns, constants)
+            result, pullback = jax.vjp(of_learning, x, learning, shared)
             residuals, structure = jax.tree.flatten(pullback)
             inputs = jax.tree.leaves((constants, x, leaves))
             places = [next((i for i, one in enumerate(inputs) if one is leaf), -1) for leaf in residuals]
-            recipe = _Recipe(structure, tuple(places), learns)
+            recipe = _Recipe(structure, tuple(places), learns, constant_learns)
             return result, (x, [leaf for leaf, place in zip(residuals, places, strict=True) if place < 0])
 
         def step(carry, leaves):
@@ -102,14 +102,18 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
         d_last, d_outs = jax.tree.map(_instantiated, cotangents, is_leaf=_is_symbolic)
 
         def step(carry, layer):
-            dx, (x, kept) = carry
+            dx, d_shared, (x, kept) = carry
             below, leaves, d_out = layer
             below = _move(below, jax.memory.Space.Device)
-            dx, d_learning = recipe.pullback(jax.tree.leaves((constants, x, leaves)), kept)((dx, d_out))
-            return (dx, below), d_learning
+            pullback = recipe.pullback(jax.tree.leaves((constants, x, leaves)), kept)
+            dx, d_learning, more = pullback((dx, d_out))
+            return (dx, [jnp.add(*pair) for pair in zip(d_shared, more, strict=True)], below), d_learning
 
-        (dx, _), d_learning = jax.lax.scan(step, (d_last, top), (hosted, flat, d_outs), reverse=True)
-        return dx, _merge(recipe.learns, d_learning, [None] * len(flat)), None
+        d_shared = [jnp.zeros_like(leaf) for leaf in _select(recipe.constant_learns, constants)]
+        start = (d_last, d_shared, top)
+        (dx, d_shared, _), d_learning = jax.lax.scan(step, start, (hosted, flat, d_outs), reverse=True)
+        d_constants = _merge(recipe.constant_learns, d_shared, [None] * len(constants))
+        return dx, _merge(recipe.learns, d_learning, [None] * len(flat)), d_constants
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run(x, flat, traced.consts)

@@ -114,7 +114,7 @@ def _keeps(policy: Policy) -> Callable:
 def scan(body: Callable, x: Any, layers: Any, name: str) -> tuple[Any, Any]:
     """`jax.lax.scan(body, x, layers)` over layers, keeping for the backward pass what the policy of this name says.
 
-    body: (x, layer) -> (x, out). It may close over what has no gradient.
+    body: (x, layer) -> (x, out). It may close over what every layer reads.
 
     Raises:
         ValueError: there is no policy of that name.
