@@ -342,20 +342,19 @@ TINY |= {
 }
 
 # Keys and values shared, values without a projection of their own, heads by layer, inputs by layer, experts beside the
-# MLP. The last layers share where two before them store, one of which is of a repeating period.
+# MLP.
 _SLIDE, _FULL = "sliding_attention", "full_attention"
 TINY |= {
     "gemma4_text": _case(
         "gemma4_text",
-        num_hidden_layers=10,
-        layer_types=[_SLIDE, _FULL, _SLIDE, _SLIDE, _FULL, _SLIDE, _FULL, _SLIDE, _SLIDE, _FULL],
-        num_kv_shared_layers=5,
+        num_hidden_layers=7,
+        layer_types=[_SLIDE, _FULL, _SLIDE, _SLIDE, _FULL, _SLIDE, _FULL],  # the second stores, and the third
+        num_kv_shared_layers=4,
         use_double_wide_mlp=True,
         global_head_dim=14,
         num_global_key_value_heads=3,
         attention_k_eq_v=True,
         sliding_window=5,
-        attention_bias=True,
         rms_norm_eps=1e-3,
         final_logit_softcapping=3.0,
         hidden_size_per_layer_input=6,
@@ -370,8 +369,9 @@ TINY |= {
         num_hidden_layers=3,
         layer_types=[_SLIDE, _SLIDE, _FULL],
         global_head_dim=16,
-        num_global_key_value_heads=3,  # which counts with attention_k_eq_v only
         sliding_window=4,
+        attention_bias=True,
+        attention_k_eq_v=True,
         tie_word_embeddings=False,
         hidden_size_per_layer_input=0,
     ),
@@ -380,10 +380,10 @@ TINY |= {
         num_hidden_layers=4,
         layer_types=[_SLIDE, _FULL, _SLIDE, _FULL],
         num_kv_shared_layers=1,
+        rms_norm_eps=1e-3,
         global_head_dim=12,
         sliding_window=5,
-        attention_k_eq_v=True,
-        num_global_key_value_heads=1,
+        num_global_key_value_heads=1,  # which counts with attention_k_eq_v only
         hidden_size_per_layer_input=6,
         vocab_size_per_layer_input=VOCAB,
         enable_moe_block=True,
@@ -400,7 +400,8 @@ HYBRID = ("falcon_h1", "qwen3_5_text")
 
 # The linears of such layers that take adapters here and in PEFT: no experts, no gates, no Mamba's out_proj.
 LINEARS = (
-    r"(.*\.)?((self_attn|shared_expert|mlp|feed_forward)\.\w+_proj|mamba\.in_proj|linear_attn\.(in_proj_\w+|out_proj))"
+    r"(.*\.)?((self_attn|shared_expert|mlp|feed_forward)\.\w+_proj|mamba\.in_proj|linear_attn\.(in_proj_\w+|out_proj)"
+    r"|per_layer_(input_gate|projection))"
 )
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -439,7 +440,7 @@ def torch_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            if "norm" in path or "ln_" in path:
+            if "norm" in path or "ln_" in path or "scale" in path:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.2, generator=generator)
