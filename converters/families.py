@@ -36,7 +36,8 @@ class Family:
     tensor_names: {part of a parameter's path in `jaxlora.model`: what checkpoints of the family call it}, or a function
     that finds it in config.json. layouts: of families whose checkpoints come in several, {pattern of a tensor's name:
     what else is said of a checkpoint that has such a tensor}. ignored: patterns of tensors that are there and not read.
-    text_config: the language model's fields lie under this name in config.json.
+    text_config: the language model's fields lie under this name in config.json. adapted_by_path: PEFT is told what to
+    adapt by whole paths, since it stops at modules of the towers that are called alike.
     """
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -45,6 +46,7 @@ class Family:
     layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     text_config: bool = False
+    adapted_by_path: bool = False
 
 
 # ---- Rope ------------------------------------------------------------------------------------------------------------
@@ -659,6 +661,7 @@ FAMILIES: Mapping[str, Family] = {
         tensor_names={**_GEMMA_4_NAMES, **_OF_TEXT_AND_IMAGES},
         ignored=_GEMMA_4_IGNORED,
         text_config=True,
+        adapted_by_path=True,
     ),
     "granite": Family(fields={**_GRANITE, **_same("mlp_bias")}, defaults=_GRANITE_DEFAULTS),
     "olmo2": Family(
