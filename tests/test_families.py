@@ -511,10 +511,15 @@ def test_another_rope_scaling_keeps_what_is_not_scaled():
         "qwen3_5_text": dict(rope_parameters=dict(rope_theta=7_000.0, mrope_section=[11, 11, 10])),
         "qwen3_5": dict(text_config=dict(rope_parameters=dict(rope_theta=7_000.0, partial_rotary_factor=0.25))),
         "smollm3": {},
+        "gemma4_text": dict(per_layer_config={}),
+        "gemma4": dict(text_config=dict(global_head_dim=96)),
     }
     for model_type, fields in published.items():
         before = model_config(dict(model_type=model_type, **fields))
         scaled = with_rope_scaling(dict(model_type=model_type, **fields), dict(rope_type="linear", factor=3.0))
         after = model_config(scaled)
-        rope = dataclasses.replace(before.rope, rope_type="linear", factor=3.0)
+        kept = "proportional" if before.rope.rope_type == "proportional" else "linear"
+        rope = dataclasses.replace(before.rope, rope_type=kept, factor=3.0)
         assert after == dataclasses.replace(before, rope=rope), model_type
+    with pytest.raises(ValueError, match="this model's rope_type is 'proportional', which only takes a factor"):
+        with_rope_scaling(dict(model_type="gemma4_text"), dict(rope_type="yarn", factor=3.0))

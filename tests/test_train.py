@@ -323,8 +323,13 @@ def gradients(model, batch, policy):
 
 @pytest.mark.parametrize(
     "name, quant_config, rate",
-    [("qwen2-windows", None, 0.0), ("llama", QuantConfig(), 0.2), ("phi3", None, 0.2)],
-    ids=["dense", "nf4", "fused"],
+    [
+        ("qwen2-windows", None, 0.0),
+        ("llama", QuantConfig(), 0.2),
+        ("phi3", None, 0.2),
+        ("gemma4_text", QuantConfig(), 0.2),
+    ],
+    ids=["dense", "nf4", "fused", "shared"],
 )
 def test_remat_changes_no_gradient(name, quant_config, rate, tmp_path):
     make_checkpoint(name, tmp_path)
@@ -334,7 +339,8 @@ def test_remat_changes_no_gradient(name, quant_config, rate, tmp_path):
     assert all(np.any(gradient) for gradient in expected)
     for policy in list(remat.POLICIES)[1:]:
         for found, gradient in zip(jax.tree.leaves(gradients(model, batch, policy)), expected, strict=True):
-            assert relative_error(found, gradient) < 2e-6, policy
+            # Gradients of keys and values that layers share are added up in another order.
+            assert relative_error(found, gradient) < (2e-5 if name == "gemma4_text" else 2e-6), policy
 
 
 def residuals(model, batch, policy):
