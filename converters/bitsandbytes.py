@@ -250,7 +250,7 @@ def quantization_config(compute_dtype: str, skipped: Collection[str]) -> dict[st
 
 # Where a model of ours is never quantised, whatever the file is: see `layers.PlainLinear` and the mixers.
 _PLAIN = (
-    "*.gate.weight", "*.router.weight", "*.router.layer.weight", "*.shared_expert_gate.weight", "*.mamba.*",
+    "*.gate.weight", "*.router.weight", "*.router.*.weight", "*.shared_expert_gate.weight", "*.mamba.*",
     "*.in_proj_a.weight", "*.in_proj_b.weight", "*.conv1d.weight",
 )  # fmt: skip
 # A block of the language model, with images beside it or not.

@@ -36,7 +36,8 @@ class Family:
     tensor_names: {part of a parameter's path in `jaxlora.model`: what checkpoints of the family call it}, or a function
     that finds it in config.json. layouts: of families whose checkpoints come in several, {pattern of a tensor's name:
     what else is said of a checkpoint that has such a tensor}. ignored: patterns of tensors that are there and not read.
-    text_config: the language model's fields lie under this name in config.json.
+    text_config: the language model's fields lie under this name in config.json. adapted_by_path: PEFT is told what to
+    adapt by whole paths, since it stops at modules of the towers that are called alike.
     """
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -45,6 +46,7 @@ class Family:
     layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     text_config: bool = False
+    adapted_by_path: bool = False
 
 
 # ---- Rope ------------------------------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def rope_config(hf: Json) -> RopeConfig:
         known.pop("factor", None)
     if rope_type in ("yarn", "longrope") and "factor" not in known and original:
         known["factor"] = hf["max_position_embeddings"] / original
-    elif rope_type != "default" and "factor" not in known:
+    elif rope_type not in ("default", "proportional") and "factor" not in known:
         raise CheckpointError(f"config.json: rope_type {rope_type!r} needs a factor, and none is given")
     try:
         return RopeConfig(rope_type=rope_type, **known)
@@ -103,6 +105,31 @@ def _text_rope(hf: Json) -> RopeConfig:
     """Of a model of text and images, whose sections of a head turn by three positions that text has equal."""
     rope = hf.get("rope_parameters") or {}
     return rope_config({**hf, "rope_parameters": {k: v for k, v in rope.items() if not k.startswith("mrope_")}})
+
+
+# ---- Which layers have other heads -----------------------------------------------------------------------------------
+
+
+def _of_full_layers(name: str, published: Callable[[Json], int | None]) -> Callable[[Json], int | None]:
+    """What layers of full attention have of a field in place of its value, or None: in `per_layer_config`, as
+    transformers writes it, or as published files have it."""
+
+    def read(hf: Json) -> int | None:
+        if "per_layer_config" not in hf:
+            return published(hf)
+        layers = {int(index): dict(fields) for index, fields in (hf["per_layer_config"] or {}).items()}
+        found = [layers.pop(i, {}) for i, kind in enumerate(_last_is_full(hf)) if kind == "full_attention"]
+        if any(layers.values()) or any(one != found[0] or one.keys() - _BY_LAYER for one in found):
+            raise CheckpointError(
+                f"config.json: per_layer_config may say {' and '.join(sorted(_BY_LAYER))} of all layers of full "
+                f"attention alike, and of no others, found {hf['per_layer_config']}"
+            )
+        return found[0].get(name)
+
+    return read
+
+
+_BY_LAYER = {"head_dim", "num_key_value_heads"}
 
 
 # ---- Which layers slide, and which have no positions -----------------------------------------------------------------
@@ -143,6 +170,13 @@ def _full_at_intervals(hf: Json) -> tuple[str, ...]:
         return tuple(hf["layer_types"])
     interval = hf["full_attention_interval"]
     return tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(hf["num_hidden_layers"]))
+
+
+def _last_is_full(hf: Json) -> tuple[str, ...]:
+    """Gemma 4's, whose last layer has no window, whatever is said of it."""
+    if hf.get("use_bidirectional_attention") == "all":
+        raise CheckpointError("config.json: use_bidirectional_attention 'all' is not supported: tokens look back only")
+    return (*_pattern(hf)[:-1], "full_attention")
 
 
 def _nope_layers(hf: Json) -> tuple[int, ...]:
@@ -238,6 +272,12 @@ _DEFAULTS: Json = {
     "sliding_window": None,
 }
 
+_OF_TEXT_AND_IMAGES = {"model": "model.language_model"}
+# A text model that was taken out of one of text and images keeps its names, when transformers writes it.
+_TAKEN_OUT = {"model.language_model.*": Layout(tensor_names=_OF_TEXT_AND_IMAGES)}
+# What transformers has as parameters, and PEFT's adapters are named after, whatever the checkpoint's cut.
+_PARAMETERS_OF_EXPERTS = {"gate_up_lora": "gate_up_proj", "down_lora": "down_proj"}
+
 _ATTENTION_BIAS = {"qkv_bias": itemgetter("attention_bias"), "o_bias": itemgetter("attention_bias")}
 
 _GEMMA = {
@@ -292,6 +332,81 @@ _GEMMA_3_DEFAULTS = {
     "sliding_window_pattern": 6,
     "final_logit_softcapping": None,
 }
+
+_GEMMA_4 = {
+    **_ATTENTION_BIAS,
+    **_same(
+        "final_logit_softcapping",
+        "attention_k_eq_v",
+        "num_kv_shared_layers",
+        "use_double_wide_mlp",
+        "hidden_size_per_layer_input",
+        "vocab_size_per_layer_input",
+    ),
+    "embedding_multiplier": lambda hf: hf["hidden_size"] ** 0.5,
+    "hidden_act": itemgetter("hidden_activation"),
+    "attention_multiplier": 1.0,
+    "layer_types": _last_is_full,
+    "global_head_dim": _of_full_layers("head_dim", itemgetter("global_head_dim")),
+    "num_global_key_value_heads": _of_full_layers(
+        "num_key_value_heads", lambda hf: hf["num_global_key_value_heads"] if hf["attention_k_eq_v"] else None
+    ),
+    "layer_scalar": True,
+    "post_norm": True,
+    "qk_norm": "head",
+    "v_norm": True,
+    "rope": _global_rope,
+    "sliding_rope": _local_rope,
+    "num_experts": lambda hf: hf["num_experts"] if hf["enable_moe_block"] else 0,
+    "num_experts_per_tok": lambda hf: hf["top_k_experts"] if hf["enable_moe_block"] else 0,
+    "moe_intermediate_size": lambda hf: hf["moe_intermediate_size"] if hf["enable_moe_block"] else 0,
+    "norm_topk_prob": True,
+    "experts_beside_mlp": True,
+    "router_scale": True,
+    "fused_experts": "concatenated",
+}
+_GEMMA_4_DEFAULTS = {
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "num_global_key_value_heads": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+    },
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "final_logit_softcapping": None,
+    "vocab_size_per_layer_input": 262144,
+    "hidden_size_per_layer_input": 256,
+    "attention_k_eq_v": False,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "enable_moe_block": False,
+}
+_GEMMA_4_NAMES = {
+    **_GEMMA_2_NAMES,
+    "sparse_mlp.gate": "router.proj",
+    "sparse_mlp.scale": "router.scale",
+    "sparse_mlp.per_expert_scale": "router.per_expert_scale",
+    "sparse_mlp.norm": "pre_feedforward_layernorm_2",
+    **{f"sparse_mlp.experts.{ours}": f"experts.{theirs}" for ours, theirs in _PARAMETERS_OF_EXPERTS.items()},
+    **{f"sparse_mlp.experts.{name}.weight": f"experts.{name}" for name in _PARAMETERS_OF_EXPERTS.values()},
+}
+# The towers, and keys and values of layers that use those of others, which published files have all the same.
+_GEMMA_4_IGNORED = (
+    *(f"model.{tower}.*" for tower in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")),
+    *(f"*.self_attn.{name}.*" for name in ("k_proj", "v_proj", "k_norm", "v_norm")),
+)
 
 _COHERE = {
     **_ATTENTION_BIAS,
@@ -355,9 +470,6 @@ _QWEN_3_5_DEFAULTS = {
 }
 # Prediction of the tokens after the next, which is a model of its own, and the vision tower.
 _QWEN_3_5_IGNORED = ("mtp.*", "model.visual.*")
-_OF_TEXT_AND_IMAGES = {"model": "model.language_model"}
-# A text model that was taken out of one of text and images keeps its names, when transformers writes it.
-_QWEN_3_5_LAYOUTS = {"model.language_model.*": Layout(tensor_names=_OF_TEXT_AND_IMAGES)}
 
 _EXPERTS = {
     **_same("num_experts_per_tok"),
@@ -380,8 +492,7 @@ _EXPERTS_DEFAULTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
 }
-# What transformers has as parameters, and PEFT's adapters are named after, whatever the checkpoint's cut.
-_EXPERT_PARAMETERS = {"experts.gate_up_lora": "experts.gate_up_proj", "experts.down_lora": "experts.down_proj"}
+_EXPERT_PARAMETERS = {f"experts.{ours}": f"experts.{theirs}" for ours, theirs in _PARAMETERS_OF_EXPERTS.items()}
 _ONE_FILE_ENTRY_AN_EXPERT = {"experts": "experts.{}", **_EXPERT_PARAMETERS}
 
 _QWEN_3_5_MOE = {
@@ -407,7 +518,7 @@ _EXPERTS_WITHOUT_WEIGHT = {
     **{f"experts.{name}.weight": f"experts.{name}" for name in ("gate_up_proj", "down_proj")},
 }
 _QWEN_3_5_MOE_LAYOUTS = {
-    **_QWEN_3_5_LAYOUTS,
+    **_TAKEN_OUT,
     # As transformers writes them, where published files have the experts of a layer in one tensor.
     "*.mlp.experts.0.*": Layout(
         fields={"fused_experts": None},
@@ -485,7 +596,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "qwen3_5_text": Family(
-        fields=_QWEN_3_5, defaults=_QWEN_3_5_DEFAULTS, layouts=_QWEN_3_5_LAYOUTS, ignored=_QWEN_3_5_IGNORED
+        fields=_QWEN_3_5, defaults=_QWEN_3_5_DEFAULTS, layouts=_TAKEN_OUT, ignored=_QWEN_3_5_IGNORED
     ),
     "qwen3_5": Family(
         fields=_QWEN_3_5,
@@ -536,6 +647,21 @@ FAMILIES: Mapping[str, Family] = {
         tensor_names={**_GEMMA_2_NAMES, "model": "language_model.model", "lm_head": "language_model.lm_head"},
         ignored=("vision_tower.*", "multi_modal_projector.*"),
         text_config=True,
+    ),
+    "gemma4_text": Family(
+        fields=_GEMMA_4,
+        defaults=_GEMMA_4_DEFAULTS,
+        tensor_names=_GEMMA_4_NAMES,
+        layouts=_TAKEN_OUT,
+        ignored=_GEMMA_4_IGNORED,
+    ),
+    "gemma4": Family(
+        fields=_GEMMA_4,
+        defaults=_GEMMA_4_DEFAULTS,
+        tensor_names={**_GEMMA_4_NAMES, **_OF_TEXT_AND_IMAGES},
+        ignored=_GEMMA_4_IGNORED,
+        text_config=True,
+        adapted_by_path=True,
     ),
     "granite": Family(fields={**_GRANITE, **_same("mlp_bias")}, defaults=_GRANITE_DEFAULTS),
     "olmo2": Family(

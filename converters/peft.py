@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 from jaxlora import lora
 from jaxlora.config import LoraConfig
 from jaxlora.converters import peft_experts
+from jaxlora.converters.families import FAMILIES
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsFile, tensor_problems
 from jaxlora.converters.staging import staged
 from jaxlora.layers import Adapted, Embedding, Weighted
@@ -138,6 +140,7 @@ def save_adapter(
     config = config.on_plain_base()
     _check_adapters(model, config)
     targets, parameters = target_modules(model), list(config.target_parameters or ())
+    family = FAMILIES[model.config.model_type]
     alpha = int(config.lora_alpha) if config.lora_alpha == int(config.lora_alpha) else config.lora_alpha
     options = {
         **_PLAIN,
@@ -147,7 +150,7 @@ def save_adapter(
         "lora_alpha": alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": targets,
+        "target_modules": _as_expression(model, targets) if family.adapted_by_path else targets,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "use_dora": config.use_dora,
@@ -214,6 +217,14 @@ def target_modules(model: CausalLM) -> list[str]:
     adapted = adapted & names  # without parameters of experts
     plain = {_last(name) for name in names - adapted}
     return sorted({name if _last(name) in plain else _last(name) for name in adapted})
+
+
+def _as_expression(model: CausalLM, targets: Sequence[str]) -> str:
+    """`target_modules` as an expression for whole paths, of modules of the decoder only."""
+    decoder, adapted = dict(model.config.tensor_names)["model"], _adapted(model)
+    inside = sorted({_last(name) for name in adapted if name.startswith(f"{decoder}.")} & set(targets))
+    alone = [re.escape(target) for target in targets if target not in inside]
+    return "|".join([rf"{re.escape(decoder)}\.(.*\.)?({'|'.join(inside)})"] * bool(inside) + alone)
 
 
 def _last(name: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 QuantScheme = Literal["nf4", "int8", "fp8", "fp8_block"]
 QUANT_SCHEMES = get_args(QuantScheme)
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
@@ -35,7 +35,8 @@ class RopeConfig:
 
     `None` means that the rope type does not use the field or computes its default from the others. `interleaved` makes
     pairs of neighbouring entries (2 d, 2 d + 1), as GPT-J does, and not of the halves (d, d + rotary / 2). "longrope"
-    divides each frequency by an entry of `short_factor`, or of `long_factor` beyond the original window.
+    divides each frequency by an entry of `short_factor`, or of `long_factor` beyond the original window. "proportional"
+    makes pairs of all of a head, of which only the first `partial_rotary_factor` turn.
     """
 
     rope_type: str = "default"
@@ -138,13 +139,24 @@ class LayerConfig:
 
     sliding_window: number of tokens, itself included, that a token attends to; None for all before it. rope: None for
     no positions (NoPE, arXiv:2305.19466). sparse: whether a router chooses among experts where others have an MLP.
-    linear: whether it has `ModelConfig.linear_attention` in place of attention.
+    linear: whether it has `ModelConfig.linear_attention` in place of attention. head_dim, num_key_value_heads,
+    intermediate_size: as in `ModelConfig`, of this layer.
+
+    k_eq_v: values are what k_proj makes, before keys are normed and turned. stores_kv: the layer's own index, where
+    later layers attend to its keys and values too; reuses_kv: the index of the layer whose keys and values it attends
+    to, having none of its own.
     """
 
     sliding_window: int | None
     rope: RopeConfig | None
     sparse: bool = False
     linear: bool = False
+    head_dim: int
+    num_key_value_heads: int
+    intermediate_size: int
+    k_eq_v: bool = False
+    stores_kv: int | None = None
+    reuses_kv: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +178,10 @@ class ModelConfig:
         each head with a weight [heads, head_dim]; "projection", over all heads together.
       fused_qkv: None, or one linear `qkv_proj` for queries, keys and values, whose outputs are "concatenated" in this
         order, or "grouped": for each key head its queries, its key, its value.
+      global_head_dim, num_global_key_value_heads: of layers without a window, where they are others; attention_k_eq_v:
+        those layers take values from k_proj. v_norm: values are divided by the root of their mean square.
+      num_kv_shared_layers: so many layers at the end attend to the keys and values of the last layer before them that
+        is of their type, and have none; with use_double_wide_mlp their MLP has twice the width.
     MLP
       gated_mlp: down(act(gate(x)) * up(x)), or down(act(up(x))); fused_gate_up: None, or one linear `gate_up_proj` for
         both, whose outputs are "concatenated", or "interleaved": gate, up, gate, up, ...
@@ -174,6 +190,9 @@ class ModelConfig:
         moe_intermediate_size: their inner width; dense_layers: indices of layers with an MLP all the same.
       norm_topk_prob: the weights of a token's experts sum to 1. router_bias, expert_bias: those have one.
       shared_expert_intermediate_size: inner width of an expert for every token, behind a gate; 0 for none.
+      experts_beside_mlp: layers have an MLP and experts, both reading the residual through norms of their own, and each
+        normed again before they are added. router_scale: the router reads the residual divided by the root of its mean
+        square and of hidden_size, times a scale; and each expert's weight in the sum has one.
       fused_experts: as `fused_gate_up`, of the experts. experts_in_out: the experts' matrices are [in, out].
         swiglu_alpha, swiglu_limit: of `moe.clamped_swiglu`, which experts have in place of an activation; None for
         none.
@@ -191,6 +210,10 @@ class ModelConfig:
         share a norm (1), or each has its own (2).
       embedding_multiplier, residual_multiplier, logit_scale: factors on the embeddings, on what attention and MLP add
         to the residual, on the logits. final_logit_softcapping: logits become cap * tanh(logits / cap).
+      layer_scalar: what a layer puts out is multiplied by a number of its own.
+    Per-layer inputs
+      hidden_size_per_layer_input: 0, or the width of an embedding that each token has for each layer, see
+        `model.Decoder.per_layer_inputs`; vocab_size_per_layer_input: the rows of their table.
 
     tensor_names: (part of a parameter's path here, what the checkpoint calls it), for `model.named_nodes`.
     """
@@ -220,6 +243,12 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: str | None = None
     fused_qkv: str | None = None
+    global_head_dim: int | None = None
+    num_global_key_value_heads: int | None = None
+    attention_k_eq_v: bool = False
+    v_norm: bool = False
+    num_kv_shared_layers: int = 0
+    use_double_wide_mlp: bool = False
 
     hidden_act: str = "silu"
     mlp_bias: bool = False
@@ -234,6 +263,8 @@ class ModelConfig:
     router_bias: bool = False
     expert_bias: bool = False
     shared_expert_intermediate_size: int = 0
+    experts_beside_mlp: bool = False
+    router_scale: bool = False
     fused_experts: str | None = None
     experts_in_out: bool = False
     swiglu_alpha: float | None = None
@@ -260,15 +291,20 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logit_scale: float = 1.0
     final_logit_softcapping: float | None = None
+    layer_scalar: bool = False
+
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 0
 
     tensor_names: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-            f"num_key_value_heads ({self.num_key_value_heads})",
-        )
+        for name in ("num_key_value_heads", "num_global_key_value_heads"):
+            heads = getattr(self, name)
+            _require(
+                heads is None or self.num_attention_heads % heads == 0,
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of {name} ({heads})",
+            )
         _require(
             len(self.layer_types) == self.num_hidden_layers,
             f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers",
@@ -286,6 +322,17 @@ class ModelConfig:
         _require(
             set(self.layer_types) != {"linear_attention"},
             "layer_types has linear attention only; at least one layer must attend",
+        )
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        without = sorted(set(self.layer_types[own:]) - set(self.layer_types[:own]))
+        _require(
+            own >= 0 and not without,
+            f"num_kv_shared_layers ({self.num_kv_shared_layers}) leaves no layer of type {', '.join(without)} whose "
+            "keys and values they could share",
+        )
+        _require(
+            self.fused_qkv is None or not (self.num_kv_shared_layers or self.attention_k_eq_v),
+            f"num_kv_shared_layers and attention_k_eq_v are for projections apart, and fused_qkv is {self.fused_qkv!r}",
         )
         _require(
             not self.attn_output_gate or self.fused_qkv is None,
@@ -311,22 +358,36 @@ class ModelConfig:
             f"({self.num_experts})",
         )
 
-    @property
-    def attention_scale(self) -> float:
+    def attention_scale(self, head_dim: int) -> float:
         """What scores are multiplied by."""
-        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+        return head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     def layer(self, index: int) -> LayerConfig:
         """What layer `index` does that another may not."""
         kind = self.layer_types[index]
         sliding, linear = kind == "sliding_attention", kind == "linear_attention"
         rope = self.sliding_rope if sliding and self.sliding_rope is not None else self.rope
+        head_dim = (None if sliding else self.global_head_dim) or self.head_dim
+        kv_heads = (None if sliding else self.num_global_key_value_heads) or self.num_key_value_heads
+        source = self._kv_source(kind) if self.num_kv_shared_layers else None
+        reuses = index >= self.num_hidden_layers - self.num_kv_shared_layers
         return LayerConfig(
             sliding_window=self.sliding_window if sliding else None,
             rope=None if linear or index in self.nope_layers else rope,
             sparse=self.num_experts > 0 and index not in self.dense_layers,
             linear=linear,
+            head_dim=head_dim,
+            num_key_value_heads=kv_heads,
+            intermediate_size=self.intermediate_size * (2 if reuses and self.use_double_wide_mlp else 1),
+            k_eq_v=self.attention_k_eq_v and not sliding,
+            stores_kv=source if index == source else None,
+            reuses_kv=source if reuses else None,
         )
+
+    def _kv_source(self, kind: str) -> int:
+        """The last layer of this type that has keys and values."""
+        own = range(self.num_hidden_layers - self.num_kv_shared_layers)
+        return next((i for i in reversed(own) if self.layer_types[i] == kind), -1)
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -335,9 +396,9 @@ class ModelConfig:
         return tuple(seen.setdefault(layer, layer) for layer in map(self.layer, range(self.num_hidden_layers)))
 
     @property
-    def ropes(self) -> tuple[RopeConfig, ...]:
-        """The distinct ropes of the layers."""
-        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
+    def ropes(self) -> tuple[tuple[RopeConfig, int], ...]:
+        """The distinct ropes of the layers, each with the head dim that it turns."""
+        return tuple(dict.fromkeys((layer.rope, layer.head_dim) for layer in self.layers if layer.rope is not None))
 
 
 @dataclass(frozen=True, kw_only=True)

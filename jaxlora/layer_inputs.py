@@ -56,6 +56,8 @@ def layer_inputs(model: CausalLM, linears: Sequence[Named]) -> list[LayerInput]:
         kept.append(x)  # so that no other array gets its id
 
     def look(model):
+        for path in _beside_layers(named):
+            _tap(model.model, [_last(path)], functools.partial(note, path))
         model.model.layers = [_Watched(run, str(i), list(named), note) for i, run in enumerate(model.model.layers)]
         return model.hidden_states(jnp.zeros((1, 2), jnp.int32))[0]
 
@@ -112,7 +114,9 @@ def fold(
         slots: {path: int32 [depth]}, the slot of each layer, or -1 for a layer that is not looked at.
         update: a function of a module, since programs are kept by it.
     """
-    counts = batch["counts"]
+    counts, inputs = batch["counts"], {}
+    for path in _beside_layers(states):
+        _tap(model.model, [_last(path)], functools.partial(inputs.__setitem__, path))
     runs = [_Watched(run, str(i), list(states)) for i, run in enumerate(model.model.layers)]
     for run in runs:
         run.states, run.slots = ({p: tree[p] for p in run.paths} for tree in (states, slots))
@@ -120,9 +124,20 @@ def fold(
     model.remat_policy, model.tiled_mlp, model.model.layers = "none", False, cast(Any, runs)
     hidden, _ = model.hidden_states(batch["input_ids"], batch["positions"], batch["segment_ids"])
     found = {path: state for run in runs for path, state in run.states.items()}
+    for path, value in inputs.items():
+        found[path] = _update_slot(update, states[path], slots[path][0], value, counts)
     if _HEAD in states:
         found[_HEAD] = _update_slot(update, states[_HEAD], slots[_HEAD][0], hidden, counts)
     return found
+
+
+def _beside_layers(paths: Iterable[str]) -> list[str]:
+    """Those of the decoder's own linears."""
+    return [path for path in paths if not path.split(".")[0].isdecimal() and path != _HEAD]
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
 
 
 def _update_slot(update: Callable, state: Any, slot: Array, x: Float[Array, "b t d"], counts: Array) -> Any:
@@ -143,29 +158,28 @@ class _Watched:
         self.slots: dict[str, Any] = {}
         self.update: Callable = lambda state, slot, x: state
 
-    def __call__(self, x: Array, context: Context, policy: str, key: Any = None, cache: Any = None):
+    def __call__(
+        self, x: Array, context: Context, policy: str, key: Any = None, cache: Any = None, per_layer_inputs: Any = None
+    ):
         def body(carry, layer):
             x, states = carry
-            period, slots = layer
-            for place, block in enumerate(period):
-                inputs: dict[str, Any] = {}
-                for path in self.paths:
-                    _, at, *names = path.split(".")
-                    if int(at) == place:
-                        _tap(block, names, functools.partial(inputs.__setitem__, path))
-                x, _, _ = block(x, context)
-                for path, value in inputs.items():
-                    if self.note is not None:
-                        self.note(path, value)
-                states = states | {
-                    path: self.update(states[path], slots[path], value)
-                    for path, value in inputs.items()
-                    if path in states
-                }
-            return (x, states), None
+            period, slots, own = layer
+            inputs: dict[str, Any] = {}
+            for path in self.paths:
+                _, place, *names = path.split(".")
+                _tap(period[int(place)], names, functools.partial(inputs.__setitem__, path))
+            x, _, aside = self.run.once(period, x, context, per_layer_inputs=own)
+            for path, value in inputs.items():
+                if self.note is not None:
+                    self.note(path, value)
+            states = states | {
+                path: self.update(states[path], slots[path], value) for path, value in inputs.items() if path in states
+            }
+            return (x, states), aside
 
-        (x, self.states), _ = jax.lax.scan(body, (x, self.states), (self.run.period, self.slots))
-        return x, None, None
+        layers = (self.run.period, self.slots, self.run.inputs_of(per_layer_inputs))
+        (x, self.states), aside = jax.lax.scan(body, (x, self.states), layers)
+        return x, None, self.run.whole(aside)
 
 
 def _tap(block: nnx.Module, names: Sequence[str], see: Callable) -> None:

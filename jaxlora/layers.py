@@ -5,6 +5,8 @@ The maths of LoRA is `Linear.__call__`: the frozen base, scaling * (x A^T) B^T, 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,10 +56,15 @@ class LayerMask(AdapterConstant):
     """Which layers of a stack use their `Copy`, [stack] bool."""
 
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+def _in_float32(function: Callable) -> Callable:
+    """Rounded once, as in torch. In 16 bits every operation of an exponential or a tanh would round."""
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": _in_float32(jax.nn.silu),
+    "gelu": _in_float32(functools.partial(jax.nn.gelu, approximate=False)),
+    "gelu_pytorch_tanh": _in_float32(functools.partial(jax.nn.gelu, approximate=True)),
     "relu": jax.nn.relu,
 }
 
@@ -65,6 +72,10 @@ ACTIVATIONS = {
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> Float[Array, ...]:
     """Random weights of a standard deviation of 0.02."""
     return (jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02).astype(dtype)
+
+
+class Buffer(BaseParam):
+    """A value of the checkpoint that is no parameter in transformers: it neither learns nor counts."""
 
 
 def base_param(value: Any, axes: tuple[str | None, ...]) -> BaseParam:
@@ -351,6 +362,12 @@ class Norm(Weighted):
         if self.bias is not None:
             out = out + self.current_bias().astype(jnp.float32)
         return out.astype(x.dtype)
+
+
+def rms_normed(x: Float[Array, "*batch features"], eps: float) -> Float[Array, "*batch features"]:
+    """x over the root of the mean square of its last axis, the statistics in float32: a `Norm` without a weight."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 class TokenwiseModule(nnx.Module):

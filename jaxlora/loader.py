@@ -115,8 +115,8 @@ class FastLanguageModel:
                 while the model computes in `dtype`. None and False keep them in `dtype`, half the memory at a somewhat
                 higher loss; but float16 weights cannot be trained, and are float32 all the same.
             use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "projections",
-                "attention", True or "full", "unsloth" or "offload", "offload_attention"; see `remat`. "auto" is the
-                fastest of these that fits the device, decided at the first step.
+                "attention", True or "full", "unsloth" or "offload", "offload_attention", "offload_residual"; see
+                `remat`. "auto" is the fastest of these that fits the device, decided at the first step.
             unsloth_tiled_mlp: cut the MLP into tiles of tokens under every policy of gradient checkpointing; those that
                 keep little do so anyway.
             offload_embedding: keep the input embedding in pinned host memory. The host looks rows up, and only they
@@ -303,8 +303,8 @@ class FastLanguageModel:
             lora_alpha: the update is scaled by lora_alpha / r.
             lora_dropout: share of an adapter's inputs that are zeroed while training.
             use_gradient_checkpointing: what a layer keeps for its backward pass: False or "none", "projections",
-                "attention", True or "full", "unsloth" or "offload", "offload_attention"; see `remat`. "auto" is the
-                fastest of these that fits the device, decided at the first step.
+                "attention", True or "full", "unsloth" or "offload", "offload_attention", "offload_residual"; see
+                `remat`. "auto" is the fastest of these that fits the device, decided at the first step.
             random_state: seed of the adapters' initial values.
             use_rslora: scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA).
             layers_to_transform: indices of the layers that get adapters, by default all.
@@ -440,11 +440,15 @@ def _same_adapters(model: CausalLM, ours: LoraConfig, theirs: LoraConfig) -> boo
 
 def _check_offloaded(model: LanguageModel, config: LoraConfig) -> None:
     """Refuse to train, or to take norms of, an embedding that is in host memory."""
-    table = model.model.embed_tokens
-    if jax.typeof(table.weight.get_value()).memory_space != jax.memory.Space.Host:
+    tables = [
+        table
+        for table in (model.model.embed_tokens, model.model.embed_tokens_per_layer)
+        if table is not None and jax.typeof(table.weight.get_value()).memory_space == jax.memory.Space.Host
+    ]
+    if not tables:
         return
-    learns = any(copy.module.node is table for copy in copied(model, config))
-    if learns or (config.use_dora and any(target.node is table for target, _ in target_ranks(model, config))):
+    learns = any(copy.module.node in tables for copy in copied(model, config))
+    if learns or (config.use_dora and any(target.node in tables for target, _ in target_ranks(model, config))):
         raise ValueError(
             "the embedding is in host memory, and only rows of it reach the device, but modules_to_save, new tokens or "
             "use_dora need all of it there: load the model without offload_embedding"
@@ -519,15 +523,17 @@ def _placer(config: ModelConfig, device_map: Any, offload_embedding: bool, full_
         return None
     if full_finetuning:
         raise ValueError("offload_embedding=True keeps the embedding frozen, and full_finetuning=True trains it")
-    if config.tie_word_embeddings:
+    tables = ["embed_tokens"] * (not config.tie_word_embeddings)
+    tables += ["embed_tokens_per_layer"] * bool(config.hidden_size_per_layer_input)
+    if not tables:
         warnings.warn(
             "offload_embedding=True has no effect: the embedding is also the head of this model, whose every step "
             "needs the whole of it",
             stacklevel=3,
         )
         return None
-    table = dict(config.tensor_names).get("embed_tokens", "embed_tokens") + ".weight"
-    return lambda parameter, value: offload.pinned_host() if parameter.name.endswith(table) else None
+    ends = tuple(f".{dict(config.tensor_names).get(table, table)}.weight" for table in tables)
+    return lambda parameter, value: offload.pinned_host() if parameter.name.endswith(ends) else None
 
 
 def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:
@@ -537,6 +543,13 @@ def _with_rope_scaling(hf_config: dict, rope_scaling: dict) -> dict:
         text = {"model_type": f"{hf_config['model_type']}_text", **hf_config["text_config"]}
         return {**hf_config, "text_config": _with_rope_scaling(text, rope_scaling)}
     now, before = model_config(hf_config).rope, hf_config.get("rope_parameters") or {}
+    if now.rope_type == "proportional":  # whose pairs are others than those of a part of a head
+        if rope_scaling.get("rope_type", rope_scaling.get("type")) not in ("linear", "proportional"):
+            raise ValueError(
+                f"rope_scaling={rope_scaling!r}: this model's rope_type is 'proportional', which only takes a factor: "
+                'pass {"rope_type": "proportional", "factor": 2.0}, say'
+            )
+        rope_scaling = {**{k: v for k, v in rope_scaling.items() if k != "type"}, "rope_type": "proportional"}
     rope = {"rope_theta": now.rope_theta, "partial_rotary_factor": now.partial_rotary_factor, **rope_scaling}
     rope |= {k: v for k, v in before.items() if k.startswith("mrope_")}
     if "full_attention" in before:  # sliding layers have one of their own, which is not scaled
@@ -555,7 +568,7 @@ def _reach(config: ModelConfig) -> int:
     original = rope.original_max_position_embeddings
     if rope.rope_type in ("yarn", "longrope") and original is not None:
         return max(native, int(original * rope.factor))
-    scaled = rope.rope_type in ("linear", "dynamic", "yarn") and original is None
+    scaled = rope.rope_type in ("linear", "proportional", "dynamic", "yarn") and original is None
     return int(native * rope.factor) if scaled else native
 
 

@@ -31,6 +31,7 @@ from jaxlora.layers import (
     AdapterStart,
     BaseParam,
     BaseSquare,
+    Buffer,
     Copy,
     Embedding,
     Linear,
@@ -449,7 +450,12 @@ def unfreeze(model: CausalLM) -> None:
     """
     # Whole, before anything changes: a Variable that is replaced below must not be met again.
     modules = [(module, vars(module)) for _, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
-    frozen = [(m, name, v) for m, attributes in modules for name, v in attributes.items() if isinstance(v, BaseParam)]
+    frozen = [
+        (module, name, variable)
+        for module, attributes in modules
+        for name, variable in attributes.items()
+        if isinstance(variable, BaseParam) and not isinstance(variable, Buffer)
+    ]
     if any(isinstance(v.get_value(), QuantizedArray) for _, _, v in frozen):
         raise ValueError("a quantised model cannot learn as a whole: load it with full_finetuning=True")
     for module, name, variable in frozen:
@@ -505,7 +511,7 @@ def get_nb_trainable_parameters(model: CausalLM) -> tuple[int, int]:
     frozen = sum(
         _size(p.node.get_value())
         for p in named_nodes(model, nnx.Variable)
-        if not isinstance(p.node, nnx.Param | AdapterConstant)
+        if not isinstance(p.node, nnx.Param | AdapterConstant | Buffer)
     )
     for module in named_nodes(model, Weighted):
         copies = {part: getattr(module.node, f"trained_{part}") for part in ("weight", "bias")}

@@ -58,7 +58,7 @@ def target_ranks(model: CausalLM, config: LoraConfig) -> list[tuple[Named, tuple
     """The linears, embeddings and parameters of experts that get an adapter, each with the rank of every layer of its
     stack: 0 where a layer gets none.
 
-    "all-linear" is every linear of the blocks, not the head. A module that is no stack has one rank. With
+    "all-linear" is every linear but the head. A module that is no stack has one rank. With
     `ensure_weight_tying` the adapter of a tied head is the embedding's.
 
     Raises:
@@ -68,7 +68,7 @@ def target_ranks(model: CausalLM, config: LoraConfig) -> list[tuple[Named, tuple
     modules = list(named_nodes(model, Adapted))
     _check_parameters(model, config)
     if config.target_modules == "all-linear":
-        modules = [x for x in modules if x.layers and isinstance(x.node, Linear)]
+        modules = [x for x in modules if isinstance(x.node, Linear) and x.node is not model.lm_head]
         blocks = tuple(sorted({module.name.rsplit(".", 1)[-1] for module in modules}))
         config = dataclasses.replace(config, target_modules=blocks)
     _check_targets(model, config)

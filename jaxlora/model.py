@@ -18,7 +18,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,18 @@ from jaxlora import quant, remat
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.delta_net import GatedDeltaNet
 from jaxlora.kernels import api as kernels
-from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm, PlainLinear, TokenwiseModule, base_param
+from jaxlora.layers import (
+    ACTIVATIONS,
+    Buffer,
+    Embedding,
+    Identity,
+    Linear,
+    Norm,
+    PlainLinear,
+    TokenwiseModule,
+    base_param,
+    rms_normed,
+)
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
 from jaxlora.rope import alibi_bias, apply_rope, rope_tables, segment_positions
@@ -68,7 +79,8 @@ class Context:
     """What every layer of one forward pass shares. rotary: cos and sin [B, T, pairs] of each of `config.ropes`.
     key_bias: None, or what is added to the scores of the keys, [B, N, T or S]. runs: the tokens'
     `mamba.segment_runs`, where there are mixers. with_load: whether layers with experts return their
-    `moe.RouterLoad`."""
+    `moe.RouterLoad`. stored_kv: the keys and values [B, T or S, K, H] of layers that later ones attend to, by their
+    index."""
 
     rotary: list[tuple[Any, Any]]
     query_segments: Array | None
@@ -78,6 +90,7 @@ class Context:
     key_bias: Array | None = None
     runs: Any = None
     with_load: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    stored_kv: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_prefill(self) -> bool:
@@ -85,32 +98,45 @@ class Context:
         return isinstance(self.offset, int)
 
 
+class Aside(NamedTuple):
+    """What a layer gives beside its result. load: its `RouterLoad`; stored_kv: what it adds to `Context.stored_kv`."""
+
+    load: RouterLoad | None
+    stored_kv: dict[int, Any]
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions, over its own keys and values or those of an
+    earlier layer (arXiv:2405.12981)."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, make: _Make):
         make_linear, make_norm = make.linear, make.norm
-        width, dim = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        width, dim = config.hidden_size, layer.head_dim
+        heads, kv_heads = config.num_attention_heads, layer.num_key_value_heads
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
-        self.scale, self.softcap = config.attention_scale, config.attn_logit_softcapping
+        self.scale, self.softcap = config.attention_scale(dim), config.attn_logit_softcapping
         self.window = layer.sliding_window
         self.rope, self.interleaved = None, False
         if layer.rope is not None:
-            self.rope, self.interleaved = config.ropes.index(layer.rope), layer.rope.interleaved
+            self.rope, self.interleaved = config.ropes.index((layer.rope, dim)), layer.rope.interleaved
         self.fused_qkv, self.qk_norm, self.output_gate = config.fused_qkv, config.qk_norm, config.attn_output_gate
+        self.stores_kv, self.reuses_kv = layer.stores_kv, layer.reuses_kv
+        self.v_norm_eps = config.norm_eps if config.v_norm else None
         if config.fused_qkv is not None:
             self.qkv_proj = make_linear(width, (heads + 2 * kv_heads) * dim, ("heads", "embed"), config.qkv_bias)
         else:
             queries = heads * dim * (2 if config.attn_output_gate else 1)
             self.q_proj = make_linear(width, queries, ("heads", "embed"), config.qkv_bias)
-            self.k_proj = make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
-            self.v_proj = make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
+            has_k = layer.reuses_kv is None
+            of_keys = lambda: make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
+            self.k_proj = of_keys() if has_k else None
+            self.v_proj = of_keys() if has_k and not layer.k_eq_v else None
         self.o_proj = make_linear(heads * dim, width, ("embed", "heads"), config.o_bias)
         self.sinks = make.zeros((heads,), ("heads",)) if config.attention_sinks else None
         self.q_norm, self.k_norm = Identity(), Identity()
         if config.qk_norm == "head":
-            self.q_norm, self.k_norm = make_norm((dim,), ("head_dim",)), make_norm((dim,), ("head_dim",))
+            self.q_norm = make_norm((dim,), ("head_dim",))
+            self.k_norm = make_norm((dim,), ("head_dim",)) if layer.reuses_kv is None else Identity()
         elif config.qk_norm == "per_head":
             self.q_norm = make_norm((heads, dim), ("heads", "head_dim"))
             self.k_norm = make_norm((kv_heads, dim), ("kv_heads", "head_dim"))
@@ -119,41 +145,56 @@ class Attention(nnx.Module):
             self.k_norm = make_norm((kv_heads * dim,), ("kv_heads",))
 
     def _project(self, x, keys: list):
-        """Queries [B, T, N H], or with gates [B, T, 2 N H], and keys and values [B, T, K H]."""
+        """Queries [B, T, N H], or with gates [B, T, 2 N H], and keys and values [B, T, K H], or None."""
         if self.fused_qkv == "grouped":
             qkv = self.qkv_proj(x, keys[0]).reshape(*x.shape[:2], self.kv_heads, -1, self.head_dim)
             return [part.reshape(*x.shape[:2], -1) for part in (qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :])]
         if self.fused_qkv == "concatenated":
             n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
             return jnp.split(self.qkv_proj(x, keys[0]), [n, n + k], axis=-1)
-        return self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+        q = self.q_proj(x, keys[0])
+        if self.k_proj is None:
+            return q, None, None
+        k = self.k_proj(x, keys[1])
+        return q, k, k if self.v_proj is None else self.v_proj(x, keys[2])
+
+    def _placed(self, y, norm, context: Context):
+        """Queries or keys [B, T, N H] -> [B, T, N, H], normed, and turned by their positions."""
+        y = norm(y) if self.qk_norm == "projection" else y
+        y = y.reshape(*y.shape[:2], -1, self.head_dim)
+        y = y if self.qk_norm == "projection" else norm(y)
+        if self.rope is None:
+            return y
+        return apply_rope(y, *context.rotary[self.rope], interleaved=self.interleaved)
+
+    def _keys_and_values(self, k, v, context: Context, cache):
+        """What queries attend to, [B, T or S, K, H] twice, and the cache with this call's tokens in it."""
+        if self.reuses_kv is not None:
+            return *context.stored_kv[self.reuses_kv], cache
+        k, v = self._placed(k, self.k_norm, context), v.reshape(*v.shape[:2], -1, self.head_dim)
+        v = v if self.v_norm_eps is None else rms_normed(v, self.v_norm_eps)
+        k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
+        if cache is None:
+            return k, v, None
+        all_keys, all_values, layer = cache
+        all_keys = _write_cache(all_keys, k, layer, context.offset)
+        all_values = _write_cache(all_values, v, layer, context.offset)
+        if not context.is_prefill:
+            k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False).astype(k.dtype)
+            v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False).astype(v.dtype)
+        return k, v, (all_keys, all_values, layer)
 
     def __call__(self, x, context: Context, keys: list, cache=None):
         """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
-        returned with this call's tokens written at `context.offset`."""
+        returned with this call's tokens written at `context.offset`. Last comes what `Context.stored_kv` gets."""
         b, t, _ = x.shape
         q, k, v = self._project(x, keys)
         gate = None
         if self.output_gate:
             q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
             q = q.reshape(b, t, -1)
-        if self.qk_norm == "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.reshape(b, t, -1, self.head_dim) for y in (q, k, v))
-        if self.qk_norm != "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None:
-            cos, sin = context.rotary[self.rope]
-            q, k = (apply_rope(y, cos, sin, interleaved=self.interleaved) for y in (q, k))
-        q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        if cache is not None:
-            all_keys, all_values, layer = cache
-            all_keys = _write_cache(all_keys, k, layer, context.offset)
-            all_values = _write_cache(all_values, v, layer, context.offset)
-            cache = (all_keys, all_values, layer)
-            if not context.is_prefill:
-                k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False).astype(k.dtype)
-                v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False).astype(v.dtype)
+        q = checkpoint_name(self._placed(q, self.q_norm, context), "query")
+        k, v, cache = self._keys_and_values(k, v, context, cache)
         out = kernels.attention(
             q,
             k,
@@ -169,7 +210,8 @@ class Attention(nnx.Module):
         )
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache
+        stored = {} if self.stores_kv is None else {self.stores_kv: (k, v)}
+        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache, stored
 
 
 def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) -> Array:
@@ -229,6 +271,8 @@ class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with post norms, x + norm(f(norm(x))).
 
     In a parallel block (PaLM, arXiv:2204.02311 section 2) the MLP reads x too, through attention's norm or its own.
+    Experts beside the MLP read the residual. At the end a token's per-layer input may be added, through a gate that
+    reads what the layer has made so far.
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, make: _Make):
@@ -246,43 +290,70 @@ class DecoderLayer(nnx.Module):
         self.mamba = None if mamba is None else Mamba(config, mamba, make.linear, make.plain_linear, make.zeros)
         self.post_self_attn_layernorm = norm(config.post_norm)
         self.post_attention_layernorm = norm(config.pre_norm and not self.shared_norm)  # it stands before the MLP
-        inner = config.shared_expert_intermediate_size
-        if layer.sparse:
-            shared = MLP(config, inner, make.linear) if inner else None
-            self.mlp = SparseMLP(config, make.plain_linear, make.experts, shared)
+        inner, beside = config.shared_expert_intermediate_size, layer.sparse and config.experts_beside_mlp
+        if layer.sparse and not beside:
+            self.mlp: Any = SparseMLP(config, make, MLP(config, inner, make.linear) if inner else None)
         else:
-            self.mlp = MLP(config, config.intermediate_size, make.linear)
+            self.mlp = MLP(config, layer.intermediate_size, make.linear)
+        self.sparse_mlp: Any = SparseMLP(config, make, None) if beside else None
+        if beside:
+            self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2 = norm(True), norm(True)
         self.post_mlp_layernorm = norm(config.post_norm)
+        width, inner = config.hidden_size, config.hidden_size_per_layer_input
+        self.per_layer_act = config.hidden_act if inner else None
+        if inner:
+            self.per_layer_input_gate = make.linear(width, inner, ("mlp", "embed"), False)
+            self.per_layer_projection = make.linear(inner, width, ("embed", "mlp"), False)
+            self.post_per_layer_input_norm = norm(True)
+        self.layer_scalar = make.buffer((1,)) if config.layer_scalar else None
 
-    def __call__(self, x, context: Context, key=None, cache=None):
-        """`cache` is (keys, values, convolutions, states, layer), and the first four are returned."""
+    def __call__(self, x, context: Context, key=None, cache=None, per_layer_input=None):
+        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, convolutions, states, layer), and the first four are
+        returned; then an `Aside`. per_layer_input: this layer's [B, T, P], where the model has such."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
         normed = self.input_layernorm(x)
-        attended, cache = self._mix(normed, context, keys[:4], key, cache)
+        attended, cache, stored = self._mix(normed, context, keys[:4], key, cache)
         residual = checkpoint_name(x + self.multiplier * self.post_self_attn_layernorm(attended), "residual")
         if not self.shared_norm:
             normed = self.post_attention_layernorm(x if self.parallel else residual)
         out = self.mlp(normed, keys[4:], context.mlp_tile)
+        sparse, read = (self.mlp, normed) if self.sparse_mlp is None else (self.sparse_mlp, residual)
+        if self.sparse_mlp is not None:
+            routed = self.sparse_mlp(residual, keys[4:], context.mlp_tile)
+            out = self.post_feedforward_layernorm_1(out) + self.post_feedforward_layernorm_2(routed)
         load = None
-        if context.with_load and isinstance(self.mlp, SparseMLP):
-            load = self.mlp.load(normed, context.query_segments)
-        return residual + self.multiplier * self.post_mlp_layernorm(out), cache, load
+        if context.with_load and isinstance(sparse, SparseMLP):
+            load = sparse.load(read, context.query_segments)
+        x = residual + self.multiplier * self.post_mlp_layernorm(out)
+        if self.per_layer_act is not None:
+            x = x + self._of_layer(x, per_layer_input, key)
+        if self.layer_scalar is not None:
+            x = x * self.layer_scalar.get_value().astype(x.dtype)
+        return x, cache, Aside(load, stored)
+
+    def _of_layer(self, x, per_layer_input, key):
+        """The token's embedding for this layer, gated by x and projected: [B, T, P] -> [B, T, D]."""
+        gate_key, key = (None, None) if key is None else (jax.random.fold_in(key, i) for i in (8, 9))
+        gate = ACTIVATIONS[self.per_layer_act](self.per_layer_input_gate(x, gate_key))
+        return self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_input, key))
 
     def _mix(self, x, context: Context, keys: list, key, cache):
         """What a token takes from those before it: by attention, a mixer, or both."""
         of_attention, of_mixer = (None, None) if cache is None else ((*cache[:2], cache[-1]), cache[2:])
+        stored: dict[int, Any] = {}
         mixer_key = None if key is None else jax.random.fold_in(key, 7)
         if self.linear_attn is not None:
             mixed, of_mixer = self.linear_attn(x, context.runs, mixer_key, of_mixer)
         else:
             assert self.self_attn is not None
             before, after = self.attention_multipliers
-            mixed, of_attention = self.self_attn(before * x, context, keys, of_attention)
+            mixed, of_attention, stored = self.self_attn(before * x, context, keys, of_attention)
             mixed = after * mixed
         if self.mamba is not None:
             more, of_mixer = self.mamba(x, context.runs, mixer_key, of_mixer)
             mixed = mixed + self.mamba_multiplier * more
-        return mixed, None if of_attention is None or of_mixer is None else (*of_attention[:2], *of_mixer[:2])
+        cache = None if of_attention is None or of_mixer is None else (*of_attention[:2], *of_mixer[:2])
+        return mixed, cache, stored
 
 
 class Run(nnx.Module):
@@ -297,10 +368,12 @@ class Run(nnx.Module):
         """The model's layer indices that `period[place]` holds, in the order of its leading axis."""
         return tuple(self.start + r * len(self.period) + place for r in range(self.repeats))
 
-    def __call__(self, x, context: Context, policy: str, key=None, cache=None):
-        """x [B, T, D]; `cache` is the run's part of each list of a `KVCache`, or None.
+    def __call__(self, x, context: Context, policy: str, key=None, cache=None, per_layer_inputs=None):
+        """x [B, T, D]; `cache` is the run's part of each list of a `KVCache`, or None; per_layer_inputs: None, or those
+        of all of the model's layers, [layers, B, T, P].
 
-        Returns x, the cache, and the `RouterLoad` of its layers where `context.with_load` and there are experts.
+        Returns x, the cache, and an `Aside`, with the `RouterLoad` of all layers where `context.with_load` and there
+        are experts.
         """
 
         # Quantised weights stay in their stack, which kernels read by index; the scan slices everything else.
@@ -310,28 +383,49 @@ class Run(nnx.Module):
 
         def body(carry, layer):
             x, cache = carry
-            slices, index, key = layer
+            slices, index, key, inputs = layer
             period = structure.unflatten(
                 [leaf.at(index) if is_stack(leaf) else part for leaf, part in zip(leaves, slices, strict=True)]
             )
-            loads = []
-            for place, block in enumerate(period):
-                block_key = None if key is None else jax.random.fold_in(key, place)
-                if cache is None:
-                    x, _, load = block(x, context, block_key)
-                else:
-                    part = (*(stacked[place] for stacked in cache), index)
-                    x, part, load = block(x, context, block_key, part)
-                    cache = [
-                        [*stacked[:place], new, *stacked[place + 1 :]] for stacked, new in zip(cache, part, strict=True)
-                    ]
-                loads.append(load)
-            return (x, cache), _total_load(loads)
+            x, cache, aside = self.once(period, x, context, index, key, cache, inputs)
+            return (x, cache), aside
 
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
-        (x, cache), loads = remat.scan(body, (x, cache), (sliced, index, keys), policy)
-        return x, cache, jax.tree.map(lambda each: jnp.sum(each, axis=0), loads)
+        layers = (sliced, index, keys, self.inputs_of(per_layer_inputs))
+        (x, cache), aside = remat.scan(body, (x, cache), layers, policy)
+        return x, cache, self.whole(aside)
+
+    def whole(self, each: Aside) -> Aside:
+        """What all repeats give, of what each gave, stacked. A layer that stores keys and values has no like, and so
+        is in a run without repeats."""
+        load = jax.tree.map(lambda part: jnp.sum(part, axis=0), each.load)
+        return Aside(load, jax.tree.map(lambda part: part[0], each.stored_kv))
+
+    def inputs_of(self, per_layer_inputs):
+        """Those of all layers, [layers, ...], as [repeats, period, ...] of this run's; None stays None."""
+        if per_layer_inputs is None:
+            return None
+        own = per_layer_inputs[self.start : self.start + self.repeats * len(self.period)]
+        return own.reshape(self.repeats, len(self.period), *own.shape[1:])
+
+    def once(self, period, x, context: Context, index=None, key=None, cache=None, per_layer_inputs=None):
+        """One repeat, of a period that holds slice `index`; per_layer_inputs: [period, B, T, P]."""
+        loads, stored = [], {}
+        for place, block in enumerate(period):
+            block_key = None if key is None else jax.random.fold_in(key, place)
+            part = None if cache is None else (*(stacked[place] for stacked in cache), index)
+            inputs = None if per_layer_inputs is None else per_layer_inputs[place]
+            x, part, aside = block(x, context, block_key, part, inputs)
+            if cache is not None:
+                cache = [
+                    [*stacked[:place], new, *stacked[place + 1 :]] for stacked, new in zip(cache, part, strict=True)
+                ]
+            if aside.stored_kv:
+                stored |= aside.stored_kv
+                context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
+            loads.append(aside.load)
+        return x, cache, Aside(_total_load(loads), stored)
 
 
 def _total_load(loads: list[RouterLoad | None]) -> RouterLoad | None:
@@ -344,11 +438,29 @@ class Decoder(nnx.Module):
     """Embedding, layers, final norm: ids [B, T] -> hidden states [B, T, D]."""
 
     def __init__(self, config: ModelConfig, make: _Make):
-        self.embed_tokens = make.embedding(config.vocab_size, config.hidden_size)
+        width, layers, inner = config.hidden_size, config.num_hidden_layers, config.hidden_size_per_layer_input
+        self.embed_tokens = make.embedding(config.vocab_size, width)
+        rows = config.vocab_size_per_layer_input
+        self.embed_tokens_per_layer: Any = make.embedding(rows, layers * inner) if inner else None
+        if inner:
+            self.per_layer_model_projection = make.linear(width, layers * inner, ("mlp", "embed"), False)
+            self.per_layer_projection_norm = make.norm((inner,), ("mlp",))
         self.layers = nnx.List(
             [Run(config, period, start, repeats, make) for start, period, repeats in layer_runs(config.layers)]
         )
         self.norm = make.norm((config.hidden_size,), ("embed",))
+
+    def per_layer_inputs(self, input_ids, x, key=None):
+        """What each layer adds of each token, [layers, B, T, P], or None: a row of a table of its own (Gemma 3n's
+        per-layer embeddings) and a part of the token's embedding x [B, T, D], at equal weight."""
+        if self.embed_tokens_per_layer is None:
+            return None
+        inner = self.per_layer_projection_norm.weight.get_value().shape[-1]
+        shape = (*x.shape[:2], -1, inner)
+        key = None if key is None else jax.random.fold_in(key, 0x7FFFFFFF)  # no layer's
+        projected = (self.per_layer_model_projection(x, key) * x.shape[-1] ** -0.5).reshape(shape)
+        looked_up = (self.embed_tokens_per_layer(input_ids).astype(x.dtype) * inner**0.5).reshape(shape)
+        return jnp.moveaxis((self.per_layer_projection_norm(projected) + looked_up) * 2**-0.5, 2, 0)
 
 
 def layer_runs(layer_types: tuple[Hashable, ...]) -> list[tuple[int, tuple[Any, ...], int]]:
@@ -408,6 +520,9 @@ class _Make:
     def zeros(self, shape, axes):
         lead, lead_axes = ((self.stack,), ("layers",)) if self.stack is not None else ((), ())
         return base_param(jnp.zeros((*lead, *shape), self.dtype), (*lead_axes, *axes))
+
+    def buffer(self, shape):
+        return Buffer(jnp.ones((cast(int, self.stack), *shape), self.dtype), axes=("layers", *[None] * len(shape)))
 
     def norm(self, shape, axes):
         return Norm(
@@ -498,10 +613,10 @@ class CausalLM(nnx.Module):
             positions = segment_positions(segment_ids)
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
-        head_dim, native = self.config.head_dim, self.config.max_position_embeddings
+        native = self.config.max_position_embeddings
         alone = cache is not None and cache.reach is not None
         places = None if cache is None else cache.reach or cache.segment_ids.shape[1]
-        rotary = [rope_tables(rope, head_dim, native, positions, places, alone) for rope in self.config.ropes]
+        rotary = [rope_tables(rope, dim, native, positions, places, alone) for rope, dim in self.config.ropes]
         tile = remat.mlp_tile(self.remat_policy, self.tiled_mlp)
         filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile, with_load=with_load)
         if cache is not None:
@@ -515,7 +630,8 @@ class CausalLM(nnx.Module):
                 context = dataclasses.replace(context, key_segments=segment_ids)
         if self.config.alibi:
             keys_at = positions if filled is None or context.is_prefill else segment_positions(filled)
-            bias = alibi_bias(keys_at, self.config.num_attention_heads) * self.config.attention_scale
+            scale = self.config.attention_scale(self.config.head_dim)
+            bias = alibi_bias(keys_at, self.config.num_attention_heads) * scale
             context = dataclasses.replace(context, key_bias=bias)
 
         if self.config.mamba is not None or self.config.linear_attention is not None:
@@ -526,12 +642,16 @@ class CausalLM(nnx.Module):
             context = dataclasses.replace(context, runs=segment_runs(segment_ids, input_ids.shape, before))
 
         x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
+        per_layer_inputs = self.model.per_layer_inputs(input_ids, x, key)
         parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
         loads = []
         for i, run in enumerate(self.model.layers):
             run_cache = None if cache is None else [part[i] for part in parts]
-            x, run_cache, load = run(x, context, self.remat_policy if cache is None else "none", key, run_cache)
-            loads.append(load)
+            policy = self.remat_policy if cache is None else "none"
+            x, run_cache, aside = run(x, context, policy, key, run_cache, per_layer_inputs)
+            loads.append(aside.load)
+            if aside.stored_kv:
+                context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
             if run_cache is not None:
                 parts = [[*part[:i], new, *part[i + 1 :]] for part, new in zip(parts, run_cache, strict=True)]
         x = self.model.norm(x)
@@ -587,8 +707,11 @@ class CausalLM(nnx.Module):
 
             return [[of(run, layer) for layer in run.period] for run in self.model.layers]
 
-        heads, dim = self.config.num_key_value_heads, self.config.head_dim
-        places = lambda layer: None if layer.self_attn is None else (length, heads, dim)
+        def places(layer):
+            attention = layer.self_attn
+            has_keys = attention is not None and attention.reuses_kv is None
+            return (length, attention.kv_heads, attention.head_dim) if has_keys else None
+
         mixer = lambda layer: layer.mamba or layer.linear_attn
         convolution = lambda layer: None if mixer(layer) is None else mixer(layer).convolution_shape
         state = lambda layer: None if mixer(layer) is None else mixer(layer).state_shape

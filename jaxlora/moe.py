@@ -6,6 +6,8 @@ The maths, for a token x, the router's matrix W [E, D] and experts f_1 ... f_E:
     C = the k experts of largest p
     y = sum of p_e f_e(x) over e in C,  with the p_e of C made to sum to 1 where `norm_topk_prob` says so
 
+Gemma 4 has x / rms(x) * scale / sqrt(D) in place of the router's x, and a factor on each p_e in the sum.
+
 The layout. N tokens and their choices are N k pairs of a token and an expert. Sorted by expert, the pairs of one expert
 are rows that lie together, a group, and a grouped product multiplies each group with a matrix of its own:
 
@@ -46,7 +48,7 @@ from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig
 from jaxlora.kernels.api import grouped_dot, grouped_outer
 from jaxlora.kernels.grouped import grouped_lora_delta
-from jaxlora.layers import ACTIVATIONS, Adaptable, TokenwiseModule, base_param, normal
+from jaxlora.layers import ACTIVATIONS, Adaptable, Identity, TokenwiseModule, base_param, normal, rms_normed
 from jaxlora.quant import QuantizedArray
 
 
@@ -268,23 +270,34 @@ def clamped_swiglu(
 
 
 class SparseMLP(TokenwiseModule):
-    """The experts that the router chooses for each token, and the shared expert, behind a gate of its own, if any."""
+    """The experts that the router chooses for each token, and the shared expert, behind a gate of its own, if any.
 
-    def __init__(self, config: ModelConfig, make_plain: Callable, make_experts: Callable, shared: nnx.Module | None):
+    Beside an MLP (`ModelConfig.experts_beside_mlp`) it reads the residual, and the experts have a norm before them.
+    `make` builds layers, see `model`.
+    """
+
+    def __init__(self, config: ModelConfig, make: Any, shared: nnx.Module | None):
         width = config.hidden_size
         self.num_experts, self.chosen = config.num_experts, config.num_experts_per_tok
-        self.normalised = config.norm_topk_prob
-        self.gate = make_plain(width, self.num_experts, (None, "embed"), config.router_bias)
-        self.experts = Experts(config, make_experts)
+        self.normalised, self.eps = config.norm_topk_prob, config.norm_eps
+        self.gate = make.plain_linear(width, self.num_experts, (None, "embed"), config.router_bias)
+        self.scale = make.zeros((width,), ("embed",)) if config.router_scale else None
+        self.per_expert_scale = make.zeros((self.num_experts,), (None,)) if config.router_scale else None
+        self.norm = make.norm((width,), ("embed",)) if config.experts_beside_mlp else Identity()
+        self.experts = Experts(config, make.experts)
         self.shared_expert: Any = shared
-        self.shared_expert_gate: Any = None if shared is None else make_plain(width, 1, (None, "embed"), False)
+        self.shared_expert_gate: Any = None if shared is None else make.plain_linear(width, 1, (None, "embed"), False)
 
     def _route(self, rows: Float[Array, "n d"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"], Float[Array, "n e"]]:
         """Weights and indices of each token's experts, and the probabilities of all; float32."""
+        if self.scale is not None:
+            rows = rms_normed(rows, self.eps) * self.scale.get_value().astype(rows.dtype) * rows.shape[-1] ** -0.5
         probabilities = jax.nn.softmax(self.gate(rows).astype(jnp.float32), axis=-1)
         weights, experts = lax.top_k(probabilities, self.chosen)
         if self.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        if self.per_expert_scale is not None:
+            weights = weights * self.per_expert_scale.get_value().astype(jnp.float32)[experts]
         return weights, experts, probabilities
 
     def load(self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None) -> RouterLoad:
@@ -298,6 +311,7 @@ class SparseMLP(TokenwiseModule):
     def _forward(self, x: Float[Array, "*batch d"], keys: list) -> Float[Array, "*batch d"]:
         rows = x.reshape(-1, x.shape[-1])
         weights, experts, _ = self._route(rows)
+        rows = self.norm(rows)
         pairs = experts.reshape(-1)  # pair i is token i // k's
         order = jnp.argsort(pairs)
         groups = Groups(jnp.bincount(pairs, length=self.num_experts).astype(jnp.int32), pairs[order])

@@ -1,9 +1,9 @@
 """A scan over layers whose residuals wait in host memory, and come back a layer before they are needed.
 
 `jax.checkpoint` can offload too, but asks for a layer's values when that layer's turn has come, and waits for them.
-Here both passes are scans whose carry holds the values of two layers: while one is at work, those of the layer below
-leave for the host, or come back, and since they depend on nothing of that layer, the copy runs beside it. So what layer
-i puts out is of layer i - 1, and the last layer's values never leave the device.
+Here the backward pass is a scan whose carry holds the values of two layers: while one is at work, those of the layer
+below come back, and since they depend on nothing of that layer, the copy runs beside it. In the forward pass a value
+leaves when it is there, beside the rest of its layer, and the last layer's stay on the device as well.
 
 Nothing else in a layer may be left to the copy engine meanwhile. XLA has it copy whatever is a slice of a stack and no
 more, and such a copy waits for the one to the host, and the layer for it: a layer's norm weights cost 2.6 ms so, on an
@@ -11,7 +11,7 @@ H100 at 8192 tokens. Hence `_row`, and the mask of `remat.over_tiles`.
 
 A layer is differentiated in the forward pass already, by `jax.vjp` of its checkpointed form. The leaves of the pullback
 are then what the backward pass needs: those that are inputs of the layer are there again when its turn comes, and the
-rest is what the policy keeps.
+rest is what the policy keeps. What every layer reads alike stays on the device; its gradients are added up on the way.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import batching, mlir
 
 
 @jax.tree_util.register_static
@@ -33,12 +34,14 @@ class _Recipe:
     """How to make a layer's pullback out of what is there again in the backward pass, and what was kept.
 
     structure: of the pullback. sources: for each of its leaves the place among the layer's own inputs, or -1 for the
-    next of what was kept. learns: which leaves of a layer have a gradient.
+    next of what was kept. learns: which leaves of a layer have a gradient; constant_learns: which of those that all
+    layers share.
     """
 
     structure: Any
     sources: tuple[int, ...]
     learns: tuple[bool, ...]
+    constant_learns: tuple[bool, ...]
 
     def pullback(self, inputs: list, kept: list) -> Callable:
         others = iter(kept)
@@ -49,9 +52,6 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
     """`jax.lax.scan(body, x, layers)` that keeps each layer's x, and what else is asked for, in pinned host memory.
 
     body: (x, layer) -> (x, out). keeps: a policy of `jax.checkpoint`.
-
-    Raises:
-        TypeError: `body` closes over an array that has a gradient.
     """
     flat, structure = jax.tree.flatten(layers)
     count = flat[0].shape[0]
@@ -78,9 +78,7 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
         return x, outs
 
     def forward(x, flat, constants):
-        learns = tuple(leaf.perturbed for leaf in flat)
-        if any(leaf.perturbed for leaf in constants):
-            raise TypeError("the body of scan_prefetched closes over an array that learns: pass it with the layers")
+        learns, constant_learns = (tuple(leaf.perturbed for leaf in leaves) for leaves in (flat, constants))
         x, flat, constants = jax.tree.map(
             lambda leaf: leaf.value, (x, flat, constants), is_leaf=lambda leaf: hasattr(leaf, "perturbed")
         )
@@ -89,19 +87,22 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
         def differentiated(x, leaves):
             """What the layer returns, and what is to be kept of it."""
             nonlocal recipe
-            of_learning = lambda x, learning: layer_of(constants, x, merge(learning, leaves))
-            merge = functools.partial(_merge, learns)
-            result, pullback = jax.vjp(of_learning, x, _select(learns, leaves))
+
+            def of_learning(x, learning, shared):
+                return layer_of(_merge(constant_learns, shared, constants), x, _merge(learns, learning, leaves))
+
+            learning, shared = _select(learns, leaves), _select(constant_learns, constants)
+            result, pullback = jax.vjp(of_learning, x, learning, shared)
             residuals, structure = jax.tree.flatten(pullback)
             inputs = jax.tree.leaves((constants, x, leaves))
             places = [next((i for i, one in enumerate(inputs) if one is leaf), -1) for leaf in residuals]
-            recipe = _Recipe(structure, tuple(places), learns)
+            recipe = _Recipe(structure, tuple(places), learns, constant_learns)
             return result, (x, [leaf for leaf, place in zip(residuals, places, strict=True) if place < 0])
 
         def step(carry, _):
-            x, below, i = carry
+            x, _, i = carry
             (after, out), kept = differentiated(x, [_row(leaf, i) for leaf in flat])
-            return (after, kept, i + 1), (_move(below, jax.memory.Space.Host), out)
+            return (after, kept, i + 1), (_move(kept, jax.memory.Space.Host), out)
 
         nothing = jax.eval_shape(lambda x, flat: differentiated(x, [leaf[0] for leaf in flat])[1], x, flat)
         nothing = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), nothing)
@@ -112,20 +113,51 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
         top, hosted, flat, constants, recipe = residuals
         d_last, d_outs = jax.tree.map(_instantiated, cotangents, is_leaf=_is_symbolic)
 
-        def step(carry, layer):
-            dx, (x, kept), i = carry
-            below, d_out = layer
+        def step(carry, d_out):
+            dx, d_shared, (x, kept), i = carry
+            # Of the layer below, or, as layer 0 has none, of itself again.
+            below = jax.tree.map(lambda stack: _index_p.bind(stack, jnp.maximum(i - 1, 0), axis=0), hosted)
             below = _move(below, jax.memory.Space.Device)
             leaves = [_row(leaf, i) for leaf in flat]
-            dx, d_learning = recipe.pullback(jax.tree.leaves((constants, x, leaves)), kept)((dx, d_out))
-            return (dx, below, i - 1), d_learning
+            pullback = recipe.pullback(jax.tree.leaves((constants, x, leaves)), kept)
+            dx, d_learning, more = pullback((dx, d_out))
+            return (dx, [jnp.add(*pair) for pair in zip(d_shared, more, strict=True)], below, i - 1), d_learning
 
-        carry = d_last, top, jnp.int32(count - 1)
-        (dx, _, _), d_learning = jax.lax.scan(step, carry, (hosted, d_outs), reverse=True)
-        return dx, _merge(recipe.learns, d_learning, [None] * len(flat)), None
+        d_shared = [jnp.zeros_like(leaf) for leaf in _select(recipe.constant_learns, constants)]
+        start = (d_last, d_shared, top, jnp.int32(count - 1))
+        (dx, d_shared, _, _), d_learning = jax.lax.scan(step, start, d_outs, length=count, reverse=True)
+        d_constants = _merge(recipe.constant_learns, d_shared, [None] * len(constants))
+        return dx, _merge(recipe.learns, d_learning, [None] * len(flat)), d_constants
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run(x, flat, traced.consts)
+
+
+# `lax.dynamic_index_in_dim`, but under vmap it stays itself, where jax's own becomes a gather, which nothing can do in
+# host memory. It has no gradient.
+_index_p = jax.extend.core.Primitive("index_in_dim")
+
+
+def _index(stack: jax.Array, i: jax.Array, *, axis: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, i, axis, keepdims=False)
+
+
+def _index_aval(stack: Any, i: Any, *, axis: int) -> Any:
+    return stack.update(shape=(*stack.shape[:axis], *stack.shape[axis + 1 :]))
+
+
+def _batched_index(operands: tuple, dims: tuple, *, axis: int) -> tuple[jax.Array, int]:
+    (stack, i), (dim, i_dim) = operands, dims
+    assert i_dim is None, "a layer's number is the same for all that are vmapped"
+    # Either the batch stands before the axis, or the axis, once it is gone, before the batch.
+    before = dim <= axis
+    return _index_p.bind(stack, i, axis=axis + before), dim - (not before)
+
+
+_index_p.def_impl(_index)
+_index_p.def_abstract_eval(_index_aval)
+mlir.register_lowering(_index_p, mlir.lower_fun(_index, multiple_results=False))
+batching.primitive_batchers[_index_p] = _batched_index
 
 
 def _row(stack: jax.Array, i: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@
 | "full" | the layer's input | 2 D |
 | "offload" | the layer's input, in pinned host memory | 2 D, on the host |
 | "offload_attention" | the layer's input and the results of attention, in pinned host memory | 2 (D + Q), on the host |
+| "offload_residual" | these and the residual after attention, in pinned host memory | 2 (2 D + Q), on the host |
 
 D is the hidden size, Q and K the widths of the query and key projections, F the MLP's. The results of attention are its
 output and, with a flash kernel, the softmax statistics (4 bytes a head and token), so that attention is not run again.
@@ -61,6 +62,7 @@ POLICIES: dict[str, Policy] = {
     "full": Policy(mlp_tile=4096),
     "offload": Policy(on_host=True, mlp_tile=2048),
     "offload_attention": Policy(saved=("attention_output",), flash=True, on_host=True, mlp_tile=2048),
+    "offload_residual": Policy(saved=("attention_output", "residual"), flash=True, on_host=True, mlp_tile=2048),
 }
 # Tokens of a tile where the policy has none and `unsloth_tiled_mlp` asks for tiles.
 _ASKED_TILE = 2048
@@ -115,7 +117,7 @@ def _keeps(policy: Policy) -> Callable:
 def scan(body: Callable, x: Any, layers: Any, name: str) -> tuple[Any, Any]:
     """`jax.lax.scan(body, x, layers)` over layers, keeping for the backward pass what the policy of this name says.
 
-    body: (x, layer) -> (x, out). It may close over what has no gradient.
+    body: (x, layer) -> (x, out). It may close over what every layer reads.
 
     Raises:
         ValueError: there is no policy of that name.

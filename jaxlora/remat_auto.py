@@ -20,7 +20,7 @@ import jax
 import optax
 
 from jaxlora import remat
-from jaxlora.config import ModelConfig
+from jaxlora.config import LayerConfig, ModelConfig
 from jaxlora.lora import partition
 from jaxlora.loss import Batch, causal_lm_loss
 from jaxlora.model import CausalLM
@@ -96,10 +96,14 @@ def order(row: int) -> tuple[str, ...]:
 
 def kept_bytes(policy: str, config: ModelConfig, itemsize: int) -> int:
     """The bytes that a policy keeps on the device for each token, over all layers: the table in `remat`."""
-    d, q = config.hidden_size, config.num_attention_heads * config.head_dim
-    k, f = config.num_key_value_heads * config.head_dim, config.intermediate_size
-    widths = {"projections": 2 * d + 2 * q + 2 * k + 2 * f, "attention": 2 * d + q, "full": d}
-    return widths.get(policy, 0) * itemsize * config.num_hidden_layers
+    return itemsize * sum(_kept_width(policy, config, layer) for layer in config.layers)
+
+
+def _kept_width(policy: str, config: ModelConfig, layer: LayerConfig) -> int:
+    d, q = config.hidden_size, config.num_attention_heads * layer.head_dim
+    k = layer.num_key_value_heads * layer.head_dim if layer.reuses_kv is None else 0
+    widths = {"projections": 2 * d + 2 * q + 2 * k + 2 * layer.intermediate_size, "attention": 2 * d + q, "full": d}
+    return widths.get(policy, 0)
 
 
 def free_bytes() -> int | None:

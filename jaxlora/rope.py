@@ -37,6 +37,13 @@ def _dynamic(rope: RopeConfig, dim: int, native: int, length: Array) -> Array:
     return 1.0 / (grown ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim))
 
 
+def _proportional(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Gemma 4: frequencies as if all of a head turned, of which those after the first part are 0."""
+    inv_freq = _default(rope.rope_theta, head_dim)
+    turning = int(rope.partial_rotary_factor * head_dim // 2)
+    return np.where(np.arange(head_dim // 2) < turning, inv_freq, np.float32(0.0)) / np.float32(rope.factor)
+
+
 def _llama3(rope: RopeConfig, dim: int, native: int) -> np.ndarray:
     """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between interpolated."""
     inv_freq = _default(rope.rope_theta, dim)
@@ -104,6 +111,8 @@ def rope_frequencies(
     dim = int(head_dim * rope.partial_rotary_factor)
     if rope.rope_type == "dynamic":
         return _dynamic(rope, dim, max_position_embeddings, jnp.asarray(length)), 1.0
+    if rope.rope_type == "proportional":
+        return jnp.asarray(_proportional(rope, head_dim)), 1.0
     if rope.rope_type == "llama3":
         return jnp.asarray(_llama3(rope, dim, max_position_embeddings)), 1.0
     if rope.rope_type == "yarn":

@@ -158,7 +158,8 @@ def add_new_tokens(
         interpolation: the part of the way, from 0 to 1.
 
     Raises:
-        ValueError: no token, an unknown method, a share outside [0, 1], or a model with adapters.
+        ValueError: no token, an unknown method, a share outside [0, 1], a model with adapters, or more rows than
+            the inputs of layers have, where a model has such.
     """
     if isinstance(new_tokens, str) or not new_tokens:
         raise ValueError(f"new_tokens should be a list of at least one token, found {new_tokens!r}")
@@ -167,6 +168,7 @@ def add_new_tokens(
     if not 0.0 <= interpolation <= 1.0:
         raise ValueError(f"interpolation is a share, from 0 to 1; found {interpolation}")
     _refuse_adapters(model)
+    _check_inputs_of_layers(model, len(tokenizer) + len(set(new_tokens) - set(tokenizer.get_vocab())))
     known = tokenizer.get_vocab()
     if old := [token for token in new_tokens if token in known]:
         warnings.warn(f"the tokenizer has {old} already: they are left as they are", stacklevel=2)
@@ -195,7 +197,7 @@ def resize_vocabulary(model: CausalLM, rows: int, key: Any) -> None:
     their covariance: close to the mean, and no two alike.
 
     Raises:
-        ValueError: fewer rows than there are, or a model with adapters.
+        ValueError: fewer rows than there are, a model with adapters, or one that has other inputs of each layer.
     """
     if rows < model.config.vocab_size:
         raise ValueError(
@@ -204,6 +206,7 @@ def resize_vocabulary(model: CausalLM, rows: int, key: Any) -> None:
     if rows == model.config.vocab_size:
         return
     _refuse_adapters(model)
+    _check_inputs_of_layers(model, rows)
     keys = iter(jax.random.split(key))
 
     def fill(table: Float[Array, "rows d"], trained: Array) -> Float[Array, "more d"]:
@@ -235,6 +238,15 @@ def learning_rows(model: CausalLM, config: LoraConfig) -> LoraConfig:
 def _refuse_adapters(model: CausalLM) -> None:
     if lora.adapters(model) or any(lora.trained_copies(model)):
         raise ValueError("the model has adapters already: give it new tokens before get_peft_model")
+
+
+def _check_inputs_of_layers(model: CausalLM, rows: int) -> None:
+    has = model.config.vocab_size_per_layer_input if model.config.hidden_size_per_layer_input else rows
+    if rows > has:
+        raise ValueError(
+            f"new tokens would need {rows} rows of embed_tokens_per_layer, which has {has} and is not made longer: use "
+            "tokens that the tokenizer has to spare, such as Gemma's <unused0>"
+        )
 
 
 def _mean(table: Float[Array, "rows d"], trained: Array) -> Float[Array, " d"]:

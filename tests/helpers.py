@@ -341,14 +341,67 @@ TINY |= {
     "granitemoe-tied": _case("granitemoe", num_local_experts=4, num_experts_per_tok=1, tie_word_embeddings=True),
 }
 
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "qwen3_5_moe_text")
+# Keys and values shared, values without a projection of their own, heads by layer, inputs by layer, experts beside the
+# MLP.
+_SLIDE, _FULL = "sliding_attention", "full_attention"
+TINY |= {
+    "gemma4_text": _case(
+        "gemma4_text",
+        num_hidden_layers=7,
+        layer_types=[_SLIDE, _FULL, _SLIDE, _SLIDE, _FULL, _SLIDE, _FULL],  # the second stores, and the third
+        num_kv_shared_layers=4,
+        use_double_wide_mlp=True,
+        global_head_dim=14,
+        num_global_key_value_heads=3,
+        attention_k_eq_v=True,
+        sliding_window=5,
+        rms_norm_eps=1e-3,
+        final_logit_softcapping=3.0,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=VOCAB,
+        rope_parameters=dict(
+            sliding_attention=_rope("default"),
+            full_attention=_rope("proportional", partial_rotary_factor=0.6, factor=2.0),
+        ),
+    ),
+    "gemma4_text-plain": _case(
+        "gemma4_text",
+        num_hidden_layers=3,
+        layer_types=[_SLIDE, _SLIDE, _FULL],
+        global_head_dim=16,
+        sliding_window=4,
+        attention_bias=True,
+        attention_k_eq_v=True,
+        tie_word_embeddings=False,
+        hidden_size_per_layer_input=0,
+    ),
+    "gemma4_text-experts": _case(
+        "gemma4_text",
+        num_hidden_layers=4,
+        layer_types=[_SLIDE, _FULL, _SLIDE, _FULL],
+        num_kv_shared_layers=1,
+        rms_norm_eps=1e-3,
+        global_head_dim=12,
+        sliding_window=5,
+        num_global_key_value_heads=1,  # which counts with attention_k_eq_v only
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=VOCAB,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=3,
+        moe_intermediate_size=12,
+    ),
+}
+
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "qwen3_5_moe_text", "gemma4_text-experts")
 
 # Attention beside a mixer, or in some layers only.
 HYBRID = ("falcon_h1", "qwen3_5_text")
 
 # The linears of such layers that take adapters here and in PEFT: no experts, no gates, no Mamba's out_proj.
 LINEARS = (
-    r"(.*\.)?((self_attn|shared_expert|mlp|feed_forward)\.\w+_proj|mamba\.in_proj|linear_attn\.(in_proj_\w+|out_proj))"
+    r"(.*\.)?((self_attn|shared_expert|mlp|feed_forward)\.\w+_proj|mamba\.in_proj|linear_attn\.(in_proj_\w+|out_proj)"
+    r"|per_layer_(input_gate|projection))"
 )
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -356,7 +409,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # One row for each of the families whose layers do something else.
 DENSE = (
     "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3", "cohere", "cohere2", "phi3", "starcoder2", "glm",
-    "glm4", "seed_oss", "falcon", "ministral",
+    "glm4", "seed_oss", "falcon", "ministral", "gemma4_text",
 )  # fmt: skip
 
 # Rows whose parts are those of other rows: what takes long is tested on them with the slow tests.
@@ -387,10 +440,13 @@ def torch_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            if "norm" in path or "ln_" in path:
+            if "norm" in path or "ln_" in path or "scale" in path:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.2, generator=generator)
+        for path, buffer in model.named_buffers():
+            if "layer_scalar" in path:
+                buffer.uniform_(0.5, 1.5, generator=generator)
     return model.eval()
 
 

@@ -371,7 +371,10 @@ def add_inputs(state, x, counts):
 
 
 @pytest.mark.parametrize(
-    "name", marked(["llama-tied", "gemma3_text", "phi3", "falcon", "qwen2_moe", "falcon_h1"], ("phi3", "falcon"))
+    "name",
+    marked(
+        ["llama-tied", "gemma3_text", "gemma4_text", "phi3", "falcon", "qwen2_moe", "falcon_h1"], ("phi3", "falcon")
+    ),
 )
 def test_inputs_are_those_of_the_modules_of_transformers(name, tmp_path):
     """Summed over tokens, for every linear: of runs, periods, fused projections, shared experts, mixers, the head."""

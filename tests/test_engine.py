@@ -64,6 +64,7 @@ def llama(tmp_path_factory):
         "falcon_h1",  # Mamba's states beside keys and values
         "qwen3_5_text",  # states in some layers, keys and values in others
         "gpt_oss",  # experts, and sinks beside the scores
+        "gemma4_text",  # keys and values that layers share, heads of two sizes, inputs of every layer
         pytest.param("phi3-longrope", marks=pytest.mark.slow),
         pytest.param("cohere2", marks=pytest.mark.slow),  # layers without rope
         pytest.param("qwen2-windows", marks=pytest.mark.slow),

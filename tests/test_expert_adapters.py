@@ -105,7 +105,7 @@ def test_selections_of_parameters_walk_around(option, tmp_path):
 @pattern_warning
 @pytest.mark.parametrize("option", SELECTIONS)
 def test_fresh_adapters_are_on_pefts_parameters(option, name, tmp_path):
-    path = "block_sparse_moe.experts" if name == "granitemoe" else "mlp.experts"
+    path = {"granitemoe": "block_sparse_moe.experts", "gemma4_text-experts": "experts"}.get(name, "mlp.experts")
     options = dict(SELECTIONS[option])
     options["target_parameters"] = [one.replace("mlp.experts", path) for one in options["target_parameters"]]
     theirs = peft_model(make_checkpoint(name, tmp_path), **options)

@@ -27,12 +27,12 @@ from helpers import (
     relative_error,
 )
 from helpers import FAMILIES as FIRST
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.export import save_merged, save_model
 from jaxlora.converters.families import FAMILIES
-from jaxlora.converters.huggingface import SafetensorsSource, model_config, parameter_shapes
+from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, model_config, parameter_shapes
 from jaxlora.converters.peft import load_adapter, save_adapter
 from jaxlora.layers import Linear
 from jaxlora.loader import _with_rope_scaling as with_rope_scaling
@@ -43,7 +43,9 @@ from jaxlora.quant import dequantize
 # The largest model of each family, and how many weights its makers say it has; embeddings that are tied count once.
 #
 # Where the figures are from, beyond each model's config.json on the Hugging Face hub:
-#   safetensors.total of the hub's API       Llama-3.3-70B, Qwen3-235B-A22B, Mixtral-8x7B, Qwen3.5-27B, Qwen3.5-35B-A3B
+#   safetensors.total of the hub's API       Llama-3.3-70B, Qwen3-235B-A22B, Mixtral-8x7B, Qwen3.5-27B, Qwen3.5-35B-A3B,
+#                                            Gemma 4 26B-A4B and 31B
+#   headers of the safetensors files         Gemma 4 E2B and E4B
 #   "params" of keras-hub's presets          Qwen1.5-MoE-A2.7B, Mixtral-8x7B, Qwen3-235B-A22B, Gemma 3 27B
 #   general.parameter_count of GGUF files    Qwen3-30B-A3B, gpt-oss-20b and -120b (the hub's total counts packed bytes)
 #   granite-guardian-3.2-3b-a800m's          granite-3.1-3b-a800m, of the same shape
@@ -167,6 +169,33 @@ REAL = {
     "Qwen3.5-35B-A3B, text": (
         dict(model_type="qwen3_5_moe_text"), 35_951_822_704 - 446_571_248 - 844_640_768,
     ),
+    # Less the vision tower and its projector.
+    "gemma-4-31B, text": (
+        dict(model_type="gemma4_text", hidden_size=5376, intermediate_size=21504, num_hidden_layers=60,
+             num_attention_heads=32, num_key_value_heads=16, num_global_key_value_heads=4, attention_k_eq_v=True,
+             hidden_size_per_layer_input=0, sliding_window=1024, final_logit_softcapping=30.0),
+        31_273_088_876 - 569_550_384 - 6_193_152,
+    ),
+    "gemma-4-26B-A4B, text": (
+        dict(model_type="gemma4_text", hidden_size=2816, intermediate_size=2112, num_hidden_layers=30,
+             num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=2, attention_k_eq_v=True,
+             hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=128, top_k_experts=8,
+             moe_intermediate_size=704, sliding_window=1024, final_logit_softcapping=30.0),
+        25_805_936_206 - 569_550_384 - 3_244_032,
+    ),
+    # Less towers and projectors for images and sound, and less the keys and values that the files have of layers which
+    # use those of others: (2 * heads * head_dim * hidden + head_dim) for each of 16 + 4 layers, and of 15 + 3.
+    "gemma-4-E2B, text": (
+        dict(model_type="gemma4_text", hidden_size=1536, intermediate_size=6144, num_hidden_layers=35,
+             num_attention_heads=8, num_key_value_heads=1, num_kv_shared_layers=20, use_double_wide_mlp=True,
+             layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7, final_logit_softcapping=30.0),
+        5_123_178_979 - 475_729_088 - 18_880_512,
+    ),
+    "gemma-4-E4B, text": (
+        dict(model_type="gemma4_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=42,
+             num_attention_heads=8, num_key_value_heads=2, num_kv_shared_layers=18, final_logit_softcapping=30.0),
+        7_996_157_418 - 478_088_384 - 55_055_616,
+    ),
     "granite-3.1-3b-a800m": (
         dict(model_type="granitemoe", vocab_size=49155, hidden_size=1536, intermediate_size=512, num_hidden_layers=32,
              num_attention_heads=24, num_key_value_heads=8, num_local_experts=40, num_experts_per_tok=8,
@@ -194,12 +223,13 @@ def test_real_shapes_have_the_published_number_of_weights(name):
     assert found == expected
 
 
-IN_OTHERS = ("gemma3", "qwen3_5", "qwen3_5_moe")  # text models in those of text and images
+IN_OTHERS = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")  # text models in those of text and images
 
 
 def test_every_family_has_a_tiny_model_and_a_real_one():
     assert {fields["model_type"] for fields, _ in REAL.values()} >= FAMILIES.keys() - {"mistral", "qwen2", *IN_OTHERS}
-    assert {*DENSE, *SPARSE, *HYBRID, "llama", "mistral", "qwen2", "qwen3", *IN_OTHERS} == FAMILIES.keys()
+    tiny = {name.split("-")[0] for name in (*DENSE, *SPARSE, *HYBRID)}
+    assert {*tiny, "llama", "mistral", "qwen2", "qwen3", *IN_OTHERS} == FAMILIES.keys()
 
 
 def test_the_tables_have_every_family_and_every_number():
@@ -399,6 +429,80 @@ def test_the_text_part_of_gemma3(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before if "vision" in name or "projector" in name)
 
 
+def gemma4(folder):
+    """A tiny Gemma 4 with its towers, random throughout, and as in published files with keys and values of layers that
+    use those of others."""
+    text = {"model_type": "gemma4_text", **copy.deepcopy(TINY["gemma4_text"][1]), "pad_token_id": 0}
+    vision = dict(
+        hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, patch_size=4, position_embedding_size=16, pooling_kernel_size=1,
+    )  # fmt: skip
+    audio = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, subsampling_conv_channels=[8, 4],
+        output_proj_dims=16,
+    )  # fmt: skip
+    ids = dict(image_token_id=5, video_token_id=6, audio_token_id=7, boi_token_id=4, eoi_token_id=3, boa_token_id=2)
+    config = transformers.AutoConfig.for_model(
+        "gemma4", text_config=text, vision_config=vision, audio_config=audio, **ids
+    )
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for i, (path, parameter) in enumerate(model.named_parameters()):
+            parameter.normal_(1.0 if "norm" in path else 0.0, 0.2, generator=torch.Generator().manual_seed(i))
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    idle = {f"model.language_model.layers.6.self_attn.{name}_proj.weight": torch.ones(3, 48) for name in "kv"}
+    save_file({**tensors, **idle}, folder / "model.safetensors", metadata={"format": "pt"})
+    return model.eval()
+
+
+def test_the_text_part_of_gemma4(tmp_path):
+    theirs, ours = gemma4(tmp_path / "base"), load_folder(tmp_path / "base")
+    ids = random_ids(2, 14)
+    ids = np.where(ids < 8, 8, ids)  # no image tokens
+
+    def logits_of(model):
+        with torch.no_grad():
+            return model(torch.tensor(ids).long()).logits
+
+    assert relative_error(ours(jnp.asarray(ids)), logits_of(theirs)) < 2e-5
+    config = LoraConfig(r=3, lora_alpha=5)
+    add_adapters(ours, config, jax.random.key(0))
+    randomise_adapters(ours)
+    save_adapter(ours, tmp_path / "adapter", config=config, base=str(tmp_path / "base"))
+    # PEFT cannot adapt the towers' projections, which have the same names, so the adapter says whose it means.
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    assert relative_error(ours(jnp.asarray(ids)), logits_of(adapted)) < 2e-5
+    again = load_folder(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter")
+    np.testing.assert_array_equal(again(jnp.asarray(ids)), ours(jnp.asarray(ids)))
+    save_merged(ours, tmp_path / "merged", base=tmp_path / "base")
+    before, after = (SafetensorsSource(tmp_path / folder) for folder in ("base", "merged"))
+    assert set(before.names()) == set(after.names())
+    changed = {one for one in before.names() if not np.array_equal(before.read(one), after.read(one))}
+    assert len(changed) == 7 * 7 + 3 + 2 + 1 and all("language_model" in one for one in changed)
+    for family in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        merged = family.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+        assert relative_error(ours(jnp.asarray(ids)), logits_of(merged)) < 2e-5
+        # What is written again, perhaps without the towers, is read again.
+        merged.save_pretrained(tmp_path / family.__name__)
+        assert relative_error(load_folder(tmp_path / family.__name__)(jnp.asarray(ids)), logits_of(merged)) < 2e-5
+
+
+def test_layers_may_differ_by_their_type_only():
+    fields = dict(model_type="gemma4_text", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    assert model_config({**fields, "per_layer_config": {"1": {"head_dim": 64}}}).layer(1).head_dim == 64
+    assert model_config({**fields, "per_layer_config": {}}).layer(1).head_dim == 256
+    for wrong in ({"0": {"head_dim": 64}}, {"1": {"hidden_size": 64}}):
+        with pytest.raises(CheckpointError, match="per_layer_config may say head_dim and num_key_value_heads of all"):
+            model_config({**fields, "per_layer_config": wrong})
+    with pytest.raises(CheckpointError, match="use_bidirectional_attention 'all' is not supported"):
+        model_config({**fields, "use_bidirectional_attention": "all"})
+    with pytest.raises(ValueError, match="leaves no layer of type full_attention whose keys and values"):
+        model_config({**fields, "num_kv_shared_layers": 1})
+
+
 def test_another_rope_scaling_keeps_what_is_not_scaled():
     published = {
         "phi3": dict(rope_parameters=dict(rope_type="default", rope_theta=7_000.0, partial_rotary_factor=0.75)),
@@ -407,10 +511,15 @@ def test_another_rope_scaling_keeps_what_is_not_scaled():
         "qwen3_5_text": dict(rope_parameters=dict(rope_theta=7_000.0, mrope_section=[11, 11, 10])),
         "qwen3_5": dict(text_config=dict(rope_parameters=dict(rope_theta=7_000.0, partial_rotary_factor=0.25))),
         "smollm3": {},
+        "gemma4_text": dict(per_layer_config={}),
+        "gemma4": dict(text_config=dict(global_head_dim=96)),
     }
     for model_type, fields in published.items():
         before = model_config(dict(model_type=model_type, **fields))
         scaled = with_rope_scaling(dict(model_type=model_type, **fields), dict(rope_type="linear", factor=3.0))
         after = model_config(scaled)
-        rope = dataclasses.replace(before.rope, rope_type="linear", factor=3.0)
+        kept = "proportional" if before.rope.rope_type == "proportional" else "linear"
+        rope = dataclasses.replace(before.rope, rope_type=kept, factor=3.0)
         assert after == dataclasses.replace(before, rope=rope), model_type
+    with pytest.raises(ValueError, match="this model's rope_type is 'proportional', which only takes a factor"):
+        with_rope_scaling(dict(model_type="gemma4_text"), dict(rope_type="yarn", factor=3.0))

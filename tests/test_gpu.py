@@ -129,7 +129,9 @@ def loss_and_gradients(model, data):
     return f, trainable
 
 
-@pytest.mark.parametrize("policy", ["projections", "attention", "full", "offload", "offload_attention"])
+@pytest.mark.parametrize(
+    "policy", ["projections", "attention", "full", "offload", "offload_attention", "offload_residual"]
+)
 def test_remat_and_offload_change_no_gradient(policy):
     # jaxlib 0.11.0 read offloaded residuals of a scan in the wrong order (openxla/xla 46231): each layer differs here.
     results = []

@@ -104,6 +104,7 @@ def first_of(config, *names):
 
 def assert_same_settings(ours, theirs):
     """Our `ModelConfig` says what transformers' configuration says, defaults included."""
+    theirs.allow_global_per_layer_attribute_access = True  # or it says nothing of what layers have otherwise
     for field in (
         "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings",
@@ -117,10 +118,17 @@ def assert_same_settings(ours, theirs):
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     for field in (
         "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-        "shared_expert_intermediate_size",
+        "shared_expert_intermediate_size", "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp",
+        "hidden_size_per_layer_input", "vocab_size_per_layer_input", "final_logit_softcapping",
     ):  # fmt: skip
         if hasattr(theirs, field):
-            assert getattr(ours, field) == getattr(theirs, field), field
+            assert (getattr(ours, field) or None) == (getattr(theirs, field) or None), field
+    if hasattr(theirs, "kv_sharing_modes"):
+        for i, (layer, mode) in enumerate(zip(ours.layers, theirs.kv_sharing_modes, strict=True)):
+            expected = theirs.per_layer_config[i]
+            assert (layer.head_dim, layer.num_key_value_heads) == (expected.head_dim, expected.num_key_value_heads)
+            assert (layer.reuses_kv is not None) == (mode == "reuse")
+            assert layer.stores_kv is None or mode == "store"
     if hasattr(theirs, "mlp_only_layers"):
         step, without = theirs.decoder_sparse_step, theirs.mlp_only_layers
         sparse = [i not in without and (i + 1) % step == 0 for i in range(theirs.num_hidden_layers)]
@@ -156,7 +164,9 @@ def test_both_forms_of_the_rope_fields_are_one(name):
     assert model_config(older) == model_config(oldest) == model_config(newer)
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - {"gemma3", "qwen3_5", "qwen3_5_moe"}))  # no own
+@pytest.mark.parametrize(
+    "model_type", sorted(FAMILIES.keys() - {"gemma3", "gemma4", "qwen3_5", "qwen3_5_moe"})
+)  # no own
 def test_fields_left_out_have_the_defaults_of_transformers(model_type):
     assert_same_settings(model_config({"model_type": model_type}), transformers.AutoConfig.for_model(model_type))
 

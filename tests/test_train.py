@@ -127,8 +127,16 @@ def keep_first():
 )
 def test_four_steps_equal_peft(name, layout, tmp_path):
     # Where logits are scaled down some gradients are 1e-8, mostly rounding, which Adam would blow up to whole steps.
-    # Qwen3.5's reach 3, and two float32 programs of theirs are 6e-5 apart.
-    eps = 1e-2 if name.startswith("qwen3_5") else 1e-5 if name in (*DENSE, *SPARSE, *HYBRID) else 1e-8
+    # Qwen3.5's reach 3, and two float32 programs of theirs are 6e-5 apart, of Gemma 4's experts 5e-5.
+    eps = (
+        1e-2
+        if name.startswith("qwen3_5")
+        else 1e-3
+        if name.startswith("gemma4")
+        else 1e-5
+        if name in (*DENSE, *SPARSE, *HYBRID)
+        else 1e-8
+    )
     config = dataclasses.replace(LORA, target_modules=LINEARS) if name in (*SPARSE, *HYBRID) else LORA
     theirs, ours = make_pair(name, tmp_path)
     with_adapters(ours, config)
@@ -315,8 +323,13 @@ def gradients(model, batch, policy):
 
 @pytest.mark.parametrize(
     "name, quant_config, rate",
-    [("qwen2-windows", None, 0.0), ("llama", QuantConfig(), 0.2), ("phi3", None, 0.2)],
-    ids=["dense", "nf4", "fused"],
+    [
+        ("qwen2-windows", None, 0.0),
+        ("llama", QuantConfig(), 0.2),
+        ("phi3", None, 0.2),
+        ("gemma4_text", QuantConfig(), 0.2),
+    ],
+    ids=["dense", "nf4", "fused", "shared"],
 )
 def test_remat_changes_no_gradient(name, quant_config, rate, tmp_path):
     make_checkpoint(name, tmp_path)
@@ -326,7 +339,8 @@ def test_remat_changes_no_gradient(name, quant_config, rate, tmp_path):
     assert all(np.any(gradient) for gradient in expected)
     for policy in list(remat.POLICIES)[1:]:
         for found, gradient in zip(jax.tree.leaves(gradients(model, batch, policy)), expected, strict=True):
-            assert relative_error(found, gradient) < 2e-6, policy
+            # Gradients of keys and values that layers share are added up in another order.
+            assert relative_error(found, gradient) < (2e-5 if name == "gemma4_text" else 2e-6), policy
 
 
 def residuals(model, batch, policy):

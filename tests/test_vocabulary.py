@@ -208,6 +208,13 @@ def test_rows_are_not_taken_away(folder):
         resize_vocabulary(model, VOCAB + 1, jax.random.key(0))
 
 
+def test_inputs_of_layers_get_no_rows(tmp_path):
+    make_checkpoint("gemma4_text", tmp_path)
+    message = "would need 98 rows of embed_tokens_per_layer, which has 97 and is not made longer"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, resize_model_vocab=VOCAB + 1)
+
+
 def test_more_rows_where_the_table_lies_elsewhere(tmp_path):
     make_checkpoint("llama", tmp_path, vocab_size=96)
     plain, _ = load(tmp_path, resize_model_vocab=101)
