@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxlora import quant, remat
+from jaxlora import fp8, quant, remat
 from jaxlora.config import QuantConfig
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
@@ -180,10 +180,12 @@ class Linear(Adapted):
     """y = x W^T + b + scaling * (dropout(x) A^T) B^T, with W frozen, dense or quantised, and A, B the adapter if any.
 
     With DoRA both products are multiplied by `dora_gain`. `qat_scheme` is None, or says what the merged weight and x
-    are rounded to on the way (`kernels.fake_quant`). Shapes: x [..., in] -> [..., out] in x's dtype.
+    are rounded to on the way (`kernels.fake_quant`). `matmul_dtype` is None, or "fp8" for products in float8
+    (`fp8.matmul`). Shapes: x [..., in] -> [..., out] in x's dtype.
     """
 
     qat_scheme: str | None
+    matmul_dtype: str | None
 
     def __init__(
         self,
@@ -206,7 +208,7 @@ class Linear(Adapted):
             )
         self.weight = base_param(weight, (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, out_features), dtype), (*lead_axes, axes[0])) if bias else None
-        self.qat_scheme = None
+        self.qat_scheme = self.matmul_dtype = None
         self.without_adapter()
         self.without_copies()
 
@@ -216,18 +218,20 @@ class Linear(Adapted):
 
     def _product(self, x: Array, key: Any) -> Array:
         weight = self.current_weight()
+        # A copy of the weight learns, and float8 products take the weight for a constant.
+        matmul = quant.matmul if self.matmul_dtype is None or self.trained_weight is not None else fp8.matmul
         if self.lora_A is None:
-            return quant.matmul(x, weight)
+            return matmul(x, weight)
         adapter = self._low_rank()
         dropped = dropout(x, self.lora_dropout, key)
         if self.lora_magnitude is None:
             if dropped is x:
-                return quant.matmul(x, weight, adapter)
-            return quant.matmul(x, weight) + lora_delta(dropped, *adapter)
+                return matmul(x, weight, adapter)
+            return matmul(x, weight) + lora_delta(dropped, *adapter)
         gain = self.dora_gain(quant.matmul(adapter.a.astype(x.dtype), weight))
         if dropped is x:
-            return (gain * quant.matmul(x, weight, adapter).astype(jnp.float32)).astype(x.dtype)
-        parts = quant.matmul(x, weight), quant.matmul(dropped, weight), lora_delta(dropped, *adapter)
+            return (gain * matmul(x, weight, adapter).astype(jnp.float32)).astype(x.dtype)
+        parts = matmul(x, weight), matmul(dropped, weight), lora_delta(dropped, *adapter)
         y, extra, delta = (part.astype(jnp.float32) for part in parts)  # a gain is near 1
         return (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
 
@@ -241,7 +245,11 @@ class Linear(Adapted):
         if not isinstance(weight, quant.QuantizedArray):
             return copy
         has_plain_adapter = self.lora_A is not None and self.lora_magnitude is None and self.lora_dropout == 0.0
-        if has_plain_adapter and self.qat_scheme is None and quant.is_merging_cheaper(tokens, weight.shape):
+        is_many = quant.is_merging_cheaper(tokens, weight.shape)
+        if self.matmul_dtype is not None and is_many and (has_plain_adapter or self.lora_A is None):
+            adapter = None if self.lora_A is None else jax.lax.stop_gradient(self._low_rank())
+            dense = fp8.round_both(weight, adapter)
+        elif has_plain_adapter and self.qat_scheme is None and is_many:
             dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(self._low_rank()), dtype))
         else:
             dense = quant.dequantize(weight, dtype)

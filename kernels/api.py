@@ -104,14 +104,17 @@ def merge_nf4(
     index: Int[Array, ""] | None = None,
     a: Float[Array, "r d_in"] | None = None,
     b: Float[Array, "d_out r"] | None = None,
+    inverse: Float32[Array, ""] | None = None,
     *,
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
+    transposed: bool = False,
     implementation: Literal["triton", "reference"] | None = None,
-) -> Float[Array, "d_out d_in"]:
-    """An NF4 weight, perhaps one of a stack, with b a added: [out, in]. See `reference.merge_nf4`."""
-    args = codes, absmax, nested_absmax, offset, index, a, b
-    return dispatch("merge_nf4", _OPS["merge_nf4"], implementation, *args, shape=shape, dtype=dtype)
+) -> Float[Array, "d0 d1"]:
+    """An NF4 weight, perhaps one of a stack, with b a added: [out, in], or [in, out]. See `reference.merge_nf4`."""
+    args = codes, absmax, nested_absmax, offset, index, a, b, inverse
+    table = _OPS["merge_nf4"]
+    return dispatch("merge_nf4", table, implementation, *args, shape=shape, dtype=dtype, transposed=transposed)
 
 
 def matmul_nf4(

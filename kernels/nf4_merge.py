@@ -55,11 +55,12 @@ def _kernel():
         nested_absmax,  # float32 [stack, ceil(blocks / 256)]; unread unless NESTED
         offset,  # float32 [stack]; unread unless NESTED
         index,  # int32 []: which of the stack; unread unless STACKED
-        a,  # [RANK, columns], in the dtype of out
+        a,  # [RANK, columns], in the dtype of out, or bfloat16 where that is float8
         b,  # [rows, RANK]
         nf4,  # float32 [16]
         dynamic_map,  # float32 [256]
-        out,  # [rows, columns]
+        inverse,  # float32 []; unread unless SCALED
+        out,  # [rows, columns], or [columns, rows] where TRANSPOSED
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         RANK: tl.constexpr,  # a multiple of 16; 0 for no adapter
@@ -67,6 +68,9 @@ def _kernel():
         NESTED: tl.constexpr,
         STACKED: tl.constexpr,
         PRECISION: tl.constexpr,
+        SCALED: tl.constexpr,
+        LARGEST: tl.constexpr,  # number of out's dtype
+        TRANSPOSED: tl.constexpr,
         TILE_ROWS: tl.constexpr,
         TILE_COLUMNS: tl.constexpr,
     ):
@@ -112,8 +116,15 @@ def _kernel():
                     other=0.0,
                 )
                 value += tl.dot(left, right, input_precision=PRECISION)
-        mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
-        tl.store(out + row[:, None] * COLUMNS + column[None, :], value.to(out.dtype.element_ty), mask=mask)
+        if SCALED:
+            value = tl.minimum(tl.maximum(value * tl.load(inverse), -LARGEST), LARGEST)
+        rounded = value.to(out.dtype.element_ty)
+        if TRANSPOSED:
+            mask = (column[:, None] < COLUMNS) & (row[None, :] < ROWS)
+            tl.store(out + column[:, None] * ROWS + row[None, :], tl.trans(rounded), mask=mask)
+        else:
+            mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
+            tl.store(out + row[:, None] * COLUMNS + column[None, :], rounded, mask=mask)
 
     return merge_nf4
 
@@ -126,9 +137,11 @@ def merge_nf4(
     index: jax.Array | None,
     a: jax.Array | None,
     b: jax.Array | None,
+    inverse: jax.Array | None = None,
     *,
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
+    transposed: bool = False,
     config: Config | None = None,
 ) -> jax.Array:
     """`reference.merge_nf4` as a Triton kernel: the same arguments, the same result but for the order of the sum B A.
@@ -137,13 +150,13 @@ def merge_nf4(
     differentiable.
 
     Raises:
-      NotImplementedError: jax-triton is not installed, the dtype is none of float32, bfloat16 and float16, rows are not
-        whole blocks (in % 64), or there are 2^31 elements or more.
+      NotImplementedError: jax-triton is not installed, the dtype is none of float32, bfloat16, float16 and, with an
+        `inverse`, float8_e4m3fn, rows are not whole blocks (in % 64), or there are 2^31 elements or more.
     """
     rows, columns = shape
     dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the kernel writes float32, bfloat16 or float16, not {dtype.name}")
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) and (dtype != jnp.float8_e4m3fn or inverse is None):
+        raise NotImplementedError(f"the kernel writes float32, bfloat16, float16 or scaled float8, not {dtype.name}")
     if columns % reference.NF4_BLOCK:
         raise NotImplementedError(f"the kernel takes rows of whole blocks of 64, not of {columns} elements")
     if rows * columns >= 1 << 31:
@@ -161,7 +174,7 @@ def merge_nf4(
     call = functools.partial(
         jax_triton.triton_call,
         kernel=_kernel(),
-        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        out_shape=jax.ShapeDtypeStruct(shape[::-1] if transposed else shape, dtype),
         grid=(-(-rows // config.rows) * -(-columns // config.columns),),
         num_warps=config.num_warps,
         enable_fp_fusion=False,
@@ -172,23 +185,27 @@ def merge_nf4(
         NESTED=nested_absmax is not None,
         STACKED=index is not None,
         PRECISION="ieee" if dtype == jnp.float32 else "tf32",
+        SCALED=inverse is not None,
+        LARGEST=float(jnp.finfo(dtype).max),
+        TRANSPOSED=transposed,
         TILE_ROWS=config.rows,
         TILE_COLUMNS=config.columns,
     )
+    factor = reference.factor_dtype(dtype)
 
     @jax.custom_batching.sequential_vmap
-    def run(codes, absmax, nested_absmax, offset, index, a, b):
+    def run(codes, absmax, nested_absmax, offset, index, a, b, inverse):
         tables = jnp.asarray(reference.NF4), jnp.asarray(reference.DYNAMIC_MAP)
-        return call(codes, absmax, nested_absmax, offset, index, a, b, *tables)
+        return call(codes, absmax, nested_absmax, offset, index, a, b, *tables, inverse)
 
     none = jnp.zeros((1,), jnp.float32)
     if nested_absmax is None:
         nested_absmax, offset = none, none
     index = jnp.zeros((), jnp.int32) if index is None else index
     if a is None or b is None:
-        a, b = none.astype(dtype), none.astype(dtype)
+        a, b = none.astype(factor), none.astype(factor)
     else:
         padding = rank - a.shape[0]
-        a = jnp.pad(a.astype(dtype), ((0, padding), (0, 0)))
-        b = jnp.pad(b.astype(dtype), ((0, 0), (0, padding)))
-    return run(codes, absmax, nested_absmax, offset, index, a, b)
+        a = jnp.pad(a.astype(factor), ((0, padding), (0, 0)))
+        b = jnp.pad(b.astype(factor), ((0, 0), (0, padding)))
+    return run(codes, absmax, nested_absmax, offset, index, a, b, none if inverse is None else inverse)

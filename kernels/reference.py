@@ -274,18 +274,22 @@ def merge_nf4(
     index: Int[Array, ""] | None,
     a: Float[Array, "r d_in"] | None,
     b: Float[Array, "d_out r"] | None,
+    inverse: Float32[Array, ""] | None = None,
     *,
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
-) -> Float[Array, "d_out d_in"]:
+    transposed: bool = False,
+) -> Float[Array, "d0 d1"]:
     """A weight of NF4 with a low-rank update: dequantize_nf4(...) + b a, summed in float32 and rounded once to `dtype`.
 
     Args:
       codes, absmax, nested_absmax, offset: as for `dequantize_nf4`; of a stack of weights if `index` is given.
       index: which weight of the stack; None where there is no stack.
-      a, b: rounded to `dtype` before they are multiplied. None for no update.
+      a, b: rounded to `dtype`, or bfloat16 for float8, before they are multiplied. None for no update.
+      inverse: what the sum is multiplied by before it is rounded; for float8, whose largest number it stays within.
       shape: (out, in).
       dtype: the result's.
+      transposed: whether the result is [in, out].
     """
     fields = codes, absmax, nested_absmax, offset
     if index is not None:
@@ -293,9 +297,19 @@ def merge_nf4(
     weight = dequantize_nf4(*fields, shape=shape, dtype=jnp.float32)
     if a is not None and b is not None:
         exact = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-        low_rank = jnp.matmul(b.astype(dtype), a.astype(dtype), precision=exact, preferred_element_type=jnp.float32)
+        factor = factor_dtype(dtype)
+        low_rank = jnp.matmul(b.astype(factor), a.astype(factor), precision=exact, preferred_element_type=jnp.float32)
         weight = weight + low_rank
-    return weight.astype(dtype)
+    if inverse is not None:
+        largest = float(jnp.finfo(dtype).max)
+        weight = jnp.clip(weight * inverse, -largest, largest)
+    weight = weight.astype(dtype)
+    return weight.T if transposed else weight
+
+
+def factor_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype in which the factors of a low-rank update are multiplied whose sum is rounded to `dtype`."""
+    return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype).itemsize == 1 else dtype)
 
 
 def matmul_nf4(
