@@ -37,6 +37,25 @@ DTYPE = jnp.float8_e4m3fn
 HEADROOM = 2.0  # of the largest weight, for the adapter; what is beyond it is clipped
 
 
+def check(matmul_dtype: str, full_finetuning: bool) -> None:
+    """Whether a model may multiply so.
+
+    Raises:
+      ValueError: the dtype is not "fp8", weights are to learn, or the GPU has no float8.
+    """
+    if matmul_dtype != "fp8":
+        raise ValueError(f"matmul_dtype is {matmul_dtype!r}: it can be 'fp8', or None for products in `dtype`")
+    if full_finetuning:
+        raise ValueError("matmul_dtype='fp8' takes weights for constants, and full_finetuning=True trains them all")
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform == "gpu" and capability is not None and float(capability) < 8.9:
+        raise ValueError(
+            f"matmul_dtype='fp8' needs a GPU of compute capability 8.9 or later, and the {device.device_kind} has "
+            f"{capability}"
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fp8Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlora import lora, offload, remat, sharding
+from jaxlora import fp8, lora, offload, remat, sharding
 from jaxlora.config import LoraConfig, ModelConfig
 from jaxlora.converters import peft
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
@@ -71,6 +71,7 @@ class FastLanguageModel:
         float32_mixed_precision: bool | None = None,
         use_gradient_checkpointing: bool | str = "unsloth",
         unsloth_tiled_mlp: bool = False,
+        matmul_dtype: str | None = None,
         offload_embedding: bool = False,
         device_map: str | object | None = "sequential",
         quantization_config: dict | object | None = None,
@@ -119,6 +120,9 @@ class FastLanguageModel:
                 `remat`. "auto" is the fastest of these that fits the device, decided at the first step.
             unsloth_tiled_mlp: cut the MLP into tiles of tokens under every policy of gradient checkpointing; those that
                 keep little do so anyway.
+            matmul_dtype: "fp8" multiplies in float8 in the linear layers of the blocks, for batches of many tokens: the
+                frozen weights and the activations are rounded to e4m3 on the way (`fp8`). A GPU must be of compute
+                capability 8.9 or later. None multiplies in `dtype`.
             offload_embedding: keep the input embedding in pinned host memory. The host looks rows up, and only they
                 travel. Warns and does nothing where the embedding is also the head.
             device_map: a mesh of `sharding.make_mesh`, whose devices get their shards of each tensor as it is read; or
@@ -177,6 +181,8 @@ class FastLanguageModel:
                 "out for float32 weights, or pass dtype='bfloat16'"
             )
         policy = remat.resolve(use_gradient_checkpointing)
+        if matmul_dtype is not None:
+            fp8.check(matmul_dtype, full_finetuning)
         hub: dict[str, Any] = dict(
             token=token, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -220,6 +226,8 @@ class FastLanguageModel:
             place=place,
             cls=LanguageModel,
         )
+        if matmul_dtype is not None:
+            lora.multiply_in(model, matmul_dtype)
         model.dtype = compute_dtype  # every layer casts its weights to what it is given
         if full_finetuning:
             lora.unfreeze(model)

@@ -462,6 +462,13 @@ def unfreeze(model: CausalLM) -> None:
         setattr(module, name, TrainableParam(variable.get_value(), axes=variable.get_metadata()["axes"]))
 
 
+def multiply_in(model: CausalLM, matmul_dtype: str) -> None:
+    """Let every linear of the blocks compute its products in another dtype, in place; see `fp8`. The head does not."""
+    for linear in named_nodes(model, Linear):
+        if linear.node.stack is not None:
+            linear.node.matmul_dtype = matmul_dtype
+
+
 def prepare_qat(model: CausalLM, scheme: str, lora_dropout: float = 0.0) -> None:
     """Let every linear of the blocks compute with what a scheme of `kernels.fake_quant` can hold, in place: its input,
     and its weight with the adapter merged. The head and the embedding stay as they are.
@@ -484,6 +491,11 @@ def prepare_qat(model: CausalLM, scheme: str, lora_dropout: float = 0.0) -> None
                 f"{linear.node.in_features}: use int8 or fp8-fp8"
             )
     for linear in linears:
+        if linear.node.matmul_dtype is not None:
+            raise ValueError(
+                f"qat_scheme {scheme!r} rounds weights and inputs to what it will hold, and the model was loaded with "
+                f"matmul_dtype={linear.node.matmul_dtype!r}, which rounds them otherwise: load it without"
+            )
         linear.node.qat_scheme = scheme
 
 

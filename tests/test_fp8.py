@@ -1,16 +1,20 @@
 """Products in float8: what they compute, beside numpy's float64, and a model that trains with them."""
 
 import functools
+import warnings
 
 import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
+from helpers import make_checkpoint, random_ids
 
-from jaxlora import fp8, quant
+from jaxlora import FastLanguageModel, fp8, lora, quant
 from jaxlora.kernels import api, reference
+from jaxlora.train import TrainState, make_train_step
 
 SCHEMES = ("nf4", "int8", "fp8", "fp8_block", None)
 
@@ -127,6 +131,46 @@ def test_adapters_that_are_vmapped_share_one_weight(key):
         chex.assert_trees_all_close([g[i] for g in got], wanted, rtol=1e-5, atol=1e-3)
         for found, truth in ((y[i], exact), (dx[i], exact_dx)):
             assert np.linalg.norm(found - truth) < 0.05 * np.linalg.norm(truth)
+
+
+def load(folder, **kwargs):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has no tokenizer files")
+        return FastLanguageModel.from_pretrained(folder, **kwargs)[0]
+
+
+def test_a_model_learns_in_float8_as_it_does_in_16_bits(tmp_path):
+    make_checkpoint("llama", tmp_path, hidden_size=96, intermediate_size=192, num_hidden_layers=2)
+    ids = jnp.tile(jnp.asarray(random_ids(4, 8)), (1, 16))
+    rows, curves, ran = {"input_ids": ids, "labels": ids}, {}, {}
+    for policy in ("none", "unsloth"):
+        for dtype in (None, "fp8"):
+            model = load(tmp_path, matmul_dtype=dtype, use_gradient_checkpointing=policy, load_in_4bit=True)
+            FastLanguageModel.get_peft_model(model, r=8, use_gradient_checkpointing=policy)
+            graphdef, trainable, frozen = lora.partition(model)
+            optimizer = optax.adamw(1e-2)
+            step, state = make_train_step(graphdef, optimizer), TrainState.create(trainable, optimizer)
+            ran[dtype] = "f8E4M3FN" in step.lower(state, frozen, rows).as_text()
+            losses = []
+            for _ in range(30):
+                state, metrics = step(state, frozen, rows)
+                losses.append(float(metrics["loss"]))
+            curves[dtype] = np.array(losses)
+        assert ran == {None: False, "fp8": True}
+        assert curves["fp8"][-1] < curves["fp8"][0] - 1.0
+        np.testing.assert_allclose(curves["fp8"], curves[None], atol=0.15)
+
+
+def test_what_cannot_multiply_in_float8_says_so(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    with pytest.raises(ValueError, match="matmul_dtype is 'int4': it can be 'fp8', or None"):
+        load(tmp_path, matmul_dtype="int4")
+    with pytest.raises(ValueError, match="full_finetuning=True trains them all"):
+        load(tmp_path, matmul_dtype="fp8", full_finetuning=True)
+    model = load(tmp_path, matmul_dtype="fp8")
+    assert model.lm_head.matmul_dtype is None
+    with pytest.raises(ValueError, match="loaded with matmul_dtype='fp8', which rounds them otherwise"):
+        FastLanguageModel.get_peft_model(model, qat_scheme="int8")
 
 
 # --- on a GPU ---
