@@ -113,19 +113,23 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
         top, hosted, flat, constants, recipe = residuals
         d_last, d_outs = jax.tree.map(_instantiated, cotangents, is_leaf=_is_symbolic)
 
-        def step(carry, d_out):
-            dx, d_shared, (x, kept), i = carry
-            # Layer 0 has none below it, and gets its own again.
-            below = jax.tree.map(lambda stack: _index_p.bind(stack, i - 1, axis=0), hosted)
-            below = _move(below, jax.memory.Space.Device)
+        def step(carry):
+            """The pullback of layer count - 1 - j, and meanwhile the values of the one below, or of layer 0 again."""
+            j, dx, d_shared, (x, kept), d_learning = carry
+            below = _move(_indexed(hosted, count - 2 - j), jax.memory.Space.Device)
+            i = count - 1 - j
             leaves = [_row(leaf, i) for leaf in flat]
             pullback = recipe.pullback(jax.tree.leaves((constants, x, leaves)), kept)
-            dx, d_learning, more = pullback((dx, d_out))
-            return (dx, [jnp.add(*pair) for pair in zip(d_shared, more, strict=True)], below, i - 1), d_learning
+            dx, d_layer, more = pullback((dx, _indexed(d_outs, i)))
+            d_shared = [jnp.add(*pair) for pair in zip(d_shared, more, strict=True)]
+            d_learning = [_update_p.bind(s, g, i, axis=0) for s, g in zip(d_learning, d_layer, strict=True)]
+            return j + 1, dx, d_shared, below, d_learning
 
-        d_shared = [jnp.zeros_like(leaf) for leaf in _select(recipe.constant_learns, constants)]
-        start = (d_last, d_shared, top, jnp.int32(count - 1))
-        (dx, d_shared, _, _), d_learning = jax.lax.scan(step, start, d_outs, length=count, reverse=True)
+        zeros = lambda leaves: [jnp.zeros_like(leaf) for leaf in leaves]
+        d_shared, d_learning = zeros(_select(recipe.constant_learns, constants)), zeros(_select(recipe.learns, flat))
+        start = (jnp.int32(0), d_last, d_shared, top, d_learning)
+        # A loop of its own, not a scan: see `_index_p`.
+        _, dx, d_shared, _, d_learning = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
         d_constants = _merge(recipe.constant_learns, d_shared, [None] * len(constants))
         return dx, _merge(recipe.learns, d_learning, [None] * len(flat)), d_constants
 
@@ -133,19 +137,27 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
     return run(x, flat, traced.consts)
 
 
-# `lax.dynamic_index_in_dim`, but under vmap it stays itself, where jax's own becomes a gather, which nothing can do in
-# host memory. An index before the first is the first, as in XLA: the copy engine is only asked where the index is a
-# plain function of the loop's counter; with a maximum or a comparison it was not, and a kernel read the host's memory.
-# It has no gradient.
+# `lax.dynamic_index_in_dim` and `dynamic_update_index_in_dim`, which stay themselves under vmap, where jax's become a
+# gather, which nothing can do in host memory, and a scatter. They have no gradient. An index before the first is the
+# first, as in XLA.
+#
+# Why not a scan: XLA leaves a slice of host memory to the copy engine only where its index is a plain function of the
+# loop's own counter, which a scan keeps to itself. Of an index that is carried beside it, and of the maximum of one and
+# zero, a kernel read the host's memory, and the layer waited.
 _index_p = jax.extend.core.Primitive("index_in_dim")
+_update_p = jax.extend.core.Primitive("update_index_in_dim")
+
+
+def _indexed(tree: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda stack: _index_p.bind(stack, i, axis=0), tree)
 
 
 def _index(stack: jax.Array, i: jax.Array, *, axis: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, i, axis, keepdims=False, allow_negative_indices=False)
 
 
-def _index_aval(stack: Any, i: Any, *, axis: int) -> Any:
-    return stack.update(shape=(*stack.shape[:axis], *stack.shape[axis + 1 :]))
+def _update(stack: jax.Array, value: jax.Array, i: jax.Array, *, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, value, i, axis, allow_negative_indices=False)
 
 
 def _batched_index(operands: tuple, dims: tuple, *, axis: int) -> tuple[jax.Array, int]:
@@ -156,10 +168,24 @@ def _batched_index(operands: tuple, dims: tuple, *, axis: int) -> tuple[jax.Arra
     return _index_p.bind(stack, i, axis=axis + before), dim - (not before)
 
 
+def _batched_update(operands: tuple, dims: tuple, *, axis: int) -> tuple[jax.Array, int]:
+    (stack, value, i), (stack_dim, value_dim, i_dim) = operands, dims
+    assert i_dim is None, "a layer's number is the same for all that are vmapped"
+    size = stack.shape[stack_dim] if stack_dim is not None else value.shape[value_dim]
+
+    def in_front(x, dim):
+        return jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+
+    return _update_p.bind(in_front(stack, stack_dim), in_front(value, value_dim), i, axis=axis + 1), 0
+
+
 _index_p.def_impl(_index)
-_index_p.def_abstract_eval(_index_aval)
-mlir.register_lowering(_index_p, mlir.lower_fun(_index, multiple_results=False))
-batching.primitive_batchers[_index_p] = _batched_index
+_index_p.def_abstract_eval(lambda stack, i, axis: stack.update(shape=stack.shape[:axis] + stack.shape[axis + 1 :]))
+_update_p.def_impl(_update)
+_update_p.def_abstract_eval(lambda stack, value, i, axis: stack)
+for primitive, function, batched in ((_index_p, _index, _batched_index), (_update_p, _update, _batched_update)):
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    batching.primitive_batchers[primitive] = batched
 
 
 def _row(stack: jax.Array, i: jax.Array) -> jax.Array:
