@@ -13,14 +13,13 @@ One JSON line a measurement, of one linear of one layer, forward and the gradien
 
 import argparse
 import json
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxlora import quant
+from jaxlora.bench.kernels import median_seconds
 from jaxlora.moe import grouped_matmul
 
 # (experts, of a token, in, out): gate or up, and down.
@@ -29,17 +28,6 @@ SHAPES = {
     "Qwen3-30B-A3B": [(128, 8, 2048, 768), (128, 8, 768, 2048)],
     "gpt-oss-20b": [(32, 4, 2880, 5760), (32, 4, 2880, 2880)],
 }
-
-
-def median_seconds(function, *args, runs):
-    function = jax.jit(function)
-    jax.block_until_ready(function(*args))
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def both_ways(product):

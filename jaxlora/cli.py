@@ -1,4 +1,4 @@
-"""`jaxlora train | generate | export | quickstart`.
+"""`jaxlora train | generate | export | quickstart | bench`.
 
 Each command is a function of the values that were given, and its options are those of the Python API that it calls
 (see `options`). Exit codes: 0 it worked, 1 it failed, 2 it was called wrongly. An error is one line on stderr, and
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jaxlora
+from jaxlora.bench.command import bench
 from jaxlora.converters.export import save_merged
 from jaxlora.converters.staging import staged
 from jaxlora.generate import generate
@@ -49,7 +50,7 @@ MERGED_FILES = [
     *from_signature(LanguageModel.save_pretrained_merged, skip=["self", "save_directory", "tokenizer", "save_method"]),
     *from_signature(save_merged, skip=["model", "folder", "tokenizer", "base", "save_method"]),
 ]
-QUICKSTART = from_signature(quickstart)
+QUICKSTART, BENCH = from_signature(quickstart), from_signature(bench)
 
 MODEL = Option(name="model", annotation=str, help=argument_docs(FastLanguageModel.from_pretrained)["model_name"])
 
@@ -228,6 +229,11 @@ COMMANDS = {
         run=lambda values: quickstart(**values),
         help="fine-tune a small model on a small data set, from end to end",
         groups={"options": QUICKSTART},
+    ),
+    "bench": Command(
+        run=lambda values: bench(**values),
+        help="time training steps and kernels on this machine, beside Unsloth and PEFT",
+        groups={"options": BENCH},
     ),
 }  # fmt: skip
 

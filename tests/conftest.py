@@ -51,7 +51,7 @@ def pytest_configure(config):
 LONGEST_FIRST = [
     "test_quickstart", "test_engine", "test_train", "test_model", "test_moe", "test_generate", "test_adapter_options",
     "test_adapter_sets", "test_adapters", "test_nf4", "test_huggingface", "test_loading_modes", "test_lora",
-    "test_bitsandbytes", "test_examples",
+    "test_bitsandbytes", "test_examples", "test_bench",
 ]  # fmt: skip
 
 
