@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxlora.bench.checkpoints import evict
 from jaxlora.bench.device import commit, versions
 
 CHUNK = 64 << 20
@@ -42,15 +42,6 @@ def seconds_of(function: Callable[[], Any]) -> float:
 
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def evict(folder: Path) -> None:
-    """Take the files out of the page cache."""
-    os.sync()
-    for path in folder.glob("*.safetensors"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 def read_plainly(folder: Path) -> None:

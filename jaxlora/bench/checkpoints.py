@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ def _write_tokenizer(folder: Path) -> None:
     bos, eos, pad = special
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, bos_token=bos, eos_token=eos, pad_token=pad)
     tokenizer.save_pretrained(folder)
+
+
+def evict(folder: Path) -> None:
+    """Take a checkpoint out of the page cache, so that it comes from the disk."""
+    os.sync()
+    for path in folder.glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def main(folder: str, shape: str, scheme: str) -> None:
