@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jaxlora.converters.huggingface import TensorSource
@@ -79,4 +78,4 @@ class ReadAhead:
 
     def _read(self, name: str) -> Any:
         with jax.default_device(self._device):
-            return jax.block_until_ready(jax.tree.map(jnp.asarray, self._source.read(name)))
+            return jax.block_until_ready(jax.device_put(self._source.read(name)))

@@ -28,7 +28,8 @@ def keep_compiled(compilation_cache: str | None = DEFAULT) -> None:
     """
     if compilation_cache is None:
         return
-    if compilation_cache == DEFAULT and jax.config.jax_compilation_cache_dir is not None:
+    told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if compilation_cache == DEFAULT and told is not None:
         return
     folder = Path(compilation_cache).expanduser()
     try:
