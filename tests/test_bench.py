@@ -118,6 +118,23 @@ def test_a_device_that_cannot_be_had_is_one_line(tmp_path):
     assert result.stderr.count("\n") == 1 and "abacus" in result.stderr
 
 
+@pytest.mark.slow
+def test_the_scripts_beside_it_run(tmp_path):
+    """One line of `loading.py`, three of `cold_start.py`, whose later processes compile nothing."""
+    lines = {}
+    for name, arguments in (("loading", ["tiny"]), ("cold_start", ["tiny-2x64"])):
+        command = [sys.executable, "-P", ROOT / "benchmarks" / f"{name}.py", *arguments, "--folder", tmp_path]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        assert result.returncode == 0, result.stderr
+        lines[name] = [json.loads(line) for line in result.stdout.splitlines()]
+    (loading,) = lines["loading"]
+    assert loading["cold_rss_anon_gib"] > 0 and loading["warm_rss_anon_gib"] > 0
+    assert loading["bandwidth_gb_s"].keys() == {"read_cold", "read_warm", "pageable", "sent", "quantised"}
+    cold, *warm = lines["cold_start"]
+    assert sum(cold["compiled"].values()) > 20 and cold["compiled"]["compile"] == 1 and len(warm) == 2
+    assert all(set(row["compiled"].values()) == {0} and row["loss"] == cold["loss"] for row in warm)
+
+
 # ---- What a step must compute
 
 

@@ -82,8 +82,15 @@ def test_nothing_imports_torch_or_a_top_level_kernels():
     assert not offenders([PEERS], lambda m: m.startswith(("jax.", "jaxlora.")))
 
 
-def test_importing_the_library_leaves_torch_alone(tmp_path):
-    assert run("import sys, jaxlora; print('torch' in sys.modules)", tmp_path) == "False\n"
+def test_importing_the_library_takes_no_more_than_it_needs(tmp_path):
+    """torch not at all, what is slow when it is used, and no device, which belongs to the process that computes."""
+    code = """
+import sys, jaxlora.cli
+from jax._src import xla_bridge
+slow = {"torch", "transformers", "orbax", "matplotlib", "pyarrow", "datasets"} & sys.modules.keys()
+print(sorted(slow), xla_bridge.backends_are_initialized())
+"""
+    assert run(code, tmp_path) == "[] False\n"
 
 
 # What computes, and what users call with arrays.

@@ -179,8 +179,9 @@ def measure(shape: str, runs: int) -> Iterator[dict[str, Any]]:
     hidden = jax.random.normal(jax.random.key(0), (tokens, d), jnp.bfloat16)
     head = 0.02 * jax.random.normal(jax.random.key(1), (vocabulary, d), jnp.bfloat16)
     labels = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary, jnp.int32)
-    loss = lambda hidden: linear_cross_entropy(hidden, head, labels, chunk_length(tokens, vocabulary))
-    line = row("cross_entropy", (tokens, d), jax.grad(loss), hidden, flop=4 * tokens * d * vocabulary)
+    loss = lambda *args: linear_cross_entropy(*args, chunk_length(tokens, vocabulary))
+    flop = 4 * tokens * d * vocabulary
+    line = row("cross_entropy", (tokens, d), jax.grad(loss), hidden, head, labels, flop=flop)
     yield line | dict(gradients=True)
 
 

@@ -40,7 +40,7 @@ def unsloth_model(job, dtype):
         model, r=job["rank"], lora_alpha=job["alpha"], lora_dropout=0, bias="none", target_modules=LINEARS,
         use_gradient_checkpointing="unsloth", random_state=3407, max_seq_length=job["sequence"],
     )  # fmt: skip
-    return FastLanguageModel.for_training(model, use_gradient_checkpointing=True) or model
+    return FastLanguageModel.for_training(model, use_gradient_checkpointing="unsloth") or model
 
 
 def peft_model(job, dtype):
@@ -122,6 +122,7 @@ def main(job):
 
 if __name__ == "__main__":
     os.environ |= dict(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UNSLOTH_DISABLE_STATISTICS="1")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if sys.argv[1] == "installed":
         print(json.dumps(missing()))
     else:
