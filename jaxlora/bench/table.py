@@ -127,18 +127,18 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, (work, kind) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            points: dict[tuple[float, float, str], str] = {}
+            points: dict[str, tuple[float, float]] = {}
             for row in (row for row in drawn if (row["work"], row["device"]) == (work, kind)):
-                points[row["gib"], row["tok_s"], row["policy"]] = "C0"
-                for number, (peer, name) in enumerate(PEERS.items(), 1):
+                points[f'"{row["policy"]}"'] = row["gib"], row["tok_s"]
+                for peer, name in PEERS.items():
                     if row.get(f"{peer}_gib") is not None:
-                        points[row[f"{peer}_gib"], row[f"{peer}_tok_s"], name] = f"C{number}"
-            for (gib, tok_s, name), colour in points.items():
-                axes.plot(gib, tok_s, "o", color=colour)
-                axes.annotate(name, (gib, tok_s), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+                        points[name] = row[f"{peer}_gib"], row[f"{peer}_tok_s"]
+            for name, point in points.items():
+                axes.plot(*point, "s" if name in PEERS.values() else "o", label=name)
             axes.set(title=f"{work}, {kind.removeprefix('NVIDIA ')}", xlabel="peak GiB", ylabel="tokens/s")
             axes.title.set_fontsize(9)
-            axes.set_xlim(0, 1.5 * max(gib for gib, *_ in points))
-            axes.set_ylim(0, 1.2 * max(tok_s for _, tok_s, _ in points))
+            axes.set_xlim(0, 1.1 * max(gib for gib, _ in points.values()))
+            axes.set_ylim(0, 1.1 * max(tok_s for _, tok_s in points.values()))
             axes.grid(alpha=0.3)
+            axes.legend(loc="lower right", fontsize=8)
         figure.savefig(path, metadata={"Date": None})
