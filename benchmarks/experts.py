@@ -15,15 +15,13 @@ One JSON line a measurement, of one linear of one layer, forward and the gradien
 
 import argparse
 import json
-import math
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxlora import quant
+from jaxlora.bench.kernels import median_seconds
 from jaxlora.kernels.grouped import grouped_lora_delta
 from jaxlora.kernels.lora import lora_delta
 from jaxlora.moe import grouped_matmul
@@ -34,24 +32,7 @@ SHAPES = {
     "Qwen3-30B-A3B": [(128, 8, 2048, 768), (128, 8, 768, 2048)],
     "gpt-oss-20b": [(32, 4, 2880, 5760), (32, 4, 2880, 2880)],
 }
-
-
 RANK = 16
-
-
-def median_seconds(function, *args, runs):
-    function = jax.jit(function)
-    try:
-        jax.block_until_ready(function(*args))
-    except jax.errors.JaxRuntimeError as error:  # out of memory, where every expert would see every row
-        print(json.dumps(dict(error=str(error)[:300])), flush=True)
-        return math.nan
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def both_ways(product):

@@ -5,7 +5,6 @@ python benchmarks/gpu_tests.py COMMIT gpu_tests.json [pytest arguments]
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -13,14 +12,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 
-PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "flax", "optax", "bitsandbytes")
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+from jaxlora.bench.device import PACKAGES, versions
 
 
 def main(commit: str, target: str, *arguments: str) -> int:
@@ -38,7 +30,7 @@ def main(commit: str, target: str, *arguments: str) -> int:
         commit=commit,
         device=jax.devices()[0].device_kind,
         date=time.strftime("%Y-%m-%d"),
-        versions={package: version(package) for package in PACKAGES},
+        versions=versions(*PACKAGES, "bitsandbytes"),
         passed=len(cases) - len(failed) - len(kinds["skipped"]),
         failed=len(failed),
         skipped=len(kinds["skipped"]),

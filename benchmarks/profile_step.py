@@ -1,6 +1,6 @@
 """Where the milliseconds of a training step go: kernels by kind, from a trace of three steps, one JSON line.
 
-    python benchmarks/profile_step.py 8b 4x2048 full
+    python benchmarks/profile_step.py 8b-4x2048 full
 
 Kinds are told by kernel name: matmul (cuBLAS, nvjet), attention (cuDNN), dequantise (ours), copy, and what XLA fused.
 """
@@ -29,11 +29,12 @@ def kind_of(name: str) -> str:
 
 def main(arguments: list[str]) -> None:
     import jax
-    from step import build
 
-    shape, work, policy = arguments
-    batch, sequence = (int(n) for n in work.split("x"))
-    run = build(shape, batch, sequence, policy)
+    from jaxlora.bench.shapes import Work
+    from jaxlora.bench.step import build
+
+    name, policy = arguments
+    run = build(Work.parse(name), policy)
     for _ in range(3):
         run()
     steps = 3
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
         milliseconds = event["dur"] / 1e3 / steps
         kinds[kind_of(event["name"])] += milliseconds
         names[event["name"]] += milliseconds
-    line = dict(work=f"{shape}-{work}", policy=policy, ms={k: round(v, 1) for k, v in kinds.most_common()})
+    line = dict(work=name, policy=policy, ms={k: round(v, 1) for k, v in kinds.most_common()})
     line["kernels"] = {name[:80]: round(v, 1) for name, v in names.most_common(24)}
     print(json.dumps(line), flush=True)
 

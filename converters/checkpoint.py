@@ -50,6 +50,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(source, hf_config, generation_config, open_tokenizer(path))
 
 
+def _is_generic(folder: Path) -> bool:
+    """Whether a folder's tokenizer is tokenizer.json and nothing beside it, of which `AutoTokenizer` makes the same. It
+    has its own mind about Qwen's, some of which say so and are not."""
+    stated = _read_json(folder / "tokenizer_config.json")
+    is_qwen = str(_read_json(folder / "config.json").get("model_type")).startswith("qwen")
+    generic = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    is_stated = stated.get("tokenizer_class") in generic and "auto_map" not in stated
+    return is_stated and not is_qwen and (folder / "tokenizer.json").exists()
+
+
 def _read_json(path: Path) -> dict:
     """The object in a JSON file; {} if there is no such file."""
     if not path.exists():
@@ -64,7 +74,11 @@ def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; None where there is none, and with a warning where it is code."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds, which a model without tokenizer saves
+    from transformers import PreTrainedTokenizerFast  # half a second, which a model without tokenizer saves
+
+    if _is_generic(folder):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer  # takes torch with it where that is installed, and seconds more
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -262,7 +262,7 @@ def export_base(
     if _holds(folder, tensors):
         return folder
     with staged(folder) as stage:
-        _write_tensors(tensors, stage, max_shard_size)
+        write_tensors(tensors, stage, max_shard_size)
         _write_json(stage / "config.json", _with_dtype(source.config(), dtype))
         _write_gguf_files(source, stage, None)
     return folder
@@ -328,7 +328,7 @@ def save_merged(
         if isinstance(source, SafetensorsSource) and merged.fits_shards and tensors is merged:
             files = _write_shards(source, merged, stage)
         else:
-            files = _write_tensors(tensors, stage, max_shard_size)
+            files = write_tensors(tensors, stage, max_shard_size)
         if isinstance(opened, SafetensorsSource):
             _copy_files(base, stage, tokenizer)
         else:
@@ -377,7 +377,7 @@ def save_model(
     dtype = (source.dtype(name) if dtype is None else jnp.dtype(dtype)).name
     hf_config = {key: value for key, value in model.hf_config.items() if key != "quantization_config"}
     with staged(folder) as stage:
-        _write_tensors(CastSource(source, dtype), stage, max_shard_size)
+        write_tensors(CastSource(source, dtype), stage, max_shard_size)
         _write_json(stage / "config.json", _with_dtype(hf_config, dtype))
         if generation_config:
             _write_json(stage / "generation_config.json", generation_config)
@@ -442,7 +442,7 @@ def _write_shards(source: SafetensorsSource, merged: MergedSource, stage: Path) 
     return files
 
 
-def _write_tensors(source: TensorSource, stage: Path, max_shard_size: int | str) -> list[str]:
+def write_tensors(source: TensorSource, stage: Path, max_shard_size: int | str) -> list[str]:
     """Write safetensors, one tensor in memory at a time, with an index if there is more than one file."""
     sizes = {name: source.dtype(name).itemsize * math.prod(source.shape(name)) for name in source.names()}
     split = split_state_dict_into_shards_factory(

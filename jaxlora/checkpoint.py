@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from jaxlora.train import TrainState
 
@@ -53,6 +52,8 @@ def save(
         for leftover in output_dir.glob(prefix + "checkpoint-*"):
             shutil.rmtree(leftover)
     unfinished.mkdir(parents=True)
+
+    import orbax.checkpoint as ocp  # a sixth of what importing the library took, and not every run saves
 
     arrays = _by_name(state)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -96,6 +97,8 @@ def restore(path: str | Path, like: TrainState) -> tuple[TrainState, dict[str, A
         )
     arrays = _by_name(like)
     _check(path, manifest["arrays"], {name: _describe(array) for name, array in arrays.items()})
+
+    import orbax.checkpoint as ocp
 
     target = {name: _abstract(_raw(array)) for name, array in arrays.items()}
     try:

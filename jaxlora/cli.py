@@ -1,4 +1,4 @@
-"""`jaxlora train | generate | export | quickstart`.
+"""`jaxlora train | generate | export | quickstart | bench`.
 
 Each command is a function of the values that were given, and its options are those of the Python API that it calls
 (see `options`). Exit codes: 0 it worked, 1 it failed, 2 it was called wrongly. An error is one line on stderr, and
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jaxlora
+from jaxlora.bench.command import bench
+from jaxlora.compilation_cache import keep_compiled
 from jaxlora.converters.export import save_merged
 from jaxlora.converters.staging import staged
 from jaxlora.generate import generate
@@ -49,7 +51,8 @@ MERGED_FILES = [
     *from_signature(LanguageModel.save_pretrained_merged, skip=["self", "save_directory", "tokenizer", "save_method"]),
     *from_signature(save_merged, skip=["model", "folder", "tokenizer", "base", "save_method"]),
 ]
-QUICKSTART = from_signature(quickstart)
+CACHE = from_signature(keep_compiled)
+QUICKSTART, BENCH = from_signature(quickstart), from_signature(bench)
 
 MODEL = Option(name="model", annotation=str, help=argument_docs(FastLanguageModel.from_pretrained)["model_name"])
 
@@ -69,6 +72,7 @@ class Command:
 
 def train(values: Mapping[str, Any]) -> None:
     """from_pretrained, get_peft_model, SFTTrainer, save_pretrained. An adapter as the model trains on."""
+    keep_compiled(**pick(values, CACHE))
     config = SFTConfig(output_dir=values["output"], **pick(values, TRAINING))
     if "merged" in values:
         with staged(values["merged"]):  # which writes nothing now, and fails where nothing could be written later
@@ -103,6 +107,7 @@ def train(values: Mapping[str, Any]) -> None:
 
 def write(values: Mapping[str, Any]) -> None:
     """Print the continuation of each prompt."""
+    keep_compiled(**pick(values, CACHE))
     conversations = _conversations(values)
     model, tokenizer = FastLanguageModel.from_pretrained(values["model"], **pick(values, LOAD))
     if tokenizer is None:
@@ -142,6 +147,7 @@ def _conversations(values: Mapping[str, Any]) -> list[list[dict[str, str]]]:
 
 def export(values: Mapping[str, Any]) -> None:
     """Write the model with its adapter merged, or the adapter alone, in Hugging Face's layout."""
+    keep_compiled(**pick(values, CACHE))
     model, tokenizer = FastLanguageModel.from_pretrained(values["model"], **pick(values, LOAD))
     if values.get("save_method") == "lora":
         model.save_pretrained(values["output"], tokenizer, **pick(values, ADAPTER_FILES))
@@ -186,6 +192,7 @@ COMMANDS = {
             "adapter": ADAPTER,
             "training": TRAINING,
             "files": [*ADAPTER_FILES, *MERGED_FILES],
+            "process": CACHE,
         },
     ),
     "generate": Command(
@@ -206,6 +213,7 @@ COMMANDS = {
             ],
             "model": LOAD,
             "sampling": SAMPLING,
+            "process": CACHE,
         },
     ),
     "export": Command(
@@ -222,12 +230,18 @@ COMMANDS = {
             ],
             "files": [*ADAPTER_FILES, *MERGED_FILES],
             "model": LOAD,
+            "process": CACHE,
         },
     ),
     "quickstart": Command(
         run=lambda values: quickstart(**values),
         help="fine-tune a small model on a small data set, from end to end",
         groups={"options": QUICKSTART},
+    ),
+    "bench": Command(
+        run=lambda values: bench(**values),
+        help="time training steps and kernels on this machine, beside Unsloth and PEFT",
+        groups={"options": BENCH},
     ),
 }  # fmt: skip
 

@@ -72,18 +72,15 @@ def add_adapters(model: CausalLM, config: LoraConfig, key: Any, init_dataset: An
         assert init_dataset is not None
         config, starts = data_starts.eva(model, targets, config, init_dataset)
         targets = target_ranks(model, config)
-    for target, ranks in targets:
-        module: Adaptable = target.node
-        if config.changes_base and not isinstance(module, Embedding):
+    from_base = [config.changes_base and not isinstance(target.node, Embedding) for target, _ in targets]
+    drawn = [pair for pair, is_from_base in zip(targets, from_base, strict=True) if not is_from_base]
+    # One program for all: a few dozen small ones take seconds to compile.
+    matrices = iter(jax.jit(lambda key: [_drawn(key, config, *pair) for pair in drawn])(key))
+    for (target, ranks), is_from_base in zip(targets, from_base, strict=True):
+        if is_from_base:
             start_from_base(model, target, ranks, config, key, starts)
             continue
-        a, b = (jnp.zeros(shape, jnp.float32) for shape in _shapes(module, ranks))
-        keys = _keys(key, target)
-        for rank in sorted(set(ranks) - {0}):
-            layers = jnp.asarray([i for i, other in enumerate(ranks) if other == rank])
-            draw = functools.partial(_draw, module, config.init_lora_weights, rank=rank)
-            drawn = jax.vmap(draw)(keys[layers])
-            a, b = a.at[layers, ..., :rank, :].set(drawn[0]), b.at[layers, ..., :rank].set(drawn[1])
+        a, b = next(matrices)
         for i, name in enumerate(target.names()):
             if name in starts:
                 a = a.at[i, : ranks[i]].set(starts[name])
@@ -105,6 +102,18 @@ def _shapes(module: Adaptable, ranks: tuple[int, ...]) -> tuple[tuple[int, ...],
     return (*lead, rank, module.in_features), (*lead, module.out_features, rank)
 
 
+def _drawn(key: Any, config: LoraConfig, target: Named, ranks: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """A and B with a leading axis of layers, drawn for each layer at its rank, and zero beyond it."""
+    a, b = (jnp.zeros(shape, jnp.float32) for shape in _shapes(target.node, ranks))
+    keys = _keys(key, target)
+    for rank in sorted(set(ranks) - {0}):
+        layers = jnp.asarray([i for i, other in enumerate(ranks) if other == rank])
+        draw = functools.partial(_draw, target.node, config.init_lora_weights, rank=rank)
+        new_a, new_b = jax.vmap(draw)(keys[layers])
+        a, b = a.at[layers, ..., :rank, :].set(new_a), b.at[layers, ..., :rank].set(new_b)
+    return a, b
+
+
 def _draw(module: Adaptable, kind: bool | str, key: Any, *, rank: int) -> tuple[jax.Array, jax.Array]:
     d_in, d_out = module.in_features, module.out_features
     if module.experts:
@@ -114,7 +123,8 @@ def _draw(module: Adaptable, kind: bool | str, key: Any, *, rank: int) -> tuple[
 
 
 def _keys(key: Any, target: Named) -> jax.Array:
-    return jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in target.names()])
+    marks = jnp.asarray([zlib.crc32(name.encode()) for name in target.names()], jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, marks)
 
 
 def attach_stack(model: CausalLM, target: Named, a, b, config: LoraConfig, ranks: tuple[int, ...]) -> None:

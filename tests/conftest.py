@@ -41,7 +41,8 @@ def pytest_configure(config):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     # A second run compiles little. The size limit is what makes JAX lock the folder, which the workers share.
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))  # of commands that tests run, too
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -51,7 +52,7 @@ def pytest_configure(config):
 LONGEST_FIRST = [
     "test_quickstart", "test_engine", "test_train", "test_model", "test_moe", "test_generate", "test_adapter_options",
     "test_adapter_sets", "test_adapters", "test_nf4", "test_huggingface", "test_loading_modes", "test_lora",
-    "test_bitsandbytes", "test_examples",
+    "test_bitsandbytes", "test_examples", "test_bench",
 ]  # fmt: skip
 
 

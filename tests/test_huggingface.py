@@ -342,7 +342,8 @@ def anonymous():
 def load(folder):
     hf_config = json.loads((folder / "config.json").read_text())
     source = SafetensorsSource(folder)
-    return source, load_model(source, hf_config, dtype=jnp.bfloat16, quant_config=QuantConfig())
+    quantised = dict(dtype=jnp.bfloat16, quant_config=QuantConfig(), in_flight=int(sys.argv[3]))
+    return source, load_model(source, hf_config, **quantised)
 
 load(Path(sys.argv[1]))  # a tiny one: what JAX itself and its compiler take, once
 before, peak, done = anonymous(), 0, threading.Event()
@@ -383,12 +384,12 @@ def write_large_checkpoint(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_loading_in_4bit_takes_the_quantised_model_and_two_tensors(tmp_path):
-    small, large = tmp_path / "small", tmp_path / "large"
+def test_loading_in_4bit_takes_the_quantised_model_and_what_is_on_its_way(tmp_path):
+    small, large, in_flight = tmp_path / "small", tmp_path / "large", 2**26
     make_checkpoint("llama", small, torch.bfloat16)
     large.mkdir()
     write_large_checkpoint(large)
-    command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(small), str(large)]
+    command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(small), str(large), str(in_flight)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)

@@ -19,7 +19,12 @@ from flax import nnx
 from jaxlora import LanguageModel, ModelConfig, RopeConfig, loss
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"jaxlora": "jaxlora", "jaxlora.kernels": "kernels", "jaxlora.converters": "converters"}
+FOLDERS = {
+    "jaxlora": "jaxlora",
+    "jaxlora.bench": "jaxlora/bench",
+    "jaxlora.kernels": "kernels",
+    "jaxlora.converters": "converters",
+}
 MODULES = {  # dotted name -> file
     f"{package}.{file.stem}": file
     for package, folder in FOLDERS.items()
@@ -69,12 +74,24 @@ def test_the_core_imports_no_converter():
     assert not offenders(core, lambda m: m.startswith("jaxlora.converters."))
 
 
+PEERS = "jaxlora.bench.peers"  # a script for another environment, which compares with programs of torch
+
+
 def test_nothing_imports_torch_or_a_top_level_kernels():
-    assert not offenders(MODULES, lambda m: m.startswith(("torch.", "kernels.", "converters.")))
+    ours = MODULES.keys() - {PEERS}
+    assert not offenders(ours, lambda m: m.startswith(("torch.", "kernels.", "converters.", f"{PEERS}.")))
+    assert not offenders([PEERS], lambda m: m.startswith(("jax.", "jaxlora.")))
 
 
-def test_importing_the_library_leaves_torch_alone(tmp_path):
-    assert run("import sys, jaxlora; print('torch' in sys.modules)", tmp_path) == "False\n"
+def test_importing_the_library_takes_no_more_than_it_needs(tmp_path):
+    """torch not at all, what is slow when it is used, and no device, which belongs to the process that computes."""
+    code = """
+import sys, jaxlora.cli
+from jax._src import xla_bridge
+slow = {"torch", "transformers", "orbax", "matplotlib", "pyarrow", "datasets"} & sys.modules.keys()
+print(sorted(slow), xla_bridge.backends_are_initialized())
+"""
+    assert run(code, tmp_path) == "[] False\n"
 
 
 # What computes, and what users call with arrays.
@@ -165,7 +182,8 @@ def built(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in FOLDERS.values():
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored, dirs_exist_ok=True)
 
     build = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from helpers import VOCAB, make_checkpoint, random_ids, randomise_adapters, rela
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from jaxlora import FastLanguageModel, sharding
+from jaxlora.converters.checkpoint import open_tokenizer
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.vocabulary import add_new_tokens, repair_tokenizer, resize_vocabulary
 
@@ -157,6 +160,29 @@ def test_a_tokenizer_that_is_code_of_its_own_is_not_run(folder):
     with pytest.warns(UserWarning) as warned:
         assert load(folder)[1] is None
     assert "the tokenizer is code of its own (auto_map), which is never run here" in str(warned[0].message)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "qwen2", "qwen3", "falcon"])
+@pytest.mark.parametrize("stated", ["PreTrainedTokenizerFast", "TokenizersBackend", None])
+def test_a_tokenizer_is_what_transformers_makes_of_it(tmp_path, model_type, stated):
+    make_tokenizer(added=["<extra>"], pad_token="<pad>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    path = tmp_path / "tokenizer_config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k != "tokenizer_class"}
+    path.write_text(json.dumps(config | ({} if stated is None else {"tokenizer_class": stated})))
+    ours, theirs = open_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.special_tokens_map == theirs.special_tokens_map and ours.get_vocab() == theirs.get_vocab()
+    text = "the red fox <extra> x</s>"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_a_tokenizer_that_is_its_file_alone_takes_no_torch(folder):
+    """As most of Llama's do. torch takes seconds, and `AutoTokenizer` imports it wherever it is installed."""
+    code = "import sys; from jaxlora import FastLanguageModel as F; F.from_pretrained(sys.argv[1])"
+    code += "; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-P", "-c", code, folder], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
 
 
 def test_the_tokenizer_of_smollm2():

@@ -1,14 +1,30 @@
-"""Real models' shapes, as config.json fields, and models of random weights in them.
+"""Real models' shapes, as config.json fields; what a step of them must compute; and models of random weights in them.
 
-Shared by the benchmarks, so that each row says the same thing by the same name.
+Shared by everything that is measured, so that each row says the same thing by the same name.
+
+FLOP of a token, which is what model FLOPs utilisation (arXiv:2204.02311, appendix B) counts:
+
+    4 W + 6 A + 6 L Q T
+
+W: frozen weights of the linears that a token goes through, the head with them: 2 in the forward pass and 2 for the
+gradient of the input, for the weights have none. A: adapters' weights, 2 more for their own gradient. L Q T: two
+products of L layers' attention, T keys to a query of Q numbers and on average half of them seen, forward and twice that
+backward.
+What a checkpointing policy computes again is not counted, so that one that recomputes less uses the device better.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 CONFIGS = {
+    "tiny": dict(
+        model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
+        tie_word_embeddings=False, rope_theta=500000.0, rms_norm_eps=1e-5,
+    ),
     "135m": dict(
         model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
@@ -30,6 +46,55 @@ CONFIGS = {
         tie_word_embeddings=False, rope_theta=500000.0, rms_norm_eps=1e-5,
     ),
 }  # fmt: skip
+
+
+# Shapes that need no GPU.
+SMALL = ("tiny", "135m")
+# Rank and alpha of the adapters, on the seven linears of every layer.
+RANK, ALPHA = 16, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A step to measure: a key of `CONFIGS`, and so many rows of so many tokens. Its name is "8b-4x2048"."""
+
+    shape: str
+    batch: int
+    sequence: int
+
+    @classmethod
+    def parse(cls, name: str) -> Work:
+        """The work of a name.
+
+        Raises:
+            ValueError: there is no such shape, or the name is none.
+        """
+        shape, _, size = name.partition("-")
+        batch, _, sequence = size.partition("x")
+        if not (batch.isdecimal() and sequence.isdecimal() and int(batch) and int(sequence) > 1):
+            raise ValueError(f"work {name!r} is not SHAPE-BATCHxTOKENS, such as 8b-4x2048")
+        if shape not in CONFIGS:
+            raise ValueError(f"work {name!r}: there is no shape {shape!r}; there are {', '.join(CONFIGS)}")
+        return cls(shape, int(batch), int(sequence))
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}-{self.batch}x{self.sequence}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.sequence
+
+    def flop_per_token(self) -> int:
+        """See the head of this module."""
+        c: dict[str, Any] = CONFIGS[self.shape]
+        d, f, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+        q, k = (c[heads] * c["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+        linears = [(d, q), (d, k), (d, k), (q, d), (d, f), (d, f), (f, d)]
+        weights = layers * sum(rows * columns for rows, columns in linears) + d * c["vocab_size"]
+        adapters = layers * sum(RANK * (rows + columns) for rows, columns in linears)
+        return 4 * weights + 6 * adapters + 6 * layers * q * self.sequence
 
 
 def random_model(shape: str, quant_config: Any, dtype: Any) -> Any:

@@ -1,0 +1,115 @@
+"""One QLoRA training step of random weights and tokens, timed: NF4 with double quantisation, r = 16 on the seven
+linears of every layer, bfloat16, AdamW.
+
+`python -m jaxlora.bench.step 8b-4x2048 full 8` measures 8 steps in this process and prints a JSON line. tok_s: tokens
+over the median step, the first two not counted. gib: peak_bytes_in_use of the device, null where it does not say.
+temp_gib, args_gib, host_temp_gib: XLA's reckoning of the compiled step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jaxlora import remat
+from jaxlora.bench.shapes import ALPHA, RANK, Work, random_model
+
+GIB = 2.0**30
+
+
+def mode_of(policy: str) -> str:
+    """ "memory" for a checkpointing policy that keeps no more on the device than a layer's input, else "speed"."""
+    kept = remat.POLICIES[policy]
+    return "memory" if kept.rematerialise and (kept.on_host or not kept.saved) else "speed"
+
+
+def build(work: Work, policy: str, facts: dict[str, Any] | None = None) -> Callable[[], float]:
+    """A function that takes one step and returns its loss; `facts` is filled with what building it measured.
+
+    policy: a value of `use_gradient_checkpointing`.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    from jaxlora import lora
+    from jaxlora.config import LoraConfig, QuantConfig
+    from jaxlora.remat_auto import choose_policy
+    from jaxlora.train import TrainState, make_train_step
+
+    start = time.perf_counter()
+    model = random_model(work.shape, QuantConfig(), jnp.bfloat16)
+    lora.add_adapters(model, LoraConfig(r=RANK, lora_alpha=ALPHA), jax.random.key(0))
+    jax.block_until_ready(nnx.state(model))
+    loaded = time.perf_counter()
+    model.remat_policy = remat.resolve(policy)
+    vocabulary = model.config.vocab_size
+
+    graphdef, trainable, frozen = lora.partition(model)
+    optimizer = optax.adamw(2e-4)
+    state = TrainState.create(trainable, optimizer)
+    ids = jax.random.randint(jax.random.key(1), (work.batch, work.sequence), 0, vocabulary, jnp.int32)
+    data = {"input_ids": ids, "labels": ids}
+    compiling = time.perf_counter()
+    if model.remat_policy == remat.AUTO:
+        step = choose_policy(model, optimizer, state, data).step
+    else:
+        step = make_train_step(graphdef, optimizer).lower(state, frozen, data).compile()
+    compiled = time.perf_counter()
+    if facts is not None:
+        analysis = step.memory_analysis()
+        facts |= dict(
+            policy=model.remat_policy,
+            load_s=round(loaded - start, 1),
+            compile_s=round(compiled - compiling, 1),
+            temp_gib=round(analysis.temp_size_in_bytes / GIB, 2),
+            args_gib=round(analysis.argument_size_in_bytes / GIB, 2),
+            host_temp_gib=round(getattr(analysis, "host_temp_size_in_bytes", 0) / GIB, 2),
+        )
+    del trainable, model
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, data)
+        return float(metrics["loss"])
+
+    return run
+
+
+def measure(work: Work, policy: str, steps: int) -> dict[str, Any]:
+    """The row of a policy, as the head of this module says. The first two of `steps`, at least 3, are not timed."""
+    import jax
+
+    facts: dict[str, Any] = {}
+    run = build(work, policy, facts)
+    times, losses = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(run())
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return dict(
+        work=work.name,
+        mode=mode_of(facts["policy"]),
+        policy=facts.pop("policy"),
+        tok_s=round(work.tokens / seconds),
+        gib=None if peak is None else round(peak / GIB, 2),
+        ms=round(seconds * 1e3, 1),
+        **facts,
+        loss_first=round(losses[0], 4),
+        loss_last=round(losses[-1], 4),
+    )
+
+
+def main(name: str, policy: str, steps: str) -> None:
+    print(json.dumps(measure(Work.parse(name), policy, int(steps))), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
