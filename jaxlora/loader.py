@@ -120,7 +120,8 @@ class FastLanguageModel:
             unsloth_tiled_mlp: cut the MLP into tiles of tokens under every policy of gradient checkpointing; those that
                 keep little do so anyway.
             offload_embedding: keep the input embedding in pinned host memory. The host looks rows up, and only they
-                travel. Warns and does nothing where the embedding is also the head.
+                travel; the inputs of layers, too, where a model has such (Gemma 4). Warns and does nothing where the
+                embedding is also the head, and there are no such inputs.
             device_map: a mesh of `sharding.make_mesh`, whose devices get their shards of each tensor as it is read; or
                 None, "auto" or "sequential", which are all the first device.
             quantization_config: another way to ask for a mode: a `QuantConfig`, or one of transformers (bitsandbytes
