@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxlora.attention import Context
 from jaxlora.layers import Linear
-from jaxlora.model import CausalLM, Context, Named, Run
+from jaxlora.model import CausalLM, Named, Run
 
 _HEAD = "lm_head"
 

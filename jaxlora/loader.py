@@ -124,7 +124,8 @@ class FastLanguageModel:
                 frozen weights and the activations are rounded to e4m3 on the way (`fp8`). A GPU must be of compute
                 capability 8.9 or later. None multiplies in `dtype`.
             offload_embedding: keep the input embedding in pinned host memory. The host looks rows up, and only they
-                travel. Warns and does nothing where the embedding is also the head.
+                travel; the inputs of layers, too, where a model has such (Gemma 4). Warns and does nothing where the
+                embedding is also the head, and there are no such inputs.
             device_map: a mesh of `sharding.make_mesh`, whose devices get their shards of each tensor as it is read; or
                 None, "auto" or "sequential", which are all the first device.
             quantization_config: another way to ask for a mode: a `QuantConfig`, or one of transformers (bitsandbytes

@@ -4,7 +4,8 @@ MLP.
 Like layers are stacked: a `Run` holds `repeats` times a period of one or more layers, every parameter with a leading
 axis of that length, and scans over it. A Llama is one run of period 1; a model whose last layers have a window is
 two runs; one that alternates is one run of period 2. So the program's size, and the time to compile it, do not grow
-with the depth.
+with the depth. A layer whose keys and values later layers attend to (Gemma 4) has no like; what it stores goes on to
+the runs after it in `Context`.
 
 What families do differently is said by `ModelConfig`. Module names are those of Llama's checkpoints (and GLM-4's, where
 Llama has none); `config.tensor_names` has what other families call them.
@@ -27,9 +28,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import quant, remat
+from jaxlora.attention import Attention, Context, rows_and_places
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.delta_net import GatedDeltaNet
-from jaxlora.kernels import api as kernels
 from jaxlora.layers import (
     ACTIVATIONS,
     Buffer,
@@ -40,11 +41,10 @@ from jaxlora.layers import (
     PlainLinear,
     TokenwiseModule,
     base_param,
-    rms_normed,
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
-from jaxlora.rope import alibi_bias, apply_rope, rope_tables, segment_positions
+from jaxlora.rope import alibi_bias, rope_tables, segment_positions
 
 
 @jax.tree_util.register_dataclass
@@ -73,171 +73,11 @@ class KVCache:
     reach: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every layer of one forward pass shares. rotary: cos and sin [B, T, pairs] of each of `config.ropes`.
-    key_bias: None, or what is added to the scores of the keys, [B, N, T or S]. runs: the tokens'
-    `mamba.segment_runs`, where there are mixers. with_load: whether layers with experts return their
-    `moe.RouterLoad`. stored_kv: the keys and values [B, T or S, K, H] of layers that later ones attend to, by their
-    index."""
-
-    rotary: list[tuple[Any, Any]]
-    query_segments: Array | None
-    key_segments: Array | None
-    offset: Array | int
-    mlp_tile: int | None = dataclasses.field(default=None, metadata=dict(static=True))
-    key_bias: Array | None = None
-    runs: Any = None
-    with_load: bool = dataclasses.field(default=False, metadata=dict(static=True))
-    stored_kv: dict[int, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def is_prefill(self) -> bool:
-        """Whether nothing stands before these tokens, as is known while tracing."""
-        return isinstance(self.offset, int)
-
-
 class Aside(NamedTuple):
     """What a layer gives beside its result. load: its `RouterLoad`; stored_kv: what it adds to `Context.stored_kv`."""
 
     load: RouterLoad | None
     stored_kv: dict[int, Any]
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention (arXiv:2305.13245) with rotary positions, over its own keys and values or those of an
-    earlier layer (arXiv:2405.12981)."""
-
-    def __init__(self, config: ModelConfig, layer: LayerConfig, make: _Make):
-        make_linear, make_norm = make.linear, make.norm
-        width, dim = config.hidden_size, layer.head_dim
-        heads, kv_heads = config.num_attention_heads, layer.num_key_value_heads
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
-        self.scale, self.softcap = config.attention_scale(dim), config.attn_logit_softcapping
-        self.window = layer.sliding_window
-        self.rope, self.interleaved = None, False
-        if layer.rope is not None:
-            self.rope, self.interleaved = config.ropes.index((layer.rope, dim)), layer.rope.interleaved
-        self.fused_qkv, self.qk_norm, self.output_gate = config.fused_qkv, config.qk_norm, config.attn_output_gate
-        self.stores_kv, self.reuses_kv = layer.stores_kv, layer.reuses_kv
-        self.v_norm_eps = config.norm_eps if config.v_norm else None
-        if config.fused_qkv is not None:
-            self.qkv_proj = make_linear(width, (heads + 2 * kv_heads) * dim, ("heads", "embed"), config.qkv_bias)
-        else:
-            queries = heads * dim * (2 if config.attn_output_gate else 1)
-            self.q_proj = make_linear(width, queries, ("heads", "embed"), config.qkv_bias)
-            has_k = layer.reuses_kv is None
-            of_keys = lambda: make_linear(width, kv_heads * dim, ("kv_heads", "embed"), config.qkv_bias)
-            self.k_proj = of_keys() if has_k else None
-            self.v_proj = of_keys() if has_k and not layer.k_eq_v else None
-        self.o_proj = make_linear(heads * dim, width, ("embed", "heads"), config.o_bias)
-        self.sinks = make.zeros((heads,), ("heads",)) if config.attention_sinks else None
-        self.q_norm, self.k_norm = Identity(), Identity()
-        if config.qk_norm == "head":
-            self.q_norm = make_norm((dim,), ("head_dim",))
-            self.k_norm = make_norm((dim,), ("head_dim",)) if layer.reuses_kv is None else Identity()
-        elif config.qk_norm == "per_head":
-            self.q_norm = make_norm((heads, dim), ("heads", "head_dim"))
-            self.k_norm = make_norm((kv_heads, dim), ("kv_heads", "head_dim"))
-        elif config.qk_norm == "projection":
-            self.q_norm = make_norm((heads * dim,), ("heads",))
-            self.k_norm = make_norm((kv_heads * dim,), ("kv_heads",))
-
-    def _project(self, x, keys: list):
-        """Queries [B, T, N H], or with gates [B, T, 2 N H], and keys and values [B, T, K H], or None."""
-        if self.fused_qkv == "grouped":
-            qkv = self.qkv_proj(x, keys[0]).reshape(*x.shape[:2], self.kv_heads, -1, self.head_dim)
-            return [part.reshape(*x.shape[:2], -1) for part in (qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :])]
-        if self.fused_qkv == "concatenated":
-            n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            return jnp.split(self.qkv_proj(x, keys[0]), [n, n + k], axis=-1)
-        q = self.q_proj(x, keys[0])
-        if self.k_proj is None:
-            return q, None, None
-        k = self.k_proj(x, keys[1])
-        return q, k, k if self.v_proj is None else self.v_proj(x, keys[2])
-
-    def _placed(self, y, norm, context: Context):
-        """Queries or keys [B, T, N H] -> [B, T, N, H], normed, and turned by their positions."""
-        y = norm(y) if self.qk_norm == "projection" else y
-        y = y.reshape(*y.shape[:2], -1, self.head_dim)
-        y = y if self.qk_norm == "projection" else norm(y)
-        if self.rope is None:
-            return y
-        return apply_rope(y, *context.rotary[self.rope], interleaved=self.interleaved)
-
-    def _keys_and_values(self, k, v, context: Context, cache):
-        """What queries attend to, [B, T or S, K, H] twice, and the cache with this call's tokens in it."""
-        if self.reuses_kv is not None:
-            return *context.stored_kv[self.reuses_kv], cache
-        k, v = self._placed(k, self.k_norm, context), v.reshape(*v.shape[:2], -1, self.head_dim)
-        v = v if self.v_norm_eps is None else rms_normed(v, self.v_norm_eps)
-        k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        if cache is None:
-            return k, v, None
-        all_keys, all_values, layer = cache
-        all_keys = _write_cache(all_keys, k, layer, context.offset)
-        all_values = _write_cache(all_values, v, layer, context.offset)
-        if not context.is_prefill:
-            k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False).astype(k.dtype)
-            v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False).astype(v.dtype)
-        return k, v, (all_keys, all_values, layer)
-
-    def __call__(self, x, context: Context, keys: list, cache=None):
-        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
-        returned with this call's tokens written at `context.offset`. Last comes what `Context.stored_kv` gets."""
-        b, t, _ = x.shape
-        q, k, v = self._project(x, keys)
-        gate = None
-        if self.output_gate:
-            q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
-            q = q.reshape(b, t, -1)
-        q = checkpoint_name(self._placed(q, self.q_norm, context), "query")
-        k, v, cache = self._keys_and_values(k, v, context, cache)
-        out = kernels.attention(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            key_bias=context.key_bias,
-            sinks=None if self.sinks is None else self.sinks.get_value(),
-            query_segments=context.query_segments,
-            key_segments=context.key_segments,
-            offset=context.offset,
-        )
-        if gate is not None:
-            out = out * jax.nn.sigmoid(gate)
-        stored = {} if self.stores_kv is None else {self.stores_kv: (k, v)}
-        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache, stored
-
-
-def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) -> Array:
-    """`new` [B, T, K, H] put into [repeats, B, S, K, H] at one layer, from place `offset` on, or each row's `offset`.
-
-    float8 takes what is beyond its range as its largest value, and not as NaN. A place beyond the last of a row's own
-    is not written.
-    """
-    if stacked.dtype.itemsize == 1:
-        new = jnp.clip(new, *(jnp.asarray(limit, new.dtype) for limit in _range(stacked.dtype)))
-    new = new.astype(stacked.dtype)
-    if jnp.ndim(offset) == 0:
-        return jax.lax.dynamic_update_slice(stacked, new[None], (layer, 0, offset, 0, 0))
-    rows, places = _rows_and_places(jnp.asarray(offset), new.shape[1])
-    return stacked.at[layer, rows, places].set(new, indices_are_sorted=True, unique_indices=True)
-
-
-def _range(dtype: Any) -> tuple[float, float]:
-    info = jnp.finfo(dtype)
-    return float(info.min), float(info.max)
-
-
-def _rows_and_places(offset: Array, tokens: int) -> tuple[Array, Array]:
-    """Indices [B, 1] and [B, T] of the places that T tokens of each row take from its offset on."""
-    rows = jnp.arange(offset.shape[0], dtype=jnp.int32)[:, None]
-    return rows, offset[:, None] + jnp.arange(tokens, dtype=jnp.int32)
 
 
 class MLP(TokenwiseModule):
@@ -334,7 +174,7 @@ class DecoderLayer(nnx.Module):
     def _of_layer(self, x, per_layer_input, key):
         """The token's embedding for this layer, gated by x and projected: [B, T, P] -> [B, T, D]."""
         gate_key, key = (None, None) if key is None else (jax.random.fold_in(key, i) for i in (8, 9))
-        gate = ACTIVATIONS[self.per_layer_act](self.per_layer_input_gate(x, gate_key))
+        gate = ACTIVATIONS[cast(str, self.per_layer_act)](self.per_layer_input_gate(x, gate_key))
         return self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_input, key))
 
     def _mix(self, x, context: Context, keys: list, key, cache):
@@ -624,7 +464,7 @@ class CausalLM(nnx.Module):
             if jnp.ndim(cache.length) == 0:
                 filled = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
             else:
-                filled = cache.segment_ids.at[_rows_and_places(cache.length, input_ids.shape[1])].set(segment_ids)
+                filled = cache.segment_ids.at[rows_and_places(cache.length, input_ids.shape[1])].set(segment_ids)
             context = Context(rotary, segment_ids, filled, cache.length)
             if context.is_prefill:
                 context = dataclasses.replace(context, key_segments=segment_ids)
@@ -709,8 +549,9 @@ class CausalLM(nnx.Module):
 
         def places(layer):
             attention = layer.self_attn
-            has_keys = attention is not None and attention.reuses_kv is None
-            return (length, attention.kv_heads, attention.head_dim) if has_keys else None
+            if attention is None or attention.reuses_kv is not None:
+                return None
+            return length, attention.kv_heads, attention.head_dim
 
         mixer = lambda layer: layer.mamba or layer.linear_attn
         convolution = lambda layer: None if mixer(layer) is None else mixer(layer).convolution_shape

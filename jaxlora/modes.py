@@ -65,9 +65,9 @@ def choose_mode(*, load_in_4bit: bool | None, quantization_config: Any = None, *
 # What no mode quantises, by the names that skip lists have for it.
 _NEVER_QUANTISED = {
     "lm_head", "embed_tokens", "multi_modal_projector", "merger", "modality_projection", "router", "mlp.gate",
-    "block_sparse_moe.gate", "mamba", "in_proj_a", "in_proj_b", "conv1d", "audio_tower", "vision_tower",
-    "vision_embedder", "vision_model", "per_layer_model_projection", "visual", "embed_vision", "embed_audio",
-    "score", "classifier", "qa_outputs",
+    "per_layer_model_projection", "block_sparse_moe.gate", "mamba", "in_proj_a", "in_proj_b", "conv1d", "audio_tower",
+    "vision_tower", "vision_embedder", "vision_model", "visual", "embed_vision", "embed_audio", "score", "classifier",
+    "qa_outputs",
 }  # fmt: skip
 # The fields of a configuration that change what is stored, each with the values that there are here.
 _SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -72,6 +72,7 @@ def dense(quantised, name="llama"):
         key: dequantised(value) if isinstance(value, bitsandbytes.nn.Params4bit) else value.data
         for key, value in quantised.named_parameters(remove_duplicate=False)
     }
+    weights |= {key: value for key, value in quantised.named_buffers() if key.endswith("layer_scalar")}
     model = torch_model(name)
     model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=True)
     return model
@@ -141,10 +142,12 @@ def test_a_quantised_head_is_read_dequantised(tmp_path):
     assert np.abs(np.asarray(model(jnp.asarray(IDS))) - logits_of(dense(theirs))).max() < 1e-4
 
 
-def test_biases_and_tied_heads(tmp_path):
-    theirs = quantise(tmp_path, name="qwen2-windows")
+# Of Gemma 4 it quantises a linear beside the layers, too, which is in 16 bits here.
+@pytest.mark.parametrize("name", ["qwen2-windows", "gemma4_text"])
+def test_biases_and_tied_heads(name, tmp_path):
+    theirs = quantise(tmp_path, name=name)
     model = load(tmp_path / "bnb")
-    reference = dense(theirs, "qwen2-windows")
+    reference = dense(theirs, name)
     assert np.abs(np.asarray(model(jnp.asarray(IDS))) - logits_of(reference)).max() < 1e-4
 
 
@@ -253,7 +256,7 @@ def adapted(folder, **options):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-windows", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-windows", "llama-tied", "gemma4_text"])
 def test_what_is_written_here_loads_there(name, tmp_path):
     """transformers' 4-bit weights of our file are bitsandbytes' of the merged model, and so are its logits."""
     make_checkpoint(name, tmp_path / "base")
