@@ -75,12 +75,18 @@ class Config:
 
 
 def heuristics(tokens: int, shape: tuple[int, int]) -> Config:
-    """The configuration for so many tokens and a weight [out, in]."""
+    """The configuration for so many tokens and a weight [out, in]: as many warps as an H100 holds, none of them idle.
+
+    Measured there, at one token: [4096, 4096] takes 8.5 us with 16 warps, 9.6 with 8, 11.0 with 4; [14336, 4096] 20.0
+    with 4, 24.3 with 8; [4096, 14336] 20.6 with 8, 27.0 with 16, whose registers leave room for one program on an SM.
+    """
     rows, columns = shape
-    groups = -(-columns // 256)
-    num_warps = 4
-    while num_warps < 8 and num_warps * 2 <= groups and -(-rows // 16) * num_warps < 132 * 16:
+    programs, blocks = -(-rows // 16), columns // reference.NF4_BLOCK
+    num_warps = 1
+    while 8 * num_warps <= blocks and 2 * num_warps * programs <= 132 * 32:
         num_warps *= 2
+        if num_warps == 16 or (num_warps == 8 and blocks > 64):
+            break
     return Config(num_warps=num_warps)
 
 
