@@ -2,6 +2,7 @@
 
 The product may take a LoRA adapter as well. Over a quantised weight it is then one product with W' = W + scaling B A,
 made anew for each use like W itself, wherever that costs less than the two thin products and the sum; see `matmul`.
+For few tokens W itself is not made: an NF4 weight is read once and multiplied in one kernel, where there is one.
 """
 
 import dataclasses
@@ -289,7 +290,8 @@ def matmul(
     A dense weight is cast to x's dtype; a quantised one is dequantised to it, whatever its own `dtype`. The quantised
     one is a constant: its gradient is zero, and what the backward pass keeps of it is its packed form and nothing else.
     So dx = dy @ dequantize(w) dequantises a second time; keeping the result would take all the memory that
-    quantisation saved.
+    quantisation saved. Few 16-bit tokens are multiplied by an NF4 weight in one kernel on a GPU (`kernels.nf4_matmul`),
+    whose result is nearer to the exact one, since it rounds no weight.
 
     With an adapter, a dense weight is multiplied by itself and the adapter's product is added: what b a adds to a
     16-bit weight is mostly less than half of its last place, and would be rounded away. A quantised weight lies
@@ -332,6 +334,14 @@ def _contract(x: Array, w: Array, dimension: int, dtype: Any = None) -> Array:
 
 @jax.custom_vjp
 def _matmul_quantized(x: Float[Array, "*batch in"], w: QuantizedArray) -> Float[Array, "*batch out"]:
+    if w.scheme == "nf4":
+        fields = w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index
+        rows = x.reshape(-1, x.shape[-1])
+        try:
+            y = api.matmul_nf4(rows, *fields, shape=w.shape, implementation="triton")
+            return y.reshape(*x.shape[:-1], w.shape[0])
+        except NotImplementedError:  # more tokens than it is for, no GPU, float32: as for any scheme
+            pass
     return _contract(x, dequantize(w, x.dtype), 1)
 
 

@@ -1,0 +1,195 @@
+"""The product of few tokens with an NF4 weight: against the exact one, in every place where it stands in."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from jaxlora import quant
+from jaxlora.kernels import api, nf4_matmul, reference
+from jaxlora.kernels.nf4_matmul import Config
+
+# The largest relative error: the rounding of NF4 and that of the result, which is a third of the dtype's unit.
+LIMITS = {jnp.bfloat16: 3e-3, jnp.float16: 4e-4}
+
+
+def operands(key, tokens, shape, dtype, double_quant=True, is_stacked=False):
+    keys = jax.random.split(key)
+    one = functools.partial(quant.quantize, double_quant=double_quant)
+    q = jax.lax.map(one, 0.02 * jax.random.normal(keys[0], (3, *shape)))
+    q = q.at(jnp.int32(2)) if is_stacked else jax.tree.map(lambda leaf: leaf[1], q)
+    return jax.random.normal(keys[1], (tokens, shape[1])).astype(dtype), q
+
+
+def fields_of(q):
+    return q.codes, q.scales, q.nested_absmax, q.nested_offset, q.index
+
+
+def times(x, w):
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
+
+
+def relative_error(y, x, q):
+    dense = np.asarray(quant.dequantize(q.taken(), jnp.float32, implementation="reference"), np.float64)
+    exact = np.asarray(x, np.float64) @ dense.T
+    return float(np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("shape", [(96, 128), (10, 70)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_reference_is_the_product_with_the_dense_weight(key, dtype, shape, is_stacked):
+    x, q = operands(key, 3, shape, dtype, is_stacked=is_stacked)
+    got = api.matmul_nf4(x, *fields_of(q), shape=shape)
+    wanted = times(x, quant.dequantize(q, dtype))
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_on_the_cpu_few_tokens_take_the_path_of_many(key):
+    x, q = operands(key, 3, (96, 128), jnp.bfloat16, is_stacked=True)
+    assert api.implementations_in(quant.matmul, x, q) == {"merge_nf4.reference"}
+    np.testing.assert_array_equal(quant.matmul(x, q), times(x, quant.dequantize(q, x.dtype)))
+    with pytest.raises(NotImplementedError, match=r"matmul_nf4 .*triton: .*GPU"):
+        api.matmul_nf4(x, *fields_of(q), shape=q.shape, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    "tokens, shape, dtype, message",
+    [
+        (3, (96, 128), jnp.float32, "bfloat16 or float16, not float32"),
+        (65, (96, 128), jnp.bfloat16, "1 to 64 tokens, not 65"),
+        (3, (10, 70), jnp.bfloat16, "whole blocks of 64, not of 70"),
+    ],
+)
+def test_the_kernel_says_why_it_cannot_run(key, tokens, shape, dtype, message):
+    x, q = operands(key, tokens, shape, dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        nf4_matmul.matmul_nf4(x, *fields_of(q), shape=shape)
+
+
+@pytest.mark.parametrize("field", [{"num_warps": 3}, {"row_tiles": 3}, {"split": 0}, {"lookup": "table"}])
+def test_a_config_is_checked(field, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a user's mistake meets our own error
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Config(**field)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (100, 64), (576, 1536)])
+def test_no_warp_of_a_configuration_is_idle(tokens, shape):
+    config = nf4_matmul.heuristics(tokens, shape)
+    assert config.num_warps == 1 or 4 * config.num_warps * config.split <= shape[1] // 64
+
+
+# --- the PTX, interpreted on 32 lanes ---
+
+
+def permuted(a, b, selector):
+    pool = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(32, np.uint64)
+    for byte in range(4):
+        nibble = selector.astype(np.uint64) >> np.uint64(4 * byte) & np.uint64(15)
+        value = pool >> (nibble & np.uint64(7)) * np.uint64(8) & np.uint64(255)
+        sign = np.where(value & np.uint64(128), np.uint64(255), np.uint64(0))
+        result |= np.where(nibble & np.uint64(8), sign, value) << np.uint64(8 * byte)
+    return result.astype(np.uint32)
+
+
+def fused(a, b, c, dtype):
+    a, b, c = (np.ascontiguousarray(x).view(dtype).astype(np.float32) for x in (a, b, c))
+    return (a * b + c).astype(dtype).view(np.uint32)
+
+
+@pytest.mark.parametrize("lookup", nf4_matmul.LOOKUPS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_lookup_of_every_code_in_every_place(lookup, dtype):
+    dtype = jnp.dtype(dtype)
+    codes = np.random.default_rng(0).integers(0, 16, (2, 8, 32))
+    codes[:, :, :16] = (np.arange(16) + np.arange(8)[:, None]) % 16
+    words = sum(codes[:, i].astype(np.uint32) << np.uint32(4 * (i ^ 1)) for i in range(8))
+    registers = {f"${8 + i}": word for i, word in enumerate([*words, *nf4_matmul.tables(dtype)])}
+    value = lambda name: registers[name] if name in registers else np.full(32, int(name, 0), np.uint32)
+    for line in nf4_matmul._lookup_assembly(lookup, dtype).splitlines()[2:-1]:
+        op, names = line.removesuffix(";").split(" ", 1)
+        target, *arguments = names.split(", ")
+        match op.split("."), [value(name) for name in arguments]:
+            case ["mov", *_], [a]:
+                result = a
+            case ["xor", *_], [a, b]:
+                result = a ^ b
+            case ["shr", *_], [a, b]:
+                result = a >> b
+            case ["prmt", *_], [a, b, selector]:
+                result = permuted(a, b, selector)
+            case ["shfl", *_], [a, index, *_]:
+                result = a[index & 31]
+            case ["fma", *_], [a, b, c]:
+                result = fused(a, b, c, dtype)
+            case unknown:
+                raise AssertionError(unknown)
+        registers[target] = result
+    got = np.stack([registers[f"${i}"] for i in range(8)]).view(np.uint16).reshape(8, 32, 2)
+    got = got.transpose(0, 2, 1).reshape(2, 8, 32).view(dtype).astype(np.float32)
+    wanted = (reference.NF4 * np.float32(nf4_matmul.FACTORS[dtype.name])).astype(dtype).astype(np.float32)[codes]
+    # A zero may come out as a subnormal number, see the lookup.
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2.0 ** (-125 if dtype == jnp.bfloat16 else -16))
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype, is_stacked, double_quant",
+    [(jnp.bfloat16, True, True), (jnp.float16, False, True), (jnp.float16, True, False)],
+)
+@pytest.mark.parametrize(
+    "shape, tokens",
+    [
+        *(((1024, 4096), tokens) for tokens in (1, 3, 8, 17, 64)),
+        *(((100, 64), 3), ((70, 192), 17), ((896, 4864), 8), ((4096, 14336), 1)),
+    ],
+)
+def test_triton_is_as_exact_as_the_dtype(key, dtype, shape, tokens, is_stacked, double_quant):
+    x, q = operands(key, tokens, shape, dtype, double_quant, is_stacked)
+    assert api.implementations_in(quant.matmul, x, q) == {"matmul_nf4.triton"}
+    y = jax.jit(quant.matmul)(x, q)
+    assert y.dtype == dtype and y.shape == (tokens, shape[0])
+    assert relative_error(y, x, q) < LIMITS[dtype]
+    np.testing.assert_array_equal(y, jax.jit(quant.matmul)(x, q))  # no sum depends on who comes first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lookup", nf4_matmul.LOOKUPS)
+@pytest.mark.parametrize("layout", [dict(num_warps=1), dict(num_warps=4, split=3), dict(num_warps=8, row_tiles=2)])
+def test_every_configuration_is_right(key, lookup, layout):
+    for tokens in (1, 9, 64):
+        x, q = operands(key, tokens, (896, 4864), jnp.bfloat16, is_stacked=True)
+        config = Config(lookup=lookup, **layout)
+        y = nf4_matmul.matmul_nf4(x, *fields_of(q), shape=q.shape, config=config)
+        assert relative_error(y, x, q) < LIMITS[jnp.bfloat16], tokens
+
+
+@pytest.mark.gpu
+def test_triton_runs_forward_and_the_backward_pass_dequantises(key):
+    x, q = operands(key, 8, (1024, 4096), jnp.bfloat16)
+    product = lambda x: jax.vjp(lambda x: quant.matmul(x, q), x)
+    run = lambda x: (product(x)[0], product(x)[1](jnp.ones((8, 1024), x.dtype)))
+    assert api.implementations_in(run, x) == {"matmul_nf4.triton", "dequantize_nf4.triton"}
+    y, (dx,) = run(x)
+    assert relative_error(y, x, q) < LIMITS[jnp.bfloat16]
+    wanted = jnp.sum(quant.dequantize(q, jnp.float32), axis=0)
+    assert float(jnp.linalg.norm(dx[0].astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)) < 1e-2
+
+
+@pytest.mark.gpu
+def test_adapters_that_are_vmapped_meet_one_weight(key):
+    x, q = operands(key, 3, (256, 512), jnp.bfloat16)
+    xs = jnp.stack([x, 2 * x, -x])
+    got = jax.vmap(lambda x: quant.matmul(x, q))(xs)
+    for y, x in zip(got, xs, strict=True):
+        assert relative_error(y, x, q) < LIMITS[jnp.bfloat16]
