@@ -223,10 +223,10 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
     product_assembly = tl.constexpr(_product_assembly(dtype))
     product_operands = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24 + ["f"] * 6))
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
-    ring_assembly = tl.constexpr("{ .shared .align 16 .b8 ring[%d]; mov.u32 $0, ring; add.u32 $0, $0, $1; }" % ring)
+    ring_assembly = tl.constexpr(f"{{ .shared .align 16 .b8 ring[{ring}]; mov.u32 $0, ring; add.u32 $0, $0, $1; }}")
     copy_assembly = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 8, $3; mov.b32 $0, $1;")
     commit_assembly = tl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
-    wait_assembly = tl.constexpr("cp.async.wait_group %d; mov.b32 $0, $1;" % (depth - 1))
+    wait_assembly = tl.constexpr(f"cp.async.wait_group {depth - 1}; mov.b32 $0, $1;")
     read_assembly = tl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
     scale_operands = tl.constexpr("=r,r,r")
     scale_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
