@@ -39,8 +39,10 @@ def read(folder: Path) -> list[Row]:
 
 
 def standing(rows: Iterable[Row]) -> list[Row]:
-    """Of each device, work and policy the newest row, the larger shapes and the smaller works first. Rows without a
-    mode, or with a "superseded" that says by what, are of forms of the code that are no more."""
+    """Of each device, work and policy the newest row, of those with a peer beside them if there are any, the larger
+    shapes and the smaller works first. Rows without a mode, or with a "superseded" that says by what, are of forms of
+    the code that are no more."""
+    rows = sorted(rows, key=lambda row: any(f"{peer}_tok_s" in row for peer in PEERS))
     newest = {
         (row["device"], row["work"], row["policy"]): row for row in rows if "mode" in row and not row.get("superseded")
     }
