@@ -1,19 +1,20 @@
 """`use_gradient_checkpointing="auto"`: the fastest checkpointing policy whose step fits the device, not guessed.
 
-Policies are tried from the fastest to the leanest. One whose kept values alone exceed what is free is passed over, by
-the table in `remat`; of the others XLA says, once it has compiled the step, how many bytes it takes beside its
-arguments, and the first that fits is taken. Compiling is what the first step would have cost anyway, and with a
-compilation cache the policies that did not fit cost nothing the second time.
+Policies are tried from the fastest to the leanest. One whose kept values alone exceed what is free, on the device or of
+the host's pinned memory, is passed over, by the table in `remat`; of the others XLA says, once it has compiled the
+step, how many bytes it takes beside its arguments, and the first that fits is taken. Compiling is what the first step
+would have cost anyway, and with a compilation cache the policies that did not fit cost nothing the second time.
 
-The order is that of steps measured on an H100 and, for "attention", on an H200 (`benchmarks/results`). From some length
-on keeping attention's results on the host costs less than computing them again, since attention grows with the square
-of the length and its results do not: at 8,192 tokens it was slower, at 32,768 faster.
+The order is that of steps measured on an H100 and, for "attention", on an H200 (`benchmarks/results`): what is kept on
+the host costs no time, so the more of it the better, and "full", which computes everything again, comes last, for hosts
+with little memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from typing import Any
 
 import jax
@@ -28,10 +29,13 @@ from jaxlora.train import Loss, TrainState, make_train_step
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a row from which on results of attention are kept on the host rather than computed again.
-LONG_ROW = 16384
+# From the fastest on.
+ORDER = ("projections", "attention", "offload_residual", "offload_attention", "offload", "full")
 # What is left free, since memory is never free in one piece.
 _RESERVE = 0.04
+# XLA's bound of pinned memory, in GiB, where its own variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB does not say.
+_PINNED_LIMIT = 64
+_SHARE_OF_HOST = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,30 +59,35 @@ def choose_policy(
     loss: Loss = causal_lm_loss,
     *,
     free: int | None = None,
+    free_on_host: int | None = None,
 ) -> Choice:
     """Decide the policy of a model that is on the device with its state, for batches of this shape, and set it.
 
     free: bytes that a step may take beside its arguments; by default what the device has left, or no bound where the
-    device does not say.
+    device does not say. free_on_host: the same of pinned host memory.
 
     Raises:
         MemoryError: no policy fits; the message says what the leanest needs.
     """
     free = free_bytes() if free is None else free
+    free_on_host = host_bytes() if free_on_host is None else free_on_host
     tokens = batch["input_ids"].shape[-2] * batch["input_ids"].shape[-1]
     tried: dict[str, int] = {}
-    for policy in order(batch["input_ids"].shape[-1]):
+    for policy in ORDER:
         least = tokens * kept_bytes(policy, model.config, model.dtype.itemsize)
-        if free is not None and least > free:
-            tried[policy] = least
+        is_on_host = remat.POLICIES[policy].on_host
+        room = free_on_host if is_on_host else free
+        if room is not None and least > room:
+            if not is_on_host:
+                tried[policy] = least
             continue
         model.remat_policy = policy
         graphdef, _, frozen = partition(model)
         step = make_train_step(graphdef, optimizer, loss).lower(state, frozen, batch).compile()
         tried[policy] = needed = _step_bytes(step)
         if free is None or needed <= free:
-            room = "" if free is None else f" of {free / 2**30:.2f} GiB that are free"
-            logger.info("gradient checkpointing is %r: a step takes %.2f GiB%s", policy, needed / 2**30, room)
+            bound = "" if free is None else f" of {free / 2**30:.2f} GiB that are free"
+            logger.info("gradient checkpointing is %r: a step takes %.2f GiB%s", policy, needed / 2**30, bound)
             return Choice(policy, step, needed, free, tried)
     model.remat_policy = remat.AUTO
     leanest = min(tried, key=lambda policy: tried[policy])
@@ -88,22 +97,22 @@ def choose_policy(
     )
 
 
-def order(row: int) -> tuple[str, ...]:
-    """The policies that are tried for rows of so many tokens, from the fastest on."""
-    on_host = ("offload_attention", "offload") if row >= LONG_ROW else ("offload", "offload_attention")
-    return ("projections", "attention", "full", *on_host)
-
-
 def kept_bytes(policy: str, config: ModelConfig, itemsize: int) -> int:
-    """The bytes that a policy keeps on the device for each token, over all layers: the table in `remat`."""
+    """The bytes that a policy keeps for each token over all layers, wherever: the table in `remat`."""
     return itemsize * sum(_kept_width(policy, config, layer) for layer in config.layers)
 
 
 def _kept_width(policy: str, config: ModelConfig, layer: LayerConfig) -> int:
     d, q = config.hidden_size, config.num_attention_heads * layer.head_dim
     k = layer.num_key_value_heads * layer.head_dim if layer.reuses_kv is None else 0
-    widths = {"projections": 2 * d + 2 * q + 2 * k + 2 * layer.intermediate_size, "attention": 2 * d + q, "full": d}
-    return widths.get(policy, 0)
+    return {
+        "projections": 2 * d + 2 * q + 2 * k + 2 * layer.intermediate_size,
+        "attention": 2 * d + q,
+        "offload_residual": 2 * d + q,
+        "offload_attention": d + q,
+        "offload": d,
+        "full": d,
+    }[policy]
 
 
 def free_bytes() -> int | None:
@@ -112,6 +121,14 @@ def free_bytes() -> int | None:
     if not stats or "bytes_limit" not in stats:
         return None
     return int(stats["bytes_limit"] * (1 - _RESERVE)) - stats["bytes_in_use"]
+
+
+def host_bytes() -> int | None:
+    """How much pinned memory XLA may take: its own bound, or most of what the host has; None without a GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    limit = float(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", _PINNED_LIMIT)) * 2**30
+    return int(min(limit, _SHARE_OF_HOST * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
 
 
 def _step_bytes(step: Any) -> int:

@@ -28,10 +28,10 @@ def parts():
     return model, optimizer, {"input_ids": ids, "labels": ids}
 
 
-def choose(parts, free):
+def choose(parts, free, free_on_host=None):
     model, optimizer, batch = parts
     state = TrainState.create(lora.partition(model)[1], optimizer)
-    return remat_auto.choose_policy(model, optimizer, state, batch, free=free)
+    return remat_auto.choose_policy(model, optimizer, state, batch, free=free, free_on_host=free_on_host)
 
 
 def test_the_fastest_that_fits_is_taken_and_its_step_runs(parts):
@@ -50,7 +50,7 @@ def test_the_fastest_that_fits_is_taken_and_its_step_runs(parts):
 
 def test_what_cannot_fit_is_not_compiled(parts):
     tokens = 512
-    kept = {name: tokens * remat_auto.kept_bytes(name, CONFIG, 4) for name in remat_auto.order(256)}
+    kept = {name: tokens * remat_auto.kept_bytes(name, CONFIG, 4) for name in remat_auto.ORDER}
     assert kept["projections"] == tokens * 6 * 4 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 256)
     choice = choose(parts, None)
     assert kept["projections"] < choice.needed
@@ -59,9 +59,20 @@ def test_what_cannot_fit_is_not_compiled(parts):
     assert parts[0].remat_policy == "auto"
 
 
-def test_long_rows_keep_results_of_attention_on_the_host():
-    assert remat_auto.order(2048)[-2:] == ("offload", "offload_attention")
-    assert remat_auto.order(32768)[-2:] == ("offload_attention", "offload")
+def test_little_memory_of_the_host_leaves_out_what_is_kept_there(parts, monkeypatch):
+    tokens = 512
+    kept = {name: tokens * remat_auto.kept_bytes(name, CONFIG, 4) for name in remat_auto.ORDER}
+    assert kept["offload"] < kept["offload_attention"] < kept["offload_residual"] == kept["attention"]
+    with monkeypatch.context() as patch:
+        patch.setattr(remat_auto, "ORDER", ("full",))
+        enough = choose(parts, None).needed
+    assert choose(parts, enough, 0).policy == "full"
+    tried = choose(parts, enough, kept["offload"]).tried
+    assert "offload" in tried and not {"offload_residual", "offload_attention"} & set(tried)
+
+
+def test_every_policy_but_none_is_tried():
+    assert set(remat_auto.ORDER) == set(remat.POLICIES) - {"none"}
 
 
 def test_undecided_it_computes_as_full(parts):
