@@ -1,12 +1,41 @@
-"""Weights in the pinned memory of the host, out of which only what is asked for travels to the device."""
+"""The pinned memory of the host: how much XLA may take, and weights that lie in it.
+
+Of such a weight only what is asked for travels to the device.
+"""
 
 from __future__ import annotations
+
+import os
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.compute_on import compute_on
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
+
+# XLA's own, read when it makes its client. Without it XLA pins 64 GiB at most.
+_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_SHARE = 0.8
+
+
+def allow_pinned() -> None:
+    """Let XLA pin most of the host's memory for what is offloaded: 80%, or what its variable says if that is set.
+
+    The variable is the process's, and counts only before JAX first uses a device. The command line calls this.
+    """
+    os.environ.setdefault(_LIMIT, str(int(_SHARE * _physical_bytes() / 2**30)))
+
+
+def pinned_bytes() -> int | None:
+    """How much host memory XLA may pin, or most of what there is if that is less; None where nothing is offloaded to
+    memory of its own, as on a CPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    return int(min(float(os.environ.get(_LIMIT, 64)) * 2**30, _SHARE * _physical_bytes()))
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def pinned_host() -> Sharding:

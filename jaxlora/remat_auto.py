@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from jaxlora.config import LayerConfig, ModelConfig
 from jaxlora.lora import partition
 from jaxlora.loss import Batch, causal_lm_loss
 from jaxlora.model import CausalLM
+from jaxlora.offload import pinned_bytes
 from jaxlora.train import Loss, TrainState, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 ORDER = ("projections", "attention", "offload_residual", "offload_attention", "offload", "full")
 # What is left free, since memory is never free in one piece.
 _RESERVE = 0.04
-# XLA's bound of pinned memory, in GiB, where its own variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB does not say.
-_PINNED_LIMIT = 64
-_SHARE_OF_HOST = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ def choose_policy(
         MemoryError: no policy fits; the message says what the leanest needs.
     """
     free = free_bytes() if free is None else free
-    free_on_host = host_bytes() if free_on_host is None else free_on_host
+    free_on_host = pinned_bytes() if free_on_host is None else free_on_host
     tokens = batch["input_ids"].shape[-2] * batch["input_ids"].shape[-1]
     tried: dict[str, int] = {}
     for policy in ORDER:
@@ -121,14 +118,6 @@ def free_bytes() -> int | None:
     if not stats or "bytes_limit" not in stats:
         return None
     return int(stats["bytes_limit"] * (1 - _RESERVE)) - stats["bytes_in_use"]
-
-
-def host_bytes() -> int | None:
-    """How much pinned memory XLA may take: its own bound, or most of what the host has; None without a GPU."""
-    if jax.default_backend() != "gpu":
-        return None
-    limit = float(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", _PINNED_LIMIT)) * 2**30
-    return int(min(limit, _SHARE_OF_HOST * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
 
 
 def _step_bytes(step: Any) -> int:

@@ -1,12 +1,14 @@
 """The fastest policy that fits: chosen by what compiled steps take."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
 
-from jaxlora import lora, remat, remat_auto
+from jaxlora import lora, offload, remat, remat_auto
 from jaxlora.config import LoraConfig, ModelConfig, RopeConfig
 from jaxlora.model import CausalLM
 from jaxlora.train import TrainState
@@ -82,3 +84,15 @@ def test_undecided_it_computes_as_full(parts):
     logits = model(batch["input_ids"])
     model.remat_policy = "full"
     assert bool(jnp.all(logits == model(batch["input_ids"])))
+
+
+def test_xla_may_pin_most_of_the_host_unless_told_otherwise(monkeypatch):
+    name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    monkeypatch.delenv(name, raising=False)
+    offload.allow_pinned()
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    assert 0.8 * gib - 1 <= int(os.environ[name]) <= 0.8 * gib
+    monkeypatch.setenv(name, "7")
+    offload.allow_pinned()
+    assert os.environ[name] == "7"
+    assert offload.pinned_bytes() is None  # on a CPU

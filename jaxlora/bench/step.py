@@ -108,6 +108,9 @@ def measure(work: Work, policy: str, steps: int) -> dict[str, Any]:
 
 
 def main(name: str, policy: str, steps: str) -> None:
+    from jaxlora.offload import allow_pinned
+
+    allow_pinned()
     print(json.dumps(measure(Work.parse(name), policy, int(steps))), flush=True)
 
 
