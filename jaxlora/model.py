@@ -30,7 +30,17 @@ from jaxlora import quant, remat
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.delta_net import GatedDeltaNet
 from jaxlora.kernels import api as kernels
-from jaxlora.layers import ACTIVATIONS, Embedding, Identity, Linear, Norm, PlainLinear, TokenwiseModule, base_param
+from jaxlora.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Identity,
+    Linear,
+    Norm,
+    PlainLinear,
+    TokenwiseModule,
+    base_param,
+    linear_each,
+)
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
 from jaxlora.rope import alibi_bias, apply_rope, rope_tables, segment_positions
@@ -126,7 +136,7 @@ class Attention(nnx.Module):
         if self.fused_qkv == "concatenated":
             n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
             return jnp.split(self.qkv_proj(x, keys[0]), [n, n + k], axis=-1)
-        return self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+        return linear_each([self.q_proj, self.k_proj, self.v_proj], x, keys[:3])
 
     def __call__(self, x, context: Context, keys: list, cache=None):
         """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
@@ -151,6 +161,8 @@ class Attention(nnx.Module):
             all_keys = _write_cache(all_keys, k, layer, context.offset)
             all_values = _write_cache(all_values, v, layer, context.offset)
             cache = (all_keys, all_values, layer)
+            if not context.is_prefill and t == 1:
+                return self._output(self._decode(q, cache, context), gate, keys[3]), cache
             if not context.is_prefill:
                 k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False).astype(k.dtype)
                 v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False).astype(v.dtype)
@@ -167,9 +179,28 @@ class Attention(nnx.Module):
             key_segments=context.key_segments,
             offset=context.offset,
         )
+        return self._output(out, gate, keys[3]), cache
+
+    def _decode(self, q, cache, context: Context):
+        """What one token of each row [B, 1, N, H] takes from the cache, which it is in already."""
+        assert context.query_segments is not None
+        return kernels.decode_attention(
+            q[:, 0],
+            *cache,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            key_bias=context.key_bias,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
+            query_segments=context.query_segments[:, 0],
+            key_segments=context.key_segments,
+            offset=context.offset,
+        )[:, None]
+
+    def _output(self, out, gate, key):
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache
+        return self.o_proj(out.reshape(*out.shape[:2], self.heads * self.head_dim), key)
 
 
 def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) -> Array:
@@ -220,7 +251,7 @@ class MLP(TokenwiseModule):
         if self.fused is not None:
             gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
         else:
-            gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
+            gate, up = linear_each([self.gate_proj, self.up_proj], x, keys[:2])
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.multiplier * self.down_proj(act(self.gate_multiplier * gate) * up, keys[2])
 

@@ -1,4 +1,4 @@
-"""A product with an NF4 weight for few tokens: y = x W^T, dequantised inside the product, in one Triton kernel.
+"""Products with NF4 weights for few tokens: y = x W^T, dequantised inside the product, in one Triton kernel.
 
 The maths, for x [M, in] and a weight [out, in] in blocks of 64 elements of a row:
 
@@ -30,6 +30,7 @@ The trade. At the speed of a copy an SM of an H100 must take 25 weights a cycle,
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, no_type_check
 
@@ -38,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels import reference
+from jaxlora.kernels.reference import NF4Fields
 
 LOOKUPS = ("prmt", "shfl", "mixed")
 # What NF4 is multiplied by before it is rounded to 16 bits, and the sum divided by at the end: with these its entries
@@ -45,6 +47,7 @@ LOOKUPS = ("prmt", "shfl", "mixed")
 # bfloat16 and 8.4e-5 in float16, relative, where dequantising first has 1.7e-3 and 2.1e-4.
 FACTORS = {"bfloat16": 1.43675, "float16": 1.6385}
 MOST_TOKENS = 64
+MOST_WEIGHTS = 3
 RING = 40 << 10  # bytes of shared memory; what needs no asking for is 48 KB, and the sum over warps wants some
 
 
@@ -223,10 +226,10 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
     product_assembly = tl.constexpr(_product_assembly(dtype))
     product_operands = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24 + ["f"] * 6))
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
-    ring_assembly = tl.constexpr("{ .shared .align 16 .b8 ring[%d]; mov.u32 $0, ring; add.u32 $0, $0, $1; }" % ring)
+    ring_assembly = tl.constexpr(f"{{ .shared .align 16 .b8 ring[{ring}]; mov.u32 $0, ring; add.u32 $0, $0, $1; }}")
     copy_assembly = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 8, $3; mov.b32 $0, $1;")
     commit_assembly = tl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
-    wait_assembly = tl.constexpr("cp.async.wait_group %d; mov.b32 $0, $1;" % (depth - 1))
+    wait_assembly = tl.constexpr(f"cp.async.wait_group {depth - 1}; mov.b32 $0, $1;")
     read_assembly = tl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
     scale_operands = tl.constexpr("=r,r,r")
     scale_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
@@ -329,16 +332,31 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
     @triton.jit
     def matmul_nf4(
         x,  # [M, COLUMNS]
-        codes,  # uint8 [stack, ROWS, COLUMNS / 2]
-        absmax,  # uint8 or float32 [stack, ROWS, COLUMNS / 64]
-        nested_absmax,  # float32 [stack, ceil(blocks / 256)]; unread unless NESTED
-        offset,  # float32 [stack]; unread unless NESTED
-        index,  # int32 []: which of the stack; unread unless STACKED
         nf4,  # uint32 [5, 32], `tables`
         dynamic_map,  # float32 [256]
-        out,  # [M, ROWS], or float32 [SPLIT, M, ROWS]
+        codes0,  # of the first weight: uint8 [stack, rows, COLUMNS / 2]
+        absmax0,  # uint8 or float32 [stack, rows, COLUMNS / 64]
+        nested_absmax0,  # float32 [stack, ceil(blocks / 256)]; unread unless NESTED
+        offset0,  # float32 [stack]; unread unless NESTED
+        index0,  # int32 []: which of the stack; unread unless STACKED
+        codes1,  # of the second, and so on; unread where there are fewer
+        absmax1,
+        nested_absmax1,
+        offset1,
+        index1,
+        codes2,
+        absmax2,
+        nested_absmax2,
+        offset2,
+        index2,
+        out0,  # [M, rows], or float32 [SPLIT, M, rows]
+        out1,
+        out2,
         M: tl.constexpr,
-        ROWS: tl.constexpr,
+        ROWS0: tl.constexpr,
+        ROWS1: tl.constexpr,
+        ROWS2: tl.constexpr,
+        WEIGHTS: tl.constexpr,
         COLUMNS: tl.constexpr,
         NESTED: tl.constexpr,
         STACKED: tl.constexpr,
@@ -352,11 +370,28 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
         STEP: tl.constexpr = 4 * WARPS * SPLIT
         STEPS: tl.constexpr = (BLOCKS + STEP - 1) // STEP
+        program = tl.program_id(0)
+        rows = program * 0 + ROWS0
+        codes, absmax, nested_absmax, offset, index, out = codes0, absmax0, nested_absmax0, offset0, index0, out0
+        FIRST: tl.constexpr = (ROWS0 + 16 * ROW_TILES - 1) // (16 * ROW_TILES)
+        SECOND: tl.constexpr = FIRST + (ROWS1 + 16 * ROW_TILES - 1) // (16 * ROW_TILES)
+        if WEIGHTS > 1:
+            if tl.program_id(0) >= FIRST:
+                codes, absmax, nested_absmax, offset = codes1, absmax1, nested_absmax1, offset1
+                index, out = index1, out1
+                rows = program * 0 + ROWS1
+                program = tl.program_id(0) - FIRST
+        if WEIGHTS > 2:
+            if tl.program_id(0) >= SECOND:
+                codes, absmax, nested_absmax, offset = codes2, absmax2, nested_absmax2, offset2
+                index, out = index2, out2
+                rows = program * 0 + ROWS2
+                program = tl.program_id(0) - SECOND
         if STACKED:
             layer = tl.load(index).to(tl.int64)
-            codes += layer * (ROWS * BLOCKS * 32)
-            absmax += layer * (ROWS * BLOCKS)
-            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
+            codes += layer * (rows * (BLOCKS * 32))
+            absmax += layer * (rows * BLOCKS)
+            nested_absmax += layer * ((rows * BLOCKS + 255) // 256)
             offset += layer
         mean = 0.0
         if NESTED:
@@ -373,19 +408,19 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         SLOT: tl.constexpr = 2 * ROW_TILES * 32 * THREADS
         ring = tl.inline_asm_elementwise(ring_assembly, "=&r,r", [thread * 16], dtype=tl.int32, is_pure=False, pack=1)
         first = 4 * (thread // 32 + WARPS * tl.program_id(1))
-        rows = ()  # the number of the first block of each row
+        starts = ()  # the number of the first block of each row
         for i in tl.static_range(2 * ROW_TILES):
-            row = tl.program_id(0) * (16 * ROW_TILES) + 8 * i + group
-            rows = rows + (tl.minimum(row, ROWS - 1) * BLOCKS,)
+            row = program * (16 * ROW_TILES) + 8 * i + group
+            starts = starts + (tl.minimum(row, rows - 1) * BLOCKS,)
         for step in tl.static_range(DEPTH):
             for i in tl.static_range(2 * ROW_TILES):
                 target = ring + (step * SLOT + i * 32 * THREADS)
-                ask(first + step * STEP, target, codes + rows[i] * 4, BLOCKS, THREADS)
+                ask(first + step * STEP, target, codes + starts[i] * 4, BLOCKS, THREADS)
             ordered(commit_assembly)
         statistics = ()
         for i in tl.static_range(2 * ROW_TILES):
             at, is_inside = first + t, first + t < BLOCKS
-            statistics = statistics + (statistics_at(rows[i] + at, is_inside, absmax, nested_absmax, NESTED),)
+            statistics = statistics + (statistics_at(starts[i] + at, is_inside, absmax, nested_absmax, NESTED),)
         tokens = ()
         for i in tl.static_range(TOKEN_TILES):
             tokens = tokens + (x + tl.minimum(8 * i + group, M - 1) * (COLUMNS // 4),)
@@ -404,13 +439,13 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
             if DEPTH < STEPS:
                 for i in tl.static_range(2 * ROW_TILES):
                     target = ring + free * SLOT + i * 32 * THREADS
-                    ask(first + DEPTH * STEP, target, codes + rows[i] * 4, BLOCKS, THREADS)
+                    ask(first + DEPTH * STEP, target, codes + starts[i] * 4, BLOCKS, THREADS)
             ordered(commit_assembly)
             if STEPS > 1:
                 statistics = ()
                 for i in tl.static_range(2 * ROW_TILES):
                     at, is_inside = first + STEP + t, first + STEP + t < BLOCKS
-                    statistics = statistics + (statistics_at(rows[i] + at, is_inside, absmax, nested_absmax, NESTED),)
+                    statistics = statistics + (statistics_at(starts[i] + at, is_inside, absmax, nested_absmax, NESTED),)
             full = tl.where(full == SLOTS - 1, 0, full + 1)
             free = tl.where(free == SLOTS - 1, 0, free + 1)
             start = inside(first, BLOCKS)
@@ -433,9 +468,9 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
 
         lane = tl.arange(0, 32)
         group, t = lane // 4, lane % 4
-        out += tl.program_id(1) * (M * ROWS)
+        out += tl.program_id(1) * (M * rows)
         for tile in tl.static_range(ROW_TILES):
-            row = tl.program_id(0) * (16 * ROW_TILES) + 16 * tile + group
+            row = program * (16 * ROW_TILES) + 16 * tile + group
             for j in tl.static_range(TOKEN_TILES):
                 total = totals[tile * TOKEN_TILES + j]
                 parts = ()
@@ -444,57 +479,63 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
                 parts = tl.reduce(parts, 0, add)
                 for i in tl.static_range(4):
                     m, n = 8 * j + 2 * t + i % 2, row + 8 * (i // 2)
-                    tl.store(out + m * ROWS + n, (parts[i] * unit).to(out.dtype.element_ty), mask=(m < M) & (n < ROWS))
+                    tl.store(out + m * rows + n, (parts[i] * unit).to(out.dtype.element_ty), mask=(m < M) & (n < rows))
 
     return matmul_nf4
 
 
 def matmul_nf4(
     x: jax.Array,
-    codes: jax.Array,
-    absmax: jax.Array,
-    nested_absmax: jax.Array | None,
-    offset: jax.Array | None,
-    index: jax.Array | None,
+    weights: Sequence[NF4Fields],
     *,
-    shape: tuple[int, int],
+    shapes: Sequence[tuple[int, int]],
     config: Config | None = None,
-) -> jax.Array:
-    """`reference.matmul_nf4` as a Triton kernel: the same arguments; the result is nearer to the exact one.
+) -> list[jax.Array]:
+    """`reference.matmul_nf4` as a Triton kernel: the same arguments; the results are nearer to the exact ones.
 
-    It may be vmapped (which loops) and is not differentiable.
+    Up to three weights are multiplied in one launch. It may be vmapped (which loops) and is not differentiable.
 
     Raises:
-      NotImplementedError: jax-triton is not installed, x is none of bfloat16 and float16 or has more than `MOST_TOKENS`
-        rows, rows of the weight are not whole blocks (in % 64), or there are 2^31 elements or more.
+      NotImplementedError: jax-triton is not installed; x is none of bfloat16 and float16 or has more than `MOST_TOKENS`
+        rows; rows of a weight are not whole blocks (in % 64), or it has 2^31 elements or more; there are more than
+        three weights, or some are quantised twice or stacked and others are not.
     """
-    tokens, (rows, columns) = x.shape[0], shape
+    tokens, columns = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the kernel takes bfloat16 or float16, not {x.dtype.name}")
     if not 0 < tokens <= MOST_TOKENS:
         raise NotImplementedError(f"the kernel takes 1 to {MOST_TOKENS} tokens, not {tokens}")
     if columns % reference.NF4_BLOCK:
         raise NotImplementedError(f"the kernel takes rows of whole blocks of 64, not of {columns} elements")
-    if rows * columns >= 1 << 31:
-        raise NotImplementedError(f"the kernel counts elements in 32 bits, and there are {rows * columns}")
+    if not 0 < len(weights) <= MOST_WEIGHTS:
+        raise NotImplementedError(f"the kernel takes 1 to {MOST_WEIGHTS} weights, not {len(weights)}")
+    if max(rows * columns for rows, _ in shapes) >= 1 << 31:
+        raise NotImplementedError(f"the kernel counts elements in 32 bits, too few for {list(shapes)}")
+    is_nested, is_stacked = ([fields[i] is not None for fields in weights] for i in (2, 4))
+    if len({*is_nested}) > 1 or len({*is_stacked}) > 1:
+        raise NotImplementedError("the kernel takes weights that are all quantised twice or none, all stacked or none")
     try:
         import jax_triton
     except ImportError as error:
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
-    config = heuristics(tokens, shape) if config is None else config
+    config = heuristics(tokens, (sum(rows for rows, _ in shapes), columns)) if config is None else config
     parts = config.split
+    rows = [rows for rows, _ in shapes]
+    padding = [0] * (MOST_WEIGHTS - len(rows))
+    shape_of = lambda n: jax.ShapeDtypeStruct((parts, tokens, n), x.dtype if parts == 1 else jnp.float32)
     call = functools.partial(
         jax_triton.triton_call,
         kernel=_kernel(config.lookup, x.dtype, config.slots(columns) * config.slot, config.steps_ahead(columns)),
-        out_shape=jax.ShapeDtypeStruct((parts, tokens, rows), x.dtype if parts == 1 else jnp.float32),
-        grid=(-(-rows // (16 * config.row_tiles)), parts),
+        out_shape=[shape_of(n) for n in [*rows, *(1 for _ in padding)]],
+        grid=(sum(-(-n // (16 * config.row_tiles)) for n in rows), parts),
         num_warps=config.num_warps,
         M=tokens,
-        ROWS=rows,
+        **{f"ROWS{i}": n for i, n in enumerate([*rows, *padding])},
+        WEIGHTS=len(rows),
         COLUMNS=columns,
-        NESTED=nested_absmax is not None,
-        STACKED=index is not None,
+        NESTED=is_nested[0],
+        STACKED=is_stacked[0],
         SPLIT=parts,
         WARPS=config.num_warps,
         ROW_TILES=config.row_tiles,
@@ -504,12 +545,21 @@ def matmul_nf4(
     )
 
     @jax.custom_batching.sequential_vmap
-    def run(x, codes, absmax, nested_absmax, offset, index):
+    def run(x, weights):
         constants = jnp.asarray(tables(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
-        out = call(x, codes, absmax, nested_absmax, offset, index, *constants)
-        return out[0] if parts == 1 else jnp.sum(out, axis=0).astype(x.dtype)
+        outs = call(x, *constants, *(field for fields in weights for field in fields))[: len(rows)]
+        return [out[0] if parts == 1 else jnp.sum(out, axis=0).astype(x.dtype) for out in outs]
 
-    if nested_absmax is None:
-        nested_absmax, offset = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
-    index = jnp.zeros((), jnp.int32) if index is None else index
-    return run(x, codes, absmax, nested_absmax, offset, index)
+    unread = jnp.zeros((1,), jnp.float32)
+
+    def filled(codes, absmax, nested_absmax, offset, index):
+        return (
+            codes,
+            absmax,
+            unread if nested_absmax is None else nested_absmax,
+            unread if offset is None else offset,
+            jnp.zeros((), jnp.int32) if index is None else index,
+        )
+
+    some = [filled(*fields) for fields in weights]
+    return run(x, [*some, *(some[0] for _ in padding)])
