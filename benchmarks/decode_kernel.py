@@ -50,10 +50,11 @@ CONFIGS = {
 MORE_CONFIGS = [
     Config(lookup=lookup, num_warps=warps, row_tiles=tiles, split=split, depth=depth)
     for lookup in nf4_matmul.LOOKUPS
-    for warps in (2, 4, 8, 16)
+    for warps in (2, 4, 8)
     for tiles in (1, 2)
     for split in (1, 2)
     for depth in (1, 2, 4)
+    if warps * tiles <= 8
 ]
 # What real models have beside whole tiles: (out, in), tokens, dtype, double quantisation, stacked, configuration.
 CHECKS = [

@@ -8,7 +8,7 @@ NF4 is rounded to x's dtype, the products are exact, both sums are float32, and 
 the table, where dequantising first rounds every weight.
 
 The layout. A warp takes 16 rows of the weight and multiplies them with `mma.m16n8k16`, whose operands it loads straight
-into the registers where the tensor cores want them: no shared memory, no shuffling of weights. The order of k within a
+to the lanes where the tensor cores want them: no shuffling of weights. The order of k within a
 product is free as long as both operands agree on it, so lane 4 g + t takes
 
     of row g and of row g + 8 of the weight    8 bytes, elements 16 t .. 16 t + 15 of a block,
@@ -17,6 +17,10 @@ product is free as long as both operands agree on it, so lane 4 g + t takes
 and step s of the four of a block multiplies elements 4 s .. 4 s + 3 of all lanes. A block's sum is multiplied by its
 scale and added to the total. The warps of a program share its rows and divide k; their totals are added at the end.
 `split` programs may divide k further, and leave float32 parts that XLA adds: no atomics, so a result never varies.
+
+Codes come by asynchronous copies into shared memory, some steps ahead, 8 bytes to each lane from where it asked for
+them: the assembler moves plain loads down to where their values are used, however early they stand, and of those few
+are on their way at a time. So does x, of one or two tokens.
 
 Triton does the addresses, the loads, and the sum over warps. It holds the operands as tensors of one element a thread,
 whose layout is the only one there is for such a shape, and inline PTX does what is done across a warp.
@@ -48,6 +52,7 @@ LOOKUPS = ("prmt", "shfl", "mixed")
 FACTORS = {"bfloat16": 1.43675, "float16": 1.6385}
 MOST_TOKENS = 64
 MOST_WEIGHTS = 3
+MOST_TOKENS_IN_RING = 2
 RING = 40 << 10  # bytes of shared memory; what needs no asking for is 48 KB, and the sum over warps wants some
 
 
@@ -78,39 +83,56 @@ class Config:
             raise ValueError(f"split must be 1 or more, not {self.split}")
         if self.lookup not in LOOKUPS:
             raise ValueError(f"lookup must be one of {', '.join(LOOKUPS)}, not {self.lookup!r}")
+        if 2048 * self.num_warps * self.row_tiles > RING:
+            raise ValueError(f"{self.num_warps} warps of {self.row_tiles} row tiles take more than {RING} bytes a step")
         if self.depth < 1:
             raise ValueError(f"depth must be 1 or more, not {self.depth}")
 
-    @property
-    def slot(self) -> int:
-        """Bytes of codes that a program takes in one step."""
-        return 2048 * self.num_warps * self.row_tiles
 
-    def steps_ahead(self, columns: int) -> int:
-        """`depth`, as far as the ring may reach, and no more than there are steps."""
-        return max(1, min(self.depth, self._steps(columns), RING // self.slot - 1))
+@dataclass(frozen=True)
+class Ring:
+    """The shared memory of a program: `slots` of `slot` bytes, of which `depth` steps' are asked for ahead.
 
-    def slots(self, columns: int) -> int:
-        """Of the ring: one more than are on their way, so that none is written while it is read."""
-        return min(self.steps_ahead(columns) + 1, self._steps(columns))
+    Codes are read by the lane that asked for them, x by others of its warp, and only of few tokens: of more it would
+    take more room than the codes.
+    """
 
-    def _steps(self, columns: int) -> int:
-        return -(-columns // (256 * self.num_warps * self.split))
+    slot: int
+    slots: int
+    depth: int
+    has_x: bool
+
+    @classmethod
+    def of(cls, config: Config, tokens: int, columns: int) -> "Ring":
+        steps = -(-columns // (256 * config.num_warps * config.split))
+        of_codes, of_x = 2048 * config.num_warps * config.row_tiles, 512 * config.num_warps * tokens
+        least = min(steps, 2)  # slots
+        if least * of_codes > RING:
+            raise ValueError(
+                f"{config} takes {columns} columns in {steps} steps, and {RING} bytes have no room for two"
+            )
+        has_x = tokens <= MOST_TOKENS_IN_RING and least * (of_codes + of_x) <= RING
+        slot = of_codes + of_x * has_x
+        room = RING // slot
+        # One slot more than are on their way, so that none is written while it is read; unless there is one for each.
+        depth = min(config.depth, steps, room if steps <= room else room - 1)
+        return cls(slot, min(depth + 1, steps), depth, has_x)
 
 
 def heuristics(tokens: int, shape: tuple[int, int]) -> Config:
-    """The configuration for so many tokens and a weight [out, in]: as many warps as an H100 holds, none of them idle.
+    """The configuration for so many tokens and a weight [out, in], out being the sum over what shares a launch.
 
-    Measured there, at one token: [4096, 4096] takes 8.5 us with 16 warps, 9.6 with 8, 11.0 with 4; [14336, 4096] 20.0
-    with 4, 24.3 with 8; [4096, 14336] 20.6 with 8, 27.0 with 16, whose registers leave room for one program on an SM.
+    A program's prologue and its sum over warps cost more than they do for many small programs: so 4 warps, and more
+    where there are too few programs to fill an H100, which holds 4 of 8 warps on an SM. Never so many that one is idle.
+    An earlier form, which asked for codes too late, took on an H100, at one token: [4096, 4096] 8.5 us with 16 warps,
+    9.6 with 8, 11.0 with 4; [14336, 4096] 20.0 with 4, 24.3 with 8; [4096, 14336] 20.6 with 8, 27.0 with 16.
     """
     rows, columns = shape
-    programs, blocks = -(-rows // 16), columns // reference.NF4_BLOCK
+    programs, steps = -(-rows // 16), columns // (4 * reference.NF4_BLOCK)
+    wanted = 16 if programs <= 132 else 8 if programs <= 4 * 132 else 4
     num_warps = 1
-    while 8 * num_warps <= blocks and 2 * num_warps * programs <= 132 * 32:
+    while 2 * num_warps <= min(wanted, steps):
         num_warps *= 2
-        if num_warps == 16 or (num_warps == 8 and blocks > 64):
-            break
     return Config(num_warps=num_warps)
 
 
@@ -228,8 +250,9 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
     ring_assembly = tl.constexpr(f"{{ .shared .align 16 .b8 ring[{ring}]; mov.u32 $0, ring; add.u32 $0, $0, $1; }}")
     copy_assembly = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 8, $3; mov.b32 $0, $1;")
+    copy_x_assembly = tl.constexpr("cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, $1;")
     commit_assembly = tl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
-    wait_assembly = tl.constexpr(f"cp.async.wait_group {depth - 1}; mov.b32 $0, $1;")
+    wait_assembly = tl.constexpr(f"cp.async.wait_group {depth - 1}; bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
     read_assembly = tl.constexpr("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];")
     scale_operands = tl.constexpr("=r,r,r")
     scale_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
@@ -251,6 +274,32 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
     def ordered(assembly: tl.constexpr):
         """An instruction that keeps its place among copies and reads."""
         tl.inline_asm_elementwise(assembly, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def ask_x(first, target, x, lane, M: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr):
+        """Begin to copy four blocks of each token to shared memory, 16 bytes a lane; of what is beyond a row, zeros."""
+        size = tl.where(first + lane // 8 < BLOCKS, 16, 0)
+        block = tl.minimum(first, BLOCKS - 1) * 16 + tl.where(size > 0, lane, 0) * 2
+        for i in tl.static_range(M):
+            tl.inline_asm_elementwise(
+                copy_x_assembly,
+                "=r,r,l,r",
+                [target + i * (16 * THREADS), x + (i * BLOCKS * 16 + block), size],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+    @triton.jit
+    def taken_x(place):
+        """The 32 bytes of shared memory at `place`, as 8 words."""
+        a, b, c, d = tl.inline_asm_elementwise(
+            read_assembly, "=r,=r,=r,=r,r", [place], dtype=(tl.uint32,) * 4, is_pure=False, pack=1
+        )
+        e, f, g, h = tl.inline_asm_elementwise(
+            read_assembly, "=r,=r,=r,=r,r", [place + 16], dtype=(tl.uint32,) * 4, is_pure=False, pack=1
+        )
+        return a, b, c, d, e, f, g, h
 
     @triton.jit
     def ask(first, target, codes, BLOCKS: tl.constexpr, THREADS: tl.constexpr):
@@ -364,6 +413,7 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         WARPS: tl.constexpr,
         ROW_TILES: tl.constexpr,
         TOKEN_TILES: tl.constexpr,  # of 8
+        X_IN_RING: tl.constexpr,
         DEPTH: tl.constexpr,  # steps that codes are asked for ahead
         SLOTS: tl.constexpr,  # of the ring
     ):
@@ -399,13 +449,15 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         thread = tl.arange(0, 32 * WARPS)
         group, t = thread % 32 // 4, thread % 4
         codes = codes.to(tl.pointer_type(tl.uint64)) + t
-        x = x.to(tl.pointer_type(tl.uint64)) + t * 4
+        x_words = x.to(tl.pointer_type(tl.uint64))
+        x = x_words + t * 4
         tables = ()
         for i in tl.static_range(5):
             tables = tables + (tl.load(nf4 + 32 * i + thread % 32),)
 
         THREADS: tl.constexpr = 32 * WARPS
-        SLOT: tl.constexpr = 2 * ROW_TILES * 32 * THREADS
+        X_AT: tl.constexpr = 2 * ROW_TILES * 32 * THREADS  # in a slot
+        SLOT: tl.constexpr = X_AT + (M * 16 * THREADS if X_IN_RING else 0)
         ring = tl.inline_asm_elementwise(ring_assembly, "=&r,r", [thread * 16], dtype=tl.int32, is_pure=False, pack=1)
         first = 4 * (thread // 32 + WARPS * tl.program_id(1))
         starts = ()  # the number of the first block of each row
@@ -413,6 +465,9 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
             row = program * (16 * ROW_TILES) + 8 * i + group
             starts = starts + (tl.minimum(row, rows - 1) * BLOCKS,)
         for step in tl.static_range(DEPTH):
+            if X_IN_RING:
+                target = ring + (step * SLOT + X_AT)
+                ask_x(first + step * STEP, target, x_words, thread % 32, M, BLOCKS, THREADS)
             for i in tl.static_range(2 * ROW_TILES):
                 target = ring + (step * SLOT + i * 32 * THREADS)
                 ask(first + step * STEP, target, codes + starts[i] * 4, BLOCKS, THREADS)
@@ -427,6 +482,8 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         zero = tl.zeros((32 * WARPS,), tl.float32)
         totals = ((zero, zero, zero, zero),) * (ROW_TILES * TOKEN_TILES)
 
+        # From the lane's own place, where its 16 bytes go, to where its 32 bytes of a block are.
+        x_place = tl.minimum(group, M - 1) * (16 * THREADS) + t * 32 - thread % 32 * 16
         full, free = 0, DEPTH % SLOTS  # slots of the ring
         for _ in range(STEPS):
             ordered(wait_assembly)
@@ -437,6 +494,9 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
             for i in tl.static_range(2 * ROW_TILES):
                 scales = scales + (scale_of(statistics[i], first + t < BLOCKS, mean, dynamic_map, NESTED),)
             if DEPTH < STEPS:
+                if X_IN_RING:
+                    target = ring + free * SLOT + X_AT
+                    ask_x(first + DEPTH * STEP, target, x_words, thread % 32, M, BLOCKS, THREADS)
                 for i in tl.static_range(2 * ROW_TILES):
                     target = ring + free * SLOT + i * 32 * THREADS
                     ask(first + DEPTH * STEP, target, codes + starts[i] * 4, BLOCKS, THREADS)
@@ -446,13 +506,16 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
                 for i in tl.static_range(2 * ROW_TILES):
                     at, is_inside = first + STEP + t, first + STEP + t < BLOCKS
                     statistics = statistics + (statistics_at(starts[i] + at, is_inside, absmax, nested_absmax, NESTED),)
+            x_here = ring + (full * SLOT + X_AT) + x_place
             full = tl.where(full == SLOTS - 1, 0, full + 1)
             free = tl.where(free == SLOTS - 1, 0, free + 1)
             start = inside(first, BLOCKS)
             for i in tl.static_range(4):
                 lane = tl.full((32 * WARPS,), i, tl.int32)
                 operands = ()
-                for j in tl.static_range(TOKEN_TILES):
+                if X_IN_RING:
+                    operands = operands + (taken_x(x_here + i * 128),)
+                for j in tl.static_range(0 if X_IN_RING else TOKEN_TILES):
                     operands = operands + (operand(tokens[j] + block_of(start, i, BLOCKS) * 16),)
                 sums = totals
                 totals = ()
@@ -521,12 +584,13 @@ def matmul_nf4(
 
     config = heuristics(tokens, (sum(rows for rows, _ in shapes), columns)) if config is None else config
     parts = config.split
+    ring = Ring.of(config, tokens, columns)
     rows = [rows for rows, _ in shapes]
     padding = [0] * (MOST_WEIGHTS - len(rows))
     shape_of = lambda n: jax.ShapeDtypeStruct((parts, tokens, n), x.dtype if parts == 1 else jnp.float32)
     call = functools.partial(
         jax_triton.triton_call,
-        kernel=_kernel(config.lookup, x.dtype, config.slots(columns) * config.slot, config.steps_ahead(columns)),
+        kernel=_kernel(config.lookup, x.dtype, ring.slots * ring.slot, ring.depth),
         out_shape=[shape_of(n) for n in [*rows, *(1 for _ in padding)]],
         grid=(sum(-(-n // (16 * config.row_tiles)) for n in rows), parts),
         num_warps=config.num_warps,
@@ -540,8 +604,9 @@ def matmul_nf4(
         WARPS=config.num_warps,
         ROW_TILES=config.row_tiles,
         TOKEN_TILES=-(-tokens // 8),
-        DEPTH=config.steps_ahead(columns),
-        SLOTS=config.slots(columns),
+        X_IN_RING=ring.has_x,
+        DEPTH=ring.depth,
+        SLOTS=ring.slots,
     )
 
     @jax.custom_batching.sequential_vmap

@@ -1,6 +1,7 @@
 """The product of few tokens with an NF4 weight: against the exact one, in every place where it stands in."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +102,29 @@ def test_a_config_is_checked(field, monkeypatch):
         Config(**field)
 
 
+@pytest.mark.parametrize("num_warps", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_the_ring_never_writes_what_is_being_read(num_warps, tokens):
+    for columns, depth, tiles in itertools.product((64, 576, 4096, 4864, 28672), (1, 2, 4), (1, 2)):
+        if num_warps * tiles > 16:
+            with pytest.raises(ValueError, match="bytes a step"):
+                Config(num_warps=num_warps, row_tiles=tiles)
+            continue
+        config, steps = Config(num_warps=num_warps, row_tiles=tiles, depth=depth), -(-columns // (256 * num_warps))
+        if num_warps * tiles == 16 and steps > 1:
+            with pytest.raises(ValueError, match="have no room for two"):
+                nf4_matmul.Ring.of(config, tokens, columns)
+            continue
+        ring = nf4_matmul.Ring.of(config, tokens, columns)
+        assert ring.slots * ring.slot <= nf4_matmul.RING and 1 <= ring.depth <= steps
+        assert ring.slots == ring.depth == steps or ring.slots > ring.depth
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 64])
 @pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (100, 64), (576, 1536)])
 def test_no_warp_of_a_configuration_is_idle(tokens, shape):
     config = nf4_matmul.heuristics(tokens, shape)
+    nf4_matmul.Ring.of(config, tokens, shape[1])
     assert config.num_warps == 1 or 4 * config.num_warps * config.split <= shape[1] // 64
 
 
