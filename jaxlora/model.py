@@ -183,7 +183,7 @@ class Attention(nnx.Module):
 
     def _decode(self, q, cache, context: Context):
         """What one token of each row [B, 1, N, H] takes from the cache, which it is in already."""
-        assert context.query_segments is not None
+        assert context.query_segments is not None and context.key_segments is not None
         return kernels.decode_attention(
             q[:, 0],
             *cache,
@@ -194,7 +194,7 @@ class Attention(nnx.Module):
             sinks=None if self.sinks is None else self.sinks.get_value(),
             query_segments=context.query_segments[:, 0],
             key_segments=context.key_segments,
-            offset=context.offset,
+            offset=jnp.asarray(context.offset),
         )[:, None]
 
     def _output(self, out, gate, key):
