@@ -249,7 +249,12 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
     product_operands = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24 + ["f"] * 6))
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
     ring_assembly = tl.constexpr(f"{{ .shared .align 16 .b8 ring[{ring}]; mov.u32 $0, ring; add.u32 $0, $0, $1; }}")
-    copy_assembly = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 8, $3; mov.b32 $0, $1;")
+    copy_assembly = tl.constexpr(
+        "cp.async.ca.shared.global.L2::cache_hint.L2::128B [$1], [$2], 8, $3, $4; mov.b32 $0, $1;"
+    )
+    # Codes are read once, and must not drive out of the cache what is read by every program of every layer.
+    policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
+    prefetch_assembly = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
     copy_x_assembly = tl.constexpr("cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, $1;")
     commit_assembly = tl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
     wait_assembly = tl.constexpr(f"cp.async.wait_group {depth - 1}; bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
@@ -302,7 +307,7 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         return a, b, c, d, e, f, g, h
 
     @triton.jit
-    def ask(first, target, codes, BLOCKS: tl.constexpr, THREADS: tl.constexpr):
+    def ask(first, target, codes, policy, BLOCKS: tl.constexpr, THREADS: tl.constexpr):
         """Begin to copy 8 bytes of each of four blocks of a row to shared memory; of what is beyond the row, zeros."""
         start = inside(first, BLOCKS)
         size = tl.where(first < BLOCKS, 8, 0)
@@ -310,7 +315,7 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
             source = codes + block_of(start, i, BLOCKS) * 4
             place = target + (i // 2) * (16 * THREADS) + (i % 2) * 8
             tl.inline_asm_elementwise(
-                copy_assembly, "=r,r,l,r", [place, source, size], dtype=tl.int32, is_pure=False, pack=1
+                copy_assembly, "=r,r,l,r,l", [place, source, size, policy], dtype=tl.int32, is_pure=False, pack=1
             )
 
     @triton.jit
@@ -420,6 +425,11 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
         STEP: tl.constexpr = 4 * WARPS * SPLIT
         STEPS: tl.constexpr = (BLOCKS + STEP - 1) // STEP
+        thread = tl.arange(0, 32 * WARPS)
+        if NESTED:  # which is looked up by what must come first
+            tl.inline_asm_elementwise(
+                prefetch_assembly, "=r,l", [dynamic_map + thread % 32 * 8], dtype=tl.int32, is_pure=False, pack=1
+            )
         program = tl.program_id(0)
         rows = program * 0 + ROWS0
         codes, absmax, nested_absmax, offset, index, out = codes0, absmax0, nested_absmax0, offset0, index0, out0
@@ -446,7 +456,6 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         mean = 0.0
         if NESTED:
             mean = tl.load(offset)
-        thread = tl.arange(0, 32 * WARPS)
         group, t = thread % 32 // 4, thread % 4
         codes = codes.to(tl.pointer_type(tl.uint64)) + t
         x_words = x.to(tl.pointer_type(tl.uint64))
@@ -458,6 +467,7 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
         THREADS: tl.constexpr = 32 * WARPS
         X_AT: tl.constexpr = 2 * ROW_TILES * 32 * THREADS  # in a slot
         SLOT: tl.constexpr = X_AT + (M * 16 * THREADS if X_IN_RING else 0)
+        policy = tl.inline_asm_elementwise(policy_assembly, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
         ring = tl.inline_asm_elementwise(ring_assembly, "=&r,r", [thread * 16], dtype=tl.int32, is_pure=False, pack=1)
         first = 4 * (thread // 32 + WARPS * tl.program_id(1))
         starts = ()  # the number of the first block of each row
@@ -470,7 +480,7 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
                 ask_x(first + step * STEP, target, x_words, thread % 32, M, BLOCKS, THREADS)
             for i in tl.static_range(2 * ROW_TILES):
                 target = ring + (step * SLOT + i * 32 * THREADS)
-                ask(first + step * STEP, target, codes + starts[i] * 4, BLOCKS, THREADS)
+                ask(first + step * STEP, target, codes + starts[i] * 4, policy, BLOCKS, THREADS)
             ordered(commit_assembly)
         statistics = ()
         for i in tl.static_range(2 * ROW_TILES):
@@ -499,7 +509,7 @@ def _kernel(lookup: str, dtype: np.dtype, ring: int, depth: int):
                     ask_x(first + DEPTH * STEP, target, x_words, thread % 32, M, BLOCKS, THREADS)
                 for i in tl.static_range(2 * ROW_TILES):
                     target = ring + free * SLOT + i * 32 * THREADS
-                    ask(first + DEPTH * STEP, target, codes + starts[i] * 4, BLOCKS, THREADS)
+                    ask(first + DEPTH * STEP, target, codes + starts[i] * 4, policy, BLOCKS, THREADS)
             ordered(commit_assembly)
             if STEPS > 1:
                 statistics = ()
