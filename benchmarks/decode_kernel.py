@@ -1,6 +1,6 @@
 """Products of few tokens with NF4 weights: are they right, and how near do they come to reading the weights once?
 
-    python benchmarks/decode_kernel.py [--tokens 1 8 64] [--all]
+    python benchmarks/decode_kernel.py [--tokens 1 8 64] [--works qkv o gate_up down] [--no-checks] [--all]
 
 One JSON line a measurement. "check" lines have the relative error against the exact product, of a variant and of
 dequantising first. "matmul_nf4" lines have the time on the device, by the profiler, of one product of `tokens` with the

@@ -200,7 +200,7 @@ class Linear(Adapted):
         self.without_copies()
 
     def __call__(
-        self, x: Float[Array, "*batch d_in"], key: Any = None, base: Array | None = None
+        self, x: Float[Array, "*batch d_in"], key: Any = None, base: Float[Array, "*batch d_out"] | None = None
     ) -> Float[Array, "*batch d_out"]:
         """base: x W^T where it is known already, see `linear_each`."""
         y = self._product(x, key, base) if self.qat_scheme is None else self._rounded_product(x, self.qat_scheme)
@@ -268,7 +268,7 @@ class Linear(Adapted):
         return merged.astype(dtype)
 
 
-def linear_each(linears: list, x: Float[Array, "*batch d_in"], keys: list) -> list[Array]:
+def linear_each(linears: list, x: Float[Array, "*batch d_in"], keys: list) -> list[Float[Array, "*batch _"]]:
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their NF4 weights in one launch."""
     tokens = x.size // x.shape[-1]
     bases: list[Array | None] = [None] * len(linears)

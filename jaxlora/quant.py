@@ -334,8 +334,8 @@ def _contract(x: Array, w: Array, dimension: int, dtype: Any = None) -> Array:
 
 
 def matmul_each(
-    x: Float[Array, "*batch in"], weights: Sequence[Array | QuantizedArray]
-) -> list[Float[Array, "*batch out"]]:
+    x: Float[Array, "*batch in"], weights: Sequence[Float[Array, "_ in"] | QuantizedArray]
+) -> list[Float[Array, "*batch _"]]:
     """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if they are NF4."""
     is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
@@ -344,7 +344,7 @@ def matmul_each(
 
 
 @jax.custom_vjp
-def _matmul_quantized(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch out"]]:
+def _matmul_quantized(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch _"]]:
     rows = x.reshape(-1, x.shape[-1])
     if all(w.scheme == "nf4" for w in weights):
         fields = [NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index) for w in weights]

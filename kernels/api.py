@@ -125,7 +125,7 @@ def matmul_nf4(
     *,
     shapes: Sequence[tuple[int, int]],
     implementation: Literal["triton", "reference"] | None = None,
-) -> list[Float[Array, "m d_out"]]:
+) -> list[Float[Array, "m _"]]:
     """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks. See `reference.matmul_nf4`.
 
     Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`.

@@ -316,7 +316,7 @@ def merge_nf4(
 
 def matmul_nf4(
     x: Float[Array, "m d_in"], weights: Sequence[NF4Fields], *, shapes: Sequence[tuple[int, int]]
-) -> list[Float[Array, "m d_out"]]:
+) -> list[Float[Array, "m _"]]:
     """x W^T for each of some NF4 weights: in x's dtype, the weights too, with sums in float32.
 
     Args:
