@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxlora.config import LayerConfig, ModelConfig
 from jaxlora.kernels import api as kernels
-from jaxlora.layers import Identity, rms_normed
+from jaxlora.layers import Identity, linear_each, rms_normed
 from jaxlora.rope import apply_rope
 
 
@@ -94,11 +94,9 @@ class Attention(nnx.Module):
         if self.fused_qkv == "concatenated":
             n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
             return jnp.split(self.qkv_proj(x, keys[0]), [n, n + k], axis=-1)
-        q = self.q_proj(x, keys[0])
-        if self.k_proj is None:
-            return q, None, None
-        k = self.k_proj(x, keys[1])
-        return q, k, k if self.v_proj is None else self.v_proj(x, keys[2])
+        projections = [each for each in (self.q_proj, self.k_proj, self.v_proj) if each is not None]
+        q, *rest = linear_each(projections, x, keys[: len(projections)])
+        return (q, *rest, *rest) if len(rest) == 1 else (q, *(rest or (None, None)))
 
     def _placed(self, y, norm, context: Context):
         """Queries or keys [B, T, N H] -> [B, T, N, H], normed, and turned by their positions."""
@@ -109,22 +107,11 @@ class Attention(nnx.Module):
             return y
         return apply_rope(y, *context.rotary[self.rope], interleaved=self.interleaved)
 
-    def _keys_and_values(self, k, v, context: Context, cache):
-        """What queries attend to, [B, T or S, K, H] twice, and the cache with this call's tokens in it."""
-        if self.reuses_kv is not None:
-            return *context.stored_kv[self.reuses_kv], cache
+    def _keys_and_values(self, k, v, context: Context):
+        """This call's, [B, T, K H] each -> [B, T, K, H] each."""
         k, v = self._placed(k, self.k_norm, context), v.reshape(*v.shape[:2], -1, self.head_dim)
         v = v if self.v_norm_eps is None else rms_normed(v, self.v_norm_eps)
-        k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        if cache is None:
-            return k, v, None
-        all_keys, all_values, layer = cache
-        all_keys = _write_cache(all_keys, k, layer, context.offset)
-        all_values = _write_cache(all_values, v, layer, context.offset)
-        if not context.is_prefill:
-            k = jax.lax.dynamic_index_in_dim(all_keys, layer, keepdims=False).astype(k.dtype)
-            v = jax.lax.dynamic_index_in_dim(all_values, layer, keepdims=False).astype(v.dtype)
-        return k, v, (all_keys, all_values, layer)
+        return checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
     def __call__(self, x, context: Context, keys: list, cache=None):
         """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
@@ -136,24 +123,54 @@ class Attention(nnx.Module):
             q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
             q = q.reshape(b, t, -1)
         q = checkpoint_name(self._placed(q, self.q_norm, context), "query")
-        k, v, cache = self._keys_and_values(k, v, context, cache)
-        out = kernels.attention(
-            q,
-            k,
-            v,
+        if self.reuses_kv is not None:
+            k, v = context.stored_kv[self.reuses_kv]
+        else:
+            k, v = self._keys_and_values(k, v, context)
+            if cache is not None:
+                all_keys, all_values, layer = cache
+                all_keys = _write_cache(all_keys, k, layer, context.offset)
+                cache = all_keys, _write_cache(all_values, v, layer, context.offset), layer
+        reads_cache = cache is not None and self.reuses_kv is None and not context.is_prefill
+        if reads_cache and t == 1 and self.stores_kv is None:
+            out = self._decode(q, cache, context)
+        else:
+            if reads_cache:
+                k, v = (jax.lax.dynamic_index_in_dim(s, cache[2], keepdims=False).astype(k.dtype) for s in cache[:2])
+            out = kernels.attention(
+                q,
+                k,
+                v,
+                query_segments=context.query_segments,
+                key_segments=context.key_segments,
+                offset=context.offset,
+                **self._options(context),
+            )
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
+        stored = {} if self.stores_kv is None else {self.stores_kv: (k, v)}
+        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache, stored
+
+    def _decode(self, q, cache, context: Context):
+        """What one token of each row [B, 1, N, H] takes from the cache, which it is in already."""
+        assert context.query_segments is not None and context.key_segments is not None
+        return kernels.decode_attention(
+            q[:, 0],
+            *cache,
+            query_segments=context.query_segments[:, 0],
+            key_segments=context.key_segments,
+            offset=jnp.asarray(context.offset),
+            **self._options(context),
+        )[:, None]
+
+    def _options(self, context: Context) -> dict[str, Any]:
+        return dict(
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
             key_bias=context.key_bias,
             sinks=None if self.sinks is None else self.sinks.get_value(),
-            query_segments=context.query_segments,
-            key_segments=context.key_segments,
-            offset=context.offset,
         )
-        if gate is not None:
-            out = out * jax.nn.sigmoid(gate)
-        stored = {} if self.stores_kv is None else {self.stores_kv: (k, v)}
-        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache, stored
 
 
 def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) -> Array:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from jaxlora.layers import Linear
 from jaxlora.model import CausalLM, KVCache
 
 CACHE_BUCKET = 256
@@ -148,6 +149,7 @@ def _decode(
     token stands at the place that its keys will take, once it has been fed back. The cache is returned because its
     buffers are then updated in place from the first step on.
     """
+    model = _with_narrow_adapters(model)
     start = jnp.asarray(cache.length)
     rows = jnp.arange(logits.shape[0], dtype=jnp.uint32)
 
@@ -180,6 +182,22 @@ def _decode(
     state = (cache, tokens, token, position, finished)
     cache, tokens, *_ = jax.lax.while_loop(unfinished, step, state)
     return tokens, cache.length - start + 1, cache
+
+
+def _with_narrow_adapters(model: CausalLM) -> CausalLM:
+    """The same with A and B in the dtype that they are multiplied in: cast once, and not for each token."""
+
+    def one(leaf):
+        if not isinstance(leaf, Linear) or leaf.lora_A is None:
+            return leaf
+        if leaf.lora_magnitude is not None or leaf.qat_scheme is not None:  # these compute with them in float32
+            return leaf
+        copy = jax.tree.map(lambda value: value, leaf)
+        for parameter in (copy.lora_A, copy.lora_B):
+            parameter.set_value(parameter.get_value().astype(model.dtype))
+        return copy
+
+    return jax.tree.map(one, model, is_leaf=lambda leaf: isinstance(leaf, Linear))
 
 
 def filter_scores(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:

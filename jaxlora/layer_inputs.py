@@ -194,6 +194,9 @@ class _Tap:
     def __init__(self, linear: Linear, see: Callable):
         self.linear, self.see = linear, see
 
-    def __call__(self, x: Array, key: Any = None) -> Array:
+    def has_base_product(self, tokens: int) -> bool:
+        return False  # so that `layers.linear_each` calls it
+
+    def __call__(self, x: Array, key: Any = None, base: None = None) -> Array:
         self.see(x)
-        return self.linear(x, key)
+        return self.linear(x, key, base)

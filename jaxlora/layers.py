@@ -212,19 +212,37 @@ class Linear(Adapted):
         self.without_adapter()
         self.without_copies()
 
-    def __call__(self, x: Float[Array, "*batch d_in"], key: Any = None) -> Float[Array, "*batch d_out"]:
-        y = self._product(x, key) if self.qat_scheme is None else self._rounded_product(x, self.qat_scheme)
+    def __call__(
+        self, x: Float[Array, "*batch d_in"], key: Any = None, base: Float[Array, "*batch d_out"] | None = None
+    ) -> Float[Array, "*batch d_out"]:
+        """base: x W^T where it is known already, see `linear_each`."""
+        y = self._product(x, key, base) if self.qat_scheme is None else self._rounded_product(x, self.qat_scheme)
         return y if self.bias is None else y + self.current_bias().astype(y.dtype)
 
-    def _product(self, x: Array, key: Any) -> Array:
+    def has_base_product(self, tokens: int) -> bool:
+        """Whether so many tokens are multiplied by the weight itself, and the adapter's part, if any, is added."""
+        if self.qat_scheme is not None or self.lora_magnitude is not None:
+            return False
+        weight = self.weight.get_value()
+        if isinstance(weight, fp8.Fp8Array) or (
+            self.matmul_dtype is not None and quant.is_merging_cheaper(tokens, weight.shape)
+        ):
+            return False
+        if isinstance(weight, quant.QuantizedArray):
+            return self.lora_A is None or not quant.is_merging_cheaper(tokens, weight.shape)
+        return not isinstance(weight, quant.MergedArray)
+
+    def _product(self, x: Array, key: Any, base: Array | None) -> Array:
         weight = self.current_weight()
         # A copy of the weight learns, and float8 products take the weight for a constant.
         matmul = quant.matmul if self.matmul_dtype is None or self.trained_weight is not None else fp8.matmul
         if self.lora_A is None:
-            return matmul(x, weight)
+            return matmul(x, weight) if base is None else base
         adapter = self._low_rank()
         dropped = dropout(x, self.lora_dropout, key)
         if self.lora_magnitude is None:
+            if base is not None:
+                return base + lora_delta(dropped, *adapter)
             if dropped is x:
                 return matmul(x, weight, adapter)
             return matmul(x, weight) + lora_delta(dropped, *adapter)
@@ -271,6 +289,15 @@ class Linear(Adapted):
         if self.lora_magnitude is not None:
             merged = self.dora_gain(quant.matmul(a, weight))[:, None] * merged
         return merged.astype(dtype)
+
+
+def linear_each(linears: list, x: Float[Array, "*batch d_in"], keys: list) -> list[Float[Array, "*batch _"]]:
+    """[linear(x, key), ...]: what reads the same x. Few tokens meet their NF4 weights in one launch."""
+    tokens = x.size // x.shape[-1]
+    bases: list[Array | None] = [None] * len(linears)
+    if all(linear.has_base_product(tokens) for linear in linears):
+        bases = [*quant.matmul_each(x, [linear.current_weight() for linear in linears])]
+    return [linear(x, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
 
 
 class PlainLinear(nnx.Module):

@@ -41,6 +41,7 @@ from jaxlora.layers import (
     PlainLinear,
     TokenwiseModule,
     base_param,
+    linear_each,
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
@@ -102,7 +103,7 @@ class MLP(TokenwiseModule):
         if self.fused is not None:
             gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
         else:
-            gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
+            gate, up = linear_each([self.gate_proj, self.up_proj], x, keys[:2])
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.multiplier * self.down_proj(act(self.gate_multiplier * gate) * up, keys[2])
 

@@ -7,7 +7,7 @@ For few tokens W itself is not made: an NF4 weight is read once and multiplied i
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,8 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlora.config import QuantScheme
-from jaxlora.kernels import api, reference
+from jaxlora.kernels import api, nf4_matmul, reference
 from jaxlora.kernels.lora import lora_delta, lora_gradients
+from jaxlora.kernels.reference import NF4Fields
 
 Implementation = Literal["triton", "reference"] | None
 
@@ -319,7 +320,7 @@ def matmul(
             return _matmul_merged(x, w, *adapter)
         return matmul(x, w) + lora_delta(x, *adapter)
     if isinstance(w, QuantizedArray):
-        return _matmul_quantized(x, w)
+        return _matmul_quantized(x, (w,))[0]
     return _contract(x, w.astype(x.dtype), 1)
 
 
@@ -332,25 +333,36 @@ def _contract(x: Array, w: Array, dimension: int, dtype: Any = None) -> Array:
     return lax.dot_general(x, w, (((x.ndim - 1,), (dimension,)), ((), ())), preferred_element_type=dtype)
 
 
+def matmul_each(
+    x: Float[Array, "*batch in"], weights: Sequence[Float[Array, "_ in"] | QuantizedArray]
+) -> list[Float[Array, "*batch _"]]:
+    """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if they are NF4."""
+    is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul.MOST_TOKENS
+    if is_few and all(isinstance(w, QuantizedArray) for w in weights):
+        return _matmul_quantized(x, tuple(weights))
+    return [matmul(x, w) for w in weights]
+
+
 @jax.custom_vjp
-def _matmul_quantized(x: Float[Array, "*batch in"], w: QuantizedArray) -> Float[Array, "*batch out"]:
-    if w.scheme == "nf4":
-        fields = w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index
-        rows = x.reshape(-1, x.shape[-1])
+def _matmul_quantized(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch _"]]:
+    rows = x.reshape(-1, x.shape[-1])
+    if all(w.scheme == "nf4" for w in weights):
+        fields = [NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index) for w in weights]
         try:
-            y = api.matmul_nf4(rows, *fields, shape=w.shape, implementation="triton")
-            return y.reshape(*x.shape[:-1], w.shape[0])
+            ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], implementation="triton")
+            return [y.reshape(*x.shape[:-1], -1) for y in ys]
         except NotImplementedError:  # more tokens than it is for, no GPU, float32: as for any scheme
             pass
-    return _contract(x, dequantize(w, x.dtype), 1)
+    return [_contract(x, dequantize(w, x.dtype), 1) for w in weights]
 
 
-def _matmul_forward(x, w):
-    return _matmul_quantized(x, w), w
+def _matmul_forward(x, weights):
+    return _matmul_quantized(x, weights), weights
 
 
-def _matmul_backward(w, dy):
-    return _contract(dy, dequantize(w, dy.dtype), 0), None  # None: a zero for every field of w
+def _matmul_backward(weights, dys):
+    parts = [_contract(dy, dequantize(w, dy.dtype), 0) for w, dy in zip(weights, dys, strict=True)]
+    return sum(parts[1:], parts[0]), None  # None: a zero for every field of the weights
 
 
 _matmul_quantized.defvjp(_matmul_forward, _matmul_backward)

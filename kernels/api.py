@@ -8,12 +8,13 @@ in the lowered program, which `implementations_in` reads.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
+from jaxlora.kernels import decode_attention as decoding
 from jaxlora.kernels import grouped_triton, nf4, nf4_matmul, nf4_merge, reference
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
 
@@ -71,6 +72,10 @@ _OPS: dict[str, dict[str, Callable]] = {
     "matmul_nf4": {"triton": on_gpu(nf4_matmul.matmul_nf4), "reference": reference.matmul_nf4},
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
     "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
+    "decode_attention": {
+        "triton": on_gpu(decoding.decode_attention),
+        "reference": decoding.decode_attention_reference,
+    },
     "attention": {"cudnn": on_gpu(attention_cudnn), "chunked": attention_chunked, "reference": attention_reference},
 }
 
@@ -119,21 +124,16 @@ def merge_nf4(
 
 def matmul_nf4(
     x: Float[Array, "m d_in"],
-    codes: UInt8[Array, "..."],
-    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
-    nested_absmax: Float32[Array, "..."] | None = None,
-    offset: Float32[Array, "..."] | None = None,
-    index: Int[Array, ""] | None = None,
+    weights: Sequence[reference.NF4Fields],
     *,
-    shape: tuple[int, int],
+    shapes: Sequence[tuple[int, int]],
     implementation: Literal["triton", "reference"] | None = None,
-) -> Float[Array, "m d_out"]:
-    """x [M, in] times an NF4 weight [out, in], perhaps one of a stack: [M, out]. See `reference.matmul_nf4`.
+) -> list[Float[Array, "m _"]]:
+    """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks. See `reference.matmul_nf4`.
 
     Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`.
     """
-    args = x, codes, absmax, nested_absmax, offset, index
-    return dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, *args, shape=shape)
+    return dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, shapes=shapes)
 
 
 def grouped_dot(
@@ -199,3 +199,26 @@ def attention(
         key_segments=key_segments,
         offset=offset,
     )
+
+
+def decode_attention(
+    q: Float[Array, "b n h"],
+    keys: Float[Array, "layers b s kv h"],
+    values: Float[Array, "layers b s kv h"],
+    layer: Int[Array, ""],
+    *,
+    scale: float,
+    offset: Int[Array, "*b"],
+    window: int | None = None,
+    softcap: float | None = None,
+    key_bias: Float[Array, "b n s"] | None = None,
+    sinks: Float[Array, " n"] | None = None,
+    query_segments: Int[Array, " b"],
+    key_segments: Int[Array, "b s"],
+    implementation: Literal["triton", "reference"] | None = None,
+) -> Float[Array, "b n h"]:
+    """Attention of one token a row, [B, N, H], over a layer of a stacked cache. See `kernels.decode_attention`."""
+    options = dict(scale=scale, offset=offset, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks)
+    segments = dict(query_segments=query_segments, key_segments=key_segments)
+    table = _OPS["decode_attention"]
+    return dispatch("decode_attention", table, implementation, q, keys, values, layer, **options, **segments)

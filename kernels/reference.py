@@ -5,7 +5,8 @@ Raw arrays in, raw arrays out; no padding asked of the caller, no layout tricks,
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,21 @@ NF4 = np.array(
     ],
     np.float32,
 )  # fmt: skip
+
+
+class NF4Fields(NamedTuple):
+    """The arrays of an NF4 weight [out, in], or with an index of a stack of them, as `merge_nf4` takes them.
+
+    codes: uint8; absmax: float32, or uint8 with double quantisation, and then nested_absmax and offset are float32,
+    else None; index: int32 [], or None.
+    """
+
+    codes: Any
+    absmax: Any
+    nested_absmax: Any
+    offset: Any
+    index: Any
+
 
 _NF4_BOUNDS = (NF4[:-1] + NF4[1:]) / 2
 _ABSMAX_FLOOR = np.float32(1e-38)  # what bitsandbytes divides by when a block is all zero; subnormal
@@ -313,24 +329,19 @@ def factor_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 
 
 def matmul_nf4(
-    x: Float[Array, "m d_in"],
-    codes: UInt8[Array, "..."],
-    absmax: Float32[Array, "..."] | UInt8[Array, "..."],
-    nested_absmax: Float32[Array, "..."] | None,
-    offset: Float32[Array, "..."] | None,
-    index: Int[Array, ""] | None,
-    *,
-    shape: tuple[int, int],
-) -> Float[Array, "m d_out"]:
-    """x W^T for an NF4 weight, perhaps one of a stack: in x's dtype, the weight too, with sums in float32.
+    x: Float[Array, "m d_in"], weights: Sequence[NF4Fields], *, shapes: Sequence[tuple[int, int]]
+) -> list[Float[Array, "m _"]]:
+    """x W^T for each of some NF4 weights: in x's dtype, the weights too, with sums in float32.
 
     Args:
       x: float32, bfloat16 or float16.
-      codes, absmax, nested_absmax, offset, index: as for `merge_nf4`.
-      shape: (out, in).
+      weights, shapes: the fields of each, and its (out, in).
     """
-    weight = merge_nf4(codes, absmax, nested_absmax, offset, index, None, None, shape=shape, dtype=x.dtype)
-    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+    dense = [
+        merge_nf4(*fields, None, None, shape=shape, dtype=x.dtype)
+        for fields, shape in zip(weights, shapes, strict=True)
+    ]
+    return [lax.dot_general(x, weight, (((1,), (1,)), ((), ()))) for weight in dense]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

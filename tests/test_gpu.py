@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxlora import lora
 from jaxlora.config import LoraConfig, ModelConfig, QuantConfig, RopeConfig
+from jaxlora.generate import _decode, _prefill, generate
 from jaxlora.kernels import api
 from jaxlora.kernels.attention import MAX_SEGMENTS
 from jaxlora.loss import causal_lm_loss
@@ -204,3 +205,29 @@ def test_the_host_looks_up_rows_of_an_offloaded_table(key):
     assert rows.sharding.memory_kind == "device"
     chex.assert_trees_all_equal(rows, table[ids])
     assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes / 4  # the table does not travel
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("quant_config", [QuantConfig(), None])
+def test_decoding_by_kernels_draws_what_one_pass_would(quant_config, rank):
+    """Each token is one of those that a pass over the finished text finds likeliest, but for the rounding of logits."""
+    model = CausalLM(CONFIG, dtype=jnp.bfloat16, quant_config=quant_config, rngs=nnx.Rngs(0))
+    if rank:
+        lora.add_adapters(model, LoraConfig(r=rank), jax.random.key(1))
+        for adapter in lora.adapters(model):
+            adapter.node.lora_B.set_value(0.02 * jax.random.normal(jax.random.key(2), adapter.node.lora_B.shape))
+    prompts = np.random.default_rng(0).integers(3, 512, (3, 50))
+    mask = np.arange(50) >= np.array([0, 7, 20])[:, None]
+
+    logits, cache = _prefill(model, np.where(mask, prompts, 0), mask.astype(np.int32), places=512)
+    arguments = logits, jnp.asarray(mask.sum(axis=1), jnp.int32), jnp.int32(2), jnp.zeros(0, jnp.int32), jnp.int32(0)
+    ran = api.implementations_in(functools.partial(_decode, sampling=None), model, cache, *arguments)
+    assert ran == {"decode_attention.triton"} | ({"matmul_nf4.triton"} if quant_config else set())
+
+    ids = generate(model, prompts, attention_mask=mask, max_new_tokens=40, eos_token_id=[])
+    segments = jnp.pad(jnp.asarray(mask, jnp.int32), ((0, 0), (0, 40)), constant_values=1)
+    scores = jax.jit(lambda model, ids, segments: model(ids, segment_ids=segments))(model, ids, segments)[:, 49:-1]
+    drawn = jnp.take_along_axis(scores, ids[:, 50:, None], axis=2)[..., 0]
+    spread = float(jnp.std(scores))
+    assert float(jnp.max(jnp.max(scores, axis=2) - drawn)) < 0.1 * spread
+    assert float(jnp.mean(jnp.argmax(scores, axis=2) == ids[:, 50:])) > 0.9

@@ -1,6 +1,7 @@
 """The product of few tokens with an NF4 weight: against the exact one, in every place where it stands in."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def operands(key, tokens, shape, dtype, double_quant=True, is_stacked=False):
 
 
 def fields_of(q):
-    return q.codes, q.scales, q.nested_absmax, q.nested_offset, q.index
+    return reference.NF4Fields(q.codes, q.scales, q.nested_absmax, q.nested_offset, q.index)
 
 
 def times(x, w):
@@ -43,7 +44,7 @@ def relative_error(y, x, q):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_reference_is_the_product_with_the_dense_weight(key, dtype, shape, is_stacked):
     x, q = operands(key, 3, shape, dtype, is_stacked=is_stacked)
-    got = api.matmul_nf4(x, *fields_of(q), shape=shape)
+    [got] = api.matmul_nf4(x, [fields_of(q)], shapes=[shape])
     wanted = times(x, quant.dequantize(q, dtype))
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, wanted)
@@ -54,7 +55,21 @@ def test_on_the_cpu_few_tokens_take_the_path_of_many(key):
     assert api.implementations_in(quant.matmul, x, q) == {"merge_nf4.reference"}
     np.testing.assert_array_equal(quant.matmul(x, q), times(x, quant.dequantize(q, x.dtype)))
     with pytest.raises(NotImplementedError, match=r"matmul_nf4 .*triton: .*GPU"):
-        api.matmul_nf4(x, *fields_of(q), shape=q.shape, implementation="triton")
+        api.matmul_nf4(x, [fields_of(q)], shapes=[q.shape], implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_each_of_some_weights_is_multiplied_as_alone(key, dtype):
+    x, q = operands(key, 3, (96, 128), dtype)
+    _, other = operands(jax.random.fold_in(key, 1), 3, (32, 128), dtype)
+    weights = [q, other]
+    got, pullback = jax.vjp(lambda x: quant.matmul_each(x, weights), x)
+    wanted, pullback_alone = jax.vjp(lambda x: [quant.matmul(x, w) for w in weights], x)
+    for y, alone in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(y, alone)
+    np.testing.assert_array_equal(pullback(got)[0], pullback_alone(wanted)[0])
+    mixed = quant.matmul_each(x, [q, quant.dequantize(other, dtype)])
+    np.testing.assert_array_equal(mixed[1], wanted[1])
 
 
 @pytest.mark.parametrize(
@@ -68,20 +83,48 @@ def test_on_the_cpu_few_tokens_take_the_path_of_many(key):
 def test_the_kernel_says_why_it_cannot_run(key, tokens, shape, dtype, message):
     x, q = operands(key, tokens, shape, dtype)
     with pytest.raises(NotImplementedError, match=message):
-        nf4_matmul.matmul_nf4(x, *fields_of(q), shape=shape)
+        nf4_matmul.matmul_nf4(x, [fields_of(q)], shapes=[shape])
 
 
-@pytest.mark.parametrize("field", [{"num_warps": 3}, {"row_tiles": 3}, {"split": 0}, {"lookup": "table"}])
+def test_the_kernel_takes_few_weights_and_all_of_a_kind(key):
+    x, q = operands(key, 3, (96, 128), jnp.bfloat16)
+    _, single = operands(key, 3, (96, 128), jnp.bfloat16, double_quant=False)
+    _, stacked = operands(key, 3, (96, 128), jnp.bfloat16, is_stacked=True)
+    for weights, message in [([q] * 4, "1 to 3 weights, not 4"), ([q, single], "twice"), ([q, stacked], "stacked")]:
+        with pytest.raises(NotImplementedError, match=message):
+            nf4_matmul.matmul_nf4(x, [*map(fields_of, weights)], shapes=[(96, 128)] * len(weights))
+
+
+@pytest.mark.parametrize("field", [{"num_warps": 3}, {"row_tiles": 3}, {"split": 0}, {"lookup": "table"}, {"depth": 0}])
 def test_a_config_is_checked(field, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a user's mistake meets our own error
     with pytest.raises(ValueError, match=next(iter(field))):
         Config(**field)
 
 
+@pytest.mark.parametrize("num_warps", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_the_ring_never_writes_what_is_being_read(num_warps, tokens):
+    for columns, depth, tiles in itertools.product((64, 576, 4096, 4864, 28672), (1, 2, 4), (1, 2)):
+        if num_warps * tiles > 16:
+            with pytest.raises(ValueError, match="bytes a step"):
+                Config(num_warps=num_warps, row_tiles=tiles)
+            continue
+        config, steps = Config(num_warps=num_warps, row_tiles=tiles, depth=depth), -(-columns // (256 * num_warps))
+        if num_warps * tiles == 16 and steps > 1:
+            with pytest.raises(ValueError, match="have no room for two"):
+                nf4_matmul.Ring.of(config, tokens, columns)
+            continue
+        ring = nf4_matmul.Ring.of(config, tokens, columns)
+        assert ring.slots * ring.slot <= nf4_matmul.RING and 1 <= ring.depth <= steps
+        assert ring.slots == ring.depth == steps or ring.slots > ring.depth
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 64])
 @pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (100, 64), (576, 1536)])
 def test_no_warp_of_a_configuration_is_idle(tokens, shape):
     config = nf4_matmul.heuristics(tokens, shape)
+    nf4_matmul.Ring.of(config, tokens, shape[1])
     assert config.num_warps == 1 or 4 * config.num_warps * config.split <= shape[1] // 64
 
 
@@ -170,7 +213,7 @@ def test_every_configuration_is_right(key, lookup, layout):
     for tokens in (1, 9, 64):
         x, q = operands(key, tokens, (896, 4864), jnp.bfloat16, is_stacked=True)
         config = Config(lookup=lookup, **layout)
-        y = nf4_matmul.matmul_nf4(x, *fields_of(q), shape=q.shape, config=config)
+        [y] = nf4_matmul.matmul_nf4(x, [fields_of(q)], shapes=[q.shape], config=config)
         assert relative_error(y, x, q) < LIMITS[jnp.bfloat16], tokens
 
 
@@ -192,4 +235,17 @@ def test_adapters_that_are_vmapped_meet_one_weight(key):
     xs = jnp.stack([x, 2 * x, -x])
     got = jax.vmap(lambda x: quant.matmul(x, q))(xs)
     for y, x in zip(got, xs, strict=True):
+        assert relative_error(y, x, q) < LIMITS[jnp.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(1024, 256, 256), (704, 704), (100, 16, 40)])
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_weights_that_read_the_same_meet_in_one_launch(key, rows, tokens):
+    x, _ = operands(key, tokens, (16, 1024), jnp.bfloat16)
+    weights = [operands(jax.random.fold_in(key, n), 1, (n, 1024), jnp.bfloat16, is_stacked=True)[1] for n in rows]
+    run = jax.jit(quant.matmul_each)
+    program = run.lower(x, weights).as_text()
+    assert program.count("triton_kernel_call") == 1
+    for y, q in zip(run(x, weights), weights, strict=True):
         assert relative_error(y, x, q) < LIMITS[jnp.bfloat16]
