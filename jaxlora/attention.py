@@ -131,12 +131,12 @@ class Attention(nnx.Module):
                 all_keys, all_values, layer = cache
                 all_keys = _write_cache(all_keys, k, layer, context.offset)
                 cache = all_keys, _write_cache(all_values, v, layer, context.offset), layer
-        reads_cache = cache is not None and self.reuses_kv is None and not context.is_prefill
-        if reads_cache and t == 1 and self.stores_kv is None:
-            out = self._decode(q, cache, context)
+        past = cache if self.reuses_kv is None and not context.is_prefill else None
+        if past is not None and t == 1 and self.stores_kv is None:
+            out = self._decode(q, past, context)
         else:
-            if reads_cache:
-                k, v = (jax.lax.dynamic_index_in_dim(s, cache[2], keepdims=False).astype(k.dtype) for s in cache[:2])
+            if past is not None:
+                k, v = (jax.lax.dynamic_index_in_dim(s, past[2], keepdims=False).astype(k.dtype) for s in past[:2])
             out = kernels.attention(
                 q,
                 k,
