@@ -112,7 +112,10 @@ def our_int4(w):
 class RoundsInputs(Linear):
     """What a kernel for float8 does: the input of each token is rounded to float8 before the product."""
 
-    def _product(self, x, key):
+    def has_base_product(self, tokens):
+        return False
+
+    def _product(self, x, key, base):
         return x_rounded(x) @ self.weight.get_value().T
 
 
