@@ -5,9 +5,9 @@ the host's pinned memory, is passed over, by the table in `remat`; of the others
 step, how many bytes it takes beside its arguments, and the first that fits is taken. Compiling is what the first step
 would have cost anyway, and with a compilation cache the policies that did not fit cost nothing the second time.
 
-The order is that of steps measured on an H100 and, for "attention", on an H200 (`benchmarks/results`): what is kept on
-the host costs no time, so the more of it the better, and "full", which computes everything again, comes last, for hosts
-with little memory.
+The order is that of steps of an 8B model measured on an H100 and, for "attention", on an H200 (`benchmarks/results`):
+what was kept on the host cost less than to compute it again. "full", which computes everything again, comes last, for
+hosts with little memory.
 """
 
 from __future__ import annotations
