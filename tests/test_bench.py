@@ -93,6 +93,8 @@ def test_the_printed_table_has_the_rows(measured):
         (["--work", "tiny-0x64"], "is not SHAPE-BATCHxTOKENS"),
         (["--policies", "most"], "use_gradient_checkpointing='most' is not one of"),
         (["--steps", "2"], "steps must be at least 3"),
+        (["--peers", "axolotl"], "peers ['axolotl']: there are unsloth, peft, or none"),
+        (["--matmul-dtype", "int4"], "matmul_dtype is 'int4': it can be 'fp8'"),
         ([], "8b-4x2048 need an NVIDIA GPU, and JAX finds only 'cpu' here"),
         (["--table-file", "nothing.md"], "nothing.md"),
     ],
@@ -108,8 +110,17 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, monkeypatch, capsys, argu
 def test_a_failure_ends_nothing_else(tmp_path):
     few = ["--work", "tiny-1x8", "--no-kernels", "--steps", 3, "--output", tmp_path, "--policies", "full"]
     result = run(*few, "--peer-python", shutil.which("false"))
-    assert result.returncode == 0 and "peers of tiny-1x8 failed: exit code 1" in result.stderr
+    assert result.returncode == 0 and "peers of tiny failed: exit code 1" in result.stderr
     assert not any("peft" in name for row in rows_of(tmp_path, "step") for name in row)
+
+
+def test_works_of_one_shape_share_a_process_of_the_peer_and_may_be_in_float8(tmp_path):
+    few = ["--work", "tiny-1x8", "tiny-2x16", "--no-kernels", "--steps", 3, "--output", tmp_path, "--policies", "full"]
+    result = run(*few, "--peers", "peft", "--matmul-dtype", "fp8")
+    assert result.returncode == 0 and result.stderr.count("tiny in peft: measured in") == 1, result.stderr
+    first, second = rows_of(tmp_path, "step")
+    assert first["matmul_dtype"] == second["matmul_dtype"] == "fp8" and first["peft_tok_s"] != second["peft_tok_s"]
+    assert '| "full", fp8 |' in result.stdout
 
 
 def test_a_device_that_cannot_be_had_is_one_line(tmp_path):

@@ -25,7 +25,8 @@ def bench(
     policies: Sequence[str] = ("offload", "full", "projections"),
     steps: int = 8,
     kernels: bool = True,
-    peers: bool = True,
+    matmul_dtype: str | None = None,
+    peers: Sequence[str] = tuple(table.PEERS),
     peer_python: str | None = None,
     output: str = "benchmarks/results",
     commit: str | None = None,
@@ -42,7 +43,8 @@ def bench(
         policies: values of use_gradient_checkpointing, each measured in a process of its own.
         steps: steps of a measurement, of which the first two are not timed.
         kernels: measure the kernels at the shapes of the work too.
-        peers: train the same in Unsloth and in PEFT with bitsandbytes, those of the two that are installed.
+        matmul_dtype: products of our steps, as in from_pretrained: "fp8", by default in bfloat16.
+        peers: in what to train the same: "unsloth", and "peft" with bitsandbytes, where they are installed; or "none".
         peer_python: the Python of the environment that they are installed in, by default this one.
         output: folder of the files of rows.
         commit: the commit that is measured, by default that of the checkout.
@@ -50,8 +52,8 @@ def bench(
             two marks, and draw them in speed.svg beside the rows.
 
     Raises:
-        ValueError: a work, a policy or a number of steps that cannot be, or a shape that needs a GPU where there is
-            none.
+        ValueError: a work, a policy, a dtype, a peer or a number of steps that cannot be, or a shape that needs a GPU
+            where there is none.
         RuntimeError: nothing could be measured; says why the last could not.
     """
     folder = Path(output)
@@ -62,6 +64,11 @@ def bench(
     works = [Work.parse(name) for name in work]
     for policy in policies:
         remat.resolve(policy)
+    chosen = [] if list(peers) == ["none"] else list(peers)
+    if unknown := set(chosen) - set(table.PEERS):
+        raise ValueError(f"peers {sorted(unknown)}: there are {', '.join(table.PEERS)}, or none")
+    if matmul_dtype not in (None, "fp8"):
+        raise ValueError(f"matmul_dtype is {matmul_dtype!r}: it can be 'fp8', or None for products in bfloat16")
     if steps < 3:
         raise ValueError(f"steps must be at least 3, since the first two are not timed; found {steps}")
     here = _in_a_process("-m", "jaxlora.bench.device")[-1]
@@ -77,16 +84,19 @@ def bench(
 
     rows, failures = [], []
     with tempfile.TemporaryDirectory(prefix="jaxlora-bench-") as scratch:
+        beside: dict[str, dict[str, Any]] = {one.name: {} for one in works}
+        for shape in dict.fromkeys(one.shape for one in works) if chosen else ():
+            same = [one for one in works if one.shape == shape]
+            with _said(f"peers of {shape}", failures):
+                for name, found in _measure_peers(chosen, same, steps, here, peer_python, Path(scratch)):
+                    beside[name] |= found | dict(versions=beside[name].get("versions", {}) | found["versions"])
         for one in works:
-            beside, versions = {}, {}
-            if peers:
-                with _said(f"peers of {one.name}", failures):
-                    beside, versions = _measure_peers(one, steps, here, peer_python, Path(scratch))
             for policy in policies:
                 with _said(f"{one.name} {policy}", failures):
-                    row = _in_a_process("-m", "jaxlora.bench.step", one.name, policy, str(steps))[-1]
-                    row = _with_mfu(row, one, here["device"]) | beside | facts
-                    row["versions"] = {**row["versions"], **versions}
+                    arguments = one.name, policy, str(steps), *([matmul_dtype] if matmul_dtype else [])
+                    row = _in_a_process("-m", "jaxlora.bench.step", *arguments)[-1]
+                    row = _with_mfu(row, one, here["device"]) | beside[one.name] | facts
+                    row["versions"] = {**row["versions"], **beside[one.name].get("versions", {})}
                     rows.append(row)
                     _append(folder / f"{stem}-step.jsonl", row)
     lines = []
@@ -106,29 +116,37 @@ def bench(
 
 
 def _measure_peers(
-    work: Work, steps: int, here: Mapping[str, str], python: str | None, scratch: Path
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the peers that are installed make of the work, {"unsloth_tok_s": ...}, and their versions."""
+    chosen: Sequence[str],
+    works: Sequence[Work],
+    steps: int,
+    here: Mapping[str, str],
+    python: str | None,
+    scratch: Path,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the peers that are installed make of works of one shape: a name, {"unsloth_tok_s": ..., "versions": ...}."""
     python = python or sys.executable
-    found = _in_a_process(str(_PEERS), "installed", python=python, cwd=scratch)[-1]
-    checkpoint = scratch / work.shape
-    measured, versions = {}, {}
-    for peer, missing in found.items():
-        if missing:
-            print(f"{peer} does not run beside: {python} has no {', '.join(missing)}", file=sys.stderr)
+    missing = _in_a_process(str(_PEERS), "installed", python=python, cwd=scratch)[-1]
+    shape = works[0].shape
+    checkpoint = scratch / shape
+    for peer in chosen:
+        if missing[peer]:
+            print(f"{peer} does not run beside: {python} has no {', '.join(missing[peer])}", file=sys.stderr)
             continue
         if not checkpoint.exists():
-            _in_a_process("-m", "jaxlora.bench.checkpoints", str(checkpoint), work.shape, "nf4", cwd=scratch)
+            _in_a_process("-m", "jaxlora.bench.checkpoints", str(checkpoint), shape, "nf4", cwd=scratch)
         job = dict(
-            peer=peer, folder=str(checkpoint), batch=work.batch, sequence=work.sequence, steps=steps, rank=RANK,
-            alpha=ALPHA, vocabulary=CONFIGS[work.shape]["vocab_size"], gpu=here["platform"] == "gpu",
+            peer=peer, folder=str(checkpoint), sizes=[(one.batch, one.sequence) for one in works], steps=steps,
+            rank=RANK, alpha=ALPHA, vocabulary=CONFIGS[shape]["vocab_size"], gpu=here["platform"] == "gpu",
         )  # fmt: skip
-        failures: list[str] = []
-        with _said(f"{work.name} in {peer}", failures):
-            row = _in_a_process(str(_PEERS), json.dumps(job), python=python, cwd=scratch)[-1]
-            measured |= {f"{peer}_tok_s": row["tok_s"], f"{peer}_gib": row["gib"]}
-            versions |= row["versions"]
-    return measured, versions
+        rows: list[dict[str, Any]] = []
+        with _said(f"{shape} in {peer}", []):
+            rows = _in_a_process(str(_PEERS), json.dumps(job), python=python, cwd=scratch)
+        for one, row in zip(works, rows, strict=False):  # there are none after a failure
+            if "error" in row:
+                print(f"{one.name} in {peer} failed: {row['error']}", file=sys.stderr, flush=True)
+                continue
+            found = {f"{peer}_tok_s": row["tok_s"], f"{peer}_gib": row["gib"]}
+            yield one.name, found | dict(versions=row["versions"])
 
 
 def _with_mfu(row: dict[str, Any], work: Work, kind: str) -> dict[str, Any]:

@@ -5,12 +5,13 @@ the library does not import it: this is the one file that knows torch. Its argum
 
     peer        "unsloth" or "peft"
     folder      an NF4 checkpoint
-    batch, sequence, vocabulary, steps, rank, alpha
+    sizes       [[batch, sequence], ...]: the model is loaded once for all of them
+    vocabulary, steps, rank, alpha
     gpu         whether to insist on one
 
-and its last line is one too: tok_s, gib (the peak of what torch has allocated), the losses, the versions. With the
-argument "installed" it is {peer: packages that are missing} instead. Each peer
-trains as its makers say: Unsloth with its own checkpointing, PEFT with transformers', both under bfloat16 autocast with
+and it prints a line for each size: size, tok_s, gib (the peak of what torch has allocated), the losses, the versions;
+or size and error. With the argument "installed" it prints {peer: packages that are missing} instead. Each peer trains
+as its makers say: Unsloth with its own checkpointing, PEFT with transformers', both under bfloat16 autocast with
 the 8-bit AdamW of bitsandbytes, which keeps 2 bytes for each weight that learns where optax keeps 8.
 """
 
@@ -32,13 +33,14 @@ PACKAGES["unsloth"] = [*PACKAGES["peft"], "unsloth"]
 def unsloth_model(job, dtype):
     from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
+    longest = max(sequence for _, sequence in job["sizes"])
     model, _ = FastLanguageModel.from_pretrained(
-        model_name=job["folder"], max_seq_length=job["sequence"], dtype=dtype, load_in_4bit=True,
+        model_name=job["folder"], max_seq_length=longest, dtype=dtype, load_in_4bit=True,
         use_exact_model_name=True, local_files_only=True, use_gradient_checkpointing="unsloth",
     )  # fmt: skip
     model = FastLanguageModel.get_peft_model(
         model, r=job["rank"], lora_alpha=job["alpha"], lora_dropout=0, bias="none", target_modules=LINEARS,
-        use_gradient_checkpointing="unsloth", random_state=3407, max_seq_length=job["sequence"],
+        use_gradient_checkpointing="unsloth", random_state=3407, max_seq_length=longest,
     )  # fmt: skip
     return FastLanguageModel.for_training(model, use_gradient_checkpointing="unsloth") or model
 
@@ -77,14 +79,28 @@ def main(job):
         import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  # first: it patches the others
     import torch
 
-    is_gpu = torch.cuda.is_available()
-    device = "cuda" if is_gpu else "cpu"
-    if job["gpu"] and not is_gpu:
+    if job["gpu"] and not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} finds no GPU")
     model = {"unsloth": unsloth_model, "peft": peft_model}[peer](job, torch.bfloat16)
     if "Linear4bit" not in {type(module).__name__ for module in model.modules()}:
         raise RuntimeError(f"{peer} did not load the checkpoint in 4 bits")
     model.train()
+    for batch, sequence in job["sizes"]:
+        try:
+            found = measure(model, batch, sequence, job)
+        except RuntimeError as error:  # out of memory, say, which ends no other size
+            found = dict(error=f"{type(error).__name__}: {error}".splitlines()[0])
+            model.zero_grad(set_to_none=True)
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES[peer]}
+        print(json.dumps(dict(size=[batch, sequence], **found, versions=versions)), flush=True)
+
+
+def measure(model, batch, sequence, job):
+    """tok_s over the median step, the first two not counted, gib and losses."""
+    import torch
+
+    is_gpu = torch.cuda.is_available()
+    device = "cuda" if is_gpu else "cpu"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if is_gpu:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
@@ -95,7 +111,7 @@ def main(job):
     else:
         optimizer = torch.optim.AdamW(trained, lr=2e-4)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, job["vocabulary"], (job["batch"], job["sequence"]), generator=generator).to(device)
+    ids = torch.randint(0, job["vocabulary"], (batch, sequence), generator=generator).to(device)
 
     times, losses = [], []
     for _ in range(job["steps"]):
@@ -109,15 +125,12 @@ def main(job):
         if is_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])
-    result = dict(
-        tok_s=round(ids.numel() / seconds),
+    return dict(
+        tok_s=round(ids.numel() / statistics.median(times[2:])),
         gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if is_gpu else None,
         loss_first=round(losses[0], 4),
         loss_last=round(losses[-1], 4),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES[peer]},
     )
-    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """One QLoRA training step of random weights and tokens, timed: NF4 with double quantisation, r = 16 on the seven
 linears of every layer, bfloat16, AdamW.
 
-`python -m jaxlora.bench.step 8b-4x2048 full 8` measures 8 steps in this process and prints a JSON line. tok_s: tokens
-over the median step, the first two not counted. gib: peak_bytes_in_use of the device, null where it does not say.
-temp_gib, args_gib, host_temp_gib: XLA's reckoning of the compiled step.
+`python -m jaxlora.bench.step 8b-4x2048 full 8 [fp8]` measures 8 steps in this process and prints a JSON line. tok_s:
+tokens over the median step, the first two not counted. gib: peak_bytes_in_use of the device, null where it does not
+say. temp_gib, args_gib, host_temp_gib: XLA's reckoning of the compiled step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def mode_of(policy: str) -> str:
     return "memory" if kept.rematerialise and (kept.on_host or not kept.saved) else "speed"
 
 
-def build(work: Work, policy: str, facts: dict[str, Any] | None = None) -> Callable[[], float]:
+def build(
+    work: Work, policy: str, facts: dict[str, Any] | None = None, matmul_dtype: str | None = None
+) -> Callable[[], float]:
     """A function that takes one step and returns its loss; `facts` is filled with what building it measured.
 
-    policy: a value of `use_gradient_checkpointing`.
+    policy: a value of `use_gradient_checkpointing`. matmul_dtype: as in `from_pretrained`.
     """
     import jax
     import jax.numpy as jnp
@@ -48,6 +50,8 @@ def build(work: Work, policy: str, facts: dict[str, Any] | None = None) -> Calla
     jax.block_until_ready(nnx.state(model))
     loaded = time.perf_counter()
     model.remat_policy = remat.resolve(policy)
+    if matmul_dtype is not None:
+        lora.multiply_in(model, matmul_dtype)
     vocabulary = model.config.vocab_size
 
     graphdef, trainable, frozen = lora.partition(model)
@@ -81,12 +85,12 @@ def build(work: Work, policy: str, facts: dict[str, Any] | None = None) -> Calla
     return run
 
 
-def measure(work: Work, policy: str, steps: int) -> dict[str, Any]:
+def measure(work: Work, policy: str, steps: int, matmul_dtype: str | None = None) -> dict[str, Any]:
     """The row of a policy, as the head of this module says. The first two of `steps`, at least 3, are not timed."""
     import jax
 
     facts: dict[str, Any] = {}
-    run = build(work, policy, facts)
+    run = build(work, policy, facts, matmul_dtype)
     times, losses = [], []
     for _ in range(steps):
         start = time.perf_counter()
@@ -98,6 +102,7 @@ def measure(work: Work, policy: str, steps: int) -> dict[str, Any]:
         work=work.name,
         mode=mode_of(facts["policy"]),
         policy=facts.pop("policy"),
+        **({} if matmul_dtype is None else dict(matmul_dtype=matmul_dtype)),
         tok_s=round(work.tokens / seconds),
         gib=None if peak is None else round(peak / GIB, 2),
         ms=round(seconds * 1e3, 1),
@@ -107,11 +112,11 @@ def measure(work: Work, policy: str, steps: int) -> dict[str, Any]:
     )
 
 
-def main(name: str, policy: str, steps: str) -> None:
+def main(name: str, policy: str, steps: str, matmul_dtype: str | None = None) -> None:
     from jaxlora.offload import allow_pinned
 
     allow_pinned()
-    print(json.dumps(measure(Work.parse(name), policy, int(steps))), flush=True)
+    print(json.dumps(measure(Work.parse(name), policy, int(steps), matmul_dtype)), flush=True)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ def read(folder: Path) -> list[Row]:
 
 
 def standing(rows: Iterable[Row]) -> list[Row]:
-    """Of each device, work and policy the newest row, of those with a peer beside them if there are any, the larger
-    shapes and the smaller works first. Rows without a mode, or with a "superseded" that says by what, are of forms of
-    the code that are no more."""
+    """Of each device, work, policy and dtype of products the newest row, of those with a peer beside them if there are
+    any, the larger shapes and the smaller works first. Rows without a mode, or with a "superseded" that says by what,
+    are of forms of the code that are no more."""
     rows = sorted(rows, key=lambda row: any(f"{peer}_tok_s" in row for peer in PEERS))
     newest = {
-        (row["device"], row["work"], row["policy"]): row for row in rows if "mode" in row and not row.get("superseded")
+        (row["device"], row["work"], _policy(row)): row for row in rows if "mode" in row and not row.get("superseded")
     }
 
     def place(row: Row) -> tuple:
@@ -62,7 +62,7 @@ def steps(rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         tok_s, gib = row["tok_s"], row.get("gib")
-        line = [row["work"], f'"{row["policy"]}"', f"{tok_s:,}", _mfu(row), "" if gib is None else f"{gib:.1f}"]
+        line = [row["work"], _policy(row), f"{tok_s:,}", _mfu(row), "" if gib is None else f"{gib:.1f}"]
         for peer in peers:
             theirs, their_gib = row.get(f"{peer}_tok_s"), row.get(f"{peer}_gib")
             text = "" if theirs is None else f"{theirs:,}: {tok_s / theirs:.2f}x"
@@ -72,6 +72,11 @@ def steps(rows: Sequence[Row]) -> list[str]:
         measured = f"{row['date']}, {row['commit']}" if row.get("commit") else row["date"]
         cells.append([*line, row["device"].removeprefix("NVIDIA "), measured])
     return _markdown([*titles, "on", "measured"], cells)
+
+
+def _policy(row: Row) -> str:
+    """The policy of a row in quotes, with what its products are in where that is not bfloat16."""
+    return f'"{row["policy"]}"' + (f", {row['matmul_dtype']}" if row.get("matmul_dtype") else "")
 
 
 def _mfu(row: Row) -> str:
@@ -131,7 +136,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for axes, (work, kind) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             points: dict[str, tuple[float, float]] = {}
             for row in (row for row in drawn if (row["work"], row["device"]) == (work, kind)):
-                points[f'"{row["policy"]}"'] = row["gib"], row["tok_s"]
+                points[_policy(row)] = row["gib"], row["tok_s"]
                 for peer, name in PEERS.items():
                     if row.get(f"{peer}_gib") is not None:
                         points[name] = row[f"{peer}_gib"], row[f"{peer}_tok_s"]
