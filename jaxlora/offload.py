@@ -5,13 +5,18 @@ Of such a weight only what is asked for travels to the device.
 
 from __future__ import annotations
 
+import functools
 import os
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compute_on import compute_on
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
+
+try:
+    from jax.experimental.compute_on import compute_on2 as compute_on  # its name before jax 0.11
+except ImportError:
+    from jax.experimental.compute_on import compute_on
 
 # XLA's own, read when it makes its client. Without it XLA pins 64 GiB at most.
 _LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
@@ -51,8 +56,11 @@ def take_rows(table: Float[Array, "rows features"], ids: Int[Array, "*batch"]) -
     if jax.typeof(table).memory_space != jax.memory.Space.Host:
         return jnp.take(table, ids, axis=0)
     rows = jax.lax.GatherDimensionNumbers(offset_dims=(ids.ndim,), collapsed_slice_dims=(0,), start_index_map=(0,))
-    starts = jax.device_put(ids[..., None], jax.memory.Space.Host)
-    with compute_on("device_host"):  # plain indexing would mix in constants, which are on the device
-        taken = jax.lax.gather(table, starts, rows, (1, table.shape[1]), mode=jax.lax.GatherScatterMode.CLIP)
+
+    @functools.partial(compute_on, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
+    def taken_there(table, starts):  # plain indexing would mix in constants, which are on the device
+        return jax.lax.gather(table, starts, rows, (1, table.shape[1]), mode=jax.lax.GatherScatterMode.CLIP)
+
+    taken = taken_there(table, jax.device_put(ids[..., None], jax.memory.Space.Host))
     taken = jax.device_put(taken, jax.memory.Space.Device)
     return jnp.where(((0 <= ids) & (ids < table.shape[0]))[..., None], taken, jnp.asarray(jnp.nan, table.dtype))
