@@ -223,18 +223,22 @@ class Run(nnx.Module):
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
 
         def body(carry, layer):
-            x, cache = carry
+            x, cache, counter = carry
             slices, index, key, inputs = layer
+            index = index if counter is None else counter
             period = structure.unflatten(
                 [leaf.at(index) if is_stack(leaf) else part for leaf, part in zip(leaves, slices, strict=True)]
             )
             x, cache, aside = self.once(period, x, context, index, key, cache, inputs)
-            return (x, cache), aside
+            return (x, cache, None if counter is None else counter + 1), aside
 
+        # With a cache the index is carried, which XLA makes the loop's own counter: one out of `layers` is copied at
+        # each step for the kernels that read it. Without a cache a carry may be kept of each layer.
+        counter = None if cache is None else jnp.int32(0)
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
         layers = (sliced, index, keys, self.inputs_of(per_layer_inputs))
-        (x, cache), aside = remat.scan(body, (x, cache), layers, policy)
+        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy)
         return x, cache, self.whole(aside)
 
     def whole(self, each: Aside) -> Aside:
