@@ -40,6 +40,7 @@ from jaxlora.layers import (
     Norm,
     PlainLinear,
     TokenwiseModule,
+    added,
     base_param,
     linear_each,
 )
@@ -154,9 +155,12 @@ class DecoderLayer(nnx.Module):
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
         normed = self.input_layernorm(x)
         attended, cache, stored = self._mix(normed, context, keys[:4], key, cache)
-        residual = checkpoint_name(x + self.multiplier * self.post_self_attn_layernorm(attended), "residual")
-        if not self.shared_norm:
-            normed = self.post_attention_layernorm(x if self.parallel else residual)
+        attended = self.post_self_attn_layernorm(attended)
+        if self.parallel:
+            residual = added(x, attended, self.multiplier)
+            normed = normed if self.shared_norm else self.post_attention_layernorm(x)
+        else:
+            residual, normed = self.post_attention_layernorm.after(x, attended, self.multiplier)
         out = self.mlp(normed, keys[4:], context.mlp_tile)
         sparse, read = (self.mlp, normed) if self.sparse_mlp is None else (self.sparse_mlp, residual)
         if self.sparse_mlp is not None:
@@ -217,8 +221,13 @@ class Run(nnx.Module):
         are experts.
         """
 
-        # Quantised weights stay in their stack, which kernels read by index; the scan slices everything else.
-        is_stack = lambda leaf: isinstance(leaf, quant.QuantizedArray) and len(leaf.leading) == 1
+        # What kernels read by index stays in its stack; the scan slices everything else. Norms are read so with a cache
+        # only: the kernel is for few tokens.
+        def is_stack(leaf):
+            if isinstance(leaf, Norm):
+                return cache is not None and leaf.is_read_by_index
+            return isinstance(leaf, quant.QuantizedArray) and len(leaf.leading) == 1
+
         leaves, structure = jax.tree.flatten(self.period, is_leaf=is_stack)
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
 
