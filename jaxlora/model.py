@@ -28,9 +28,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import quant, remat
-from jaxlora.attention import Attention, Context, rows_and_places
+from jaxlora.attention import Attention, Context
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.delta_net import GatedDeltaNet
+from jaxlora.kernels.decode_attention import rows_and_places
 from jaxlora.layers import (
     ACTIVATIONS,
     Buffer,

@@ -224,10 +224,14 @@ def attention(
 
 def decode_attention(
     q: Float[Array, "b n h"],
+    k: Float[Array, "b kv h"],
+    v: Float[Array, "b kv h"],
     keys: Float[Array, "layers b s kv h"],
     values: Float[Array, "layers b s kv h"],
     layer: Int[Array, ""],
     *,
+    rotary: decoding.Rotary | None = None,
+    interleaved: bool = False,
     scale: float,
     offset: Int[Array, "*b"],
     window: int | None = None,
@@ -237,9 +241,11 @@ def decode_attention(
     query_segments: Int[Array, " b"],
     key_segments: Int[Array, "b s"],
     implementation: Literal["triton", "reference"] | None = None,
-) -> Float[Array, "b n h"]:
-    """Attention of one token a row, [B, N, H], over a layer of a stacked cache. See `kernels.decode_attention`."""
+) -> decoding.Attended:
+    """Attention of one token a row, [B, N, H], over a layer of a stacked cache, and the stacks with that token's key
+    and value. `rotary` turns q and k. See `kernels.decode_attention`."""
     options = dict(scale=scale, offset=offset, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks)
+    options |= dict(rotary=rotary, interleaved=interleaved)
     segments = dict(query_segments=query_segments, key_segments=key_segments)
     table = _OPS["decode_attention"]
-    return dispatch("decode_attention", table, implementation, q, keys, values, layer, **options, **segments)
+    return dispatch("decode_attention", table, implementation, q, k, v, keys, values, layer, **options, **segments)
