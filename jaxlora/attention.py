@@ -171,7 +171,7 @@ class Attention(nnx.Module):
 
     def _decode(self, q, k, v, cache, context: Context):
         """`_attend` for one token of each row, in one kernel where there is one."""
-        assert context.query_segments is not None and context.key_segments is not None
+        assert context.key_segments is not None
         cos_and_sin = None if self.rope is None else context.rotary[self.rope]
         out, *written = kernels.decode_attention(
             self._normed(q, self.q_norm)[:, 0],
@@ -180,8 +180,7 @@ class Attention(nnx.Module):
             *cache,
             rotary=cos_and_sin and (cos_and_sin[0][:, 0], cos_and_sin[1][:, 0]),
             interleaved=self.interleaved,
-            query_segments=context.query_segments[:, 0],
-            key_segments=context.key_segments,
+            segments=context.key_segments,
             offset=jnp.asarray(context.offset),
             **self._options(context),
         )

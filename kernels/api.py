@@ -238,14 +238,12 @@ def decode_attention(
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
-    query_segments: Int[Array, " b"],
-    key_segments: Int[Array, "b s"],
+    segments: Int[Array, "b s"],
     implementation: Literal["triton", "reference"] | None = None,
 ) -> decoding.Attended:
     """Attention of one token a row, [B, N, H], over a layer of a stacked cache, and the stacks with that token's key
     and value. `rotary` turns q and k. See `kernels.decode_attention`."""
     options = dict(scale=scale, offset=offset, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks)
-    options |= dict(rotary=rotary, interleaved=interleaved)
-    segments = dict(query_segments=query_segments, key_segments=key_segments)
+    options |= dict(rotary=rotary, interleaved=interleaved, segments=segments)
     table = _OPS["decode_attention"]
-    return dispatch("decode_attention", table, implementation, q, k, v, keys, values, layer, **options, **segments)
+    return dispatch("decode_attention", table, implementation, q, k, v, keys, values, layer, **options)

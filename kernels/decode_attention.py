@@ -11,7 +11,7 @@ exp(max - largest max). The new key and value never come from memory: the first 
 only one to touch their place, so that no program waits for another.
 
 Layout: q [B, N, H]; k, v [B, K, H]; keys, values [layers, B, S, K, H]; cos, sin float32 [B, pairs];
-query_segments [B]; key_segments [B, S]; offset int32 [] or [B].
+segments [B, S], of which a place is seen whose id is that of the token's own place; offset int32 [] or [B].
 """
 
 import functools
@@ -78,8 +78,7 @@ def decode_attention_reference(
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
-    query_segments: Int[Array, " b"],
-    key_segments: Int[Array, "b s"],
+    segments: Int[Array, "b s"],
 ) -> Attended:
     """`apply_rope`, `write_cache` and `attention_reference` for one token a row: the result, and the stacks with the
     token in them. Keys and values of another dtype are cast to q's."""
@@ -88,9 +87,10 @@ def decode_attention_reference(
         q, k = (apply_rope(each, *(part[:, None] for part in rotary), interleaved=interleaved) for each in (q, k))
     keys, values = write_cache(keys, k, layer, offset), write_cache(values, v, layer, offset)
     k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(q.dtype) for stack in (keys, values))
+    own = jnp.take_along_axis(segments, jnp.broadcast_to(offset, q.shape[:1])[:, None], axis=1, mode="clip")
     out = attention_reference(
         q, k, v, scale=scale, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks,
-        query_segments=query_segments[:, None], key_segments=key_segments, offset=offset,
+        query_segments=own, key_segments=segments, offset=offset,
     )  # fmt: skip
     return out[:, 0], keys, values
 
@@ -140,9 +140,8 @@ def _kernel():
         layer,  # int32 []
         cos,  # float32 [B, PAIRS]; unread if PAIRS is 0
         sin,
-        offset,  # int32 [B]
-        query_segments,  # int32 [B]
-        key_segments,  # int32 [B, S]
+        offset,  # int32 [B], or [] if ONE_OFFSET
+        segments,  # int32 [B, S]
         out,  # [B, N, H], or float32 [SPLIT, B, N, H]
         largest,  # float32 [SPLIT, B, N]; unwritten if SPLIT is 1
         total,
@@ -153,6 +152,7 @@ def _kernel():
         S: tl.constexpr,
         K: tl.constexpr,
         H: tl.constexpr,
+        ONE_OFFSET: tl.constexpr,
         PAIRS: tl.constexpr,  # of numbers of a head that turn
         INTERLEAVED: tl.constexpr,
         SCALE: tl.constexpr,  # times log2(e)
@@ -166,8 +166,11 @@ def _kernel():
         GROUP: tl.constexpr = N // K
         b, head = tl.program_id(0) // K, tl.program_id(0) % K
         part = tl.program_id(1)
-        here = tl.load(offset + b)
-        segment = tl.load(query_segments + b)
+        if not ONE_OFFSET:
+            offset += b
+        here = tl.load(offset)
+        segments += b * S
+        segment = tl.load(segments + tl.minimum(here, S - 1))
         start = (tl.load(layer).to(tl.int64) * B + b) * (S * K * H) + head * H
         row, column, place = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, TILE)
         is_head, is_column = row < GROUP, column < H
@@ -185,7 +188,6 @@ def _kernel():
         own = start + here.to(tl.int64) * (K * H) + column
         tl.store(new_keys + own, own_key, mask=is_column & is_own)
         tl.store(new_values + own, own_value, mask=is_column & is_own)
-        is_own = is_own & (tl.load(key_segments + b * S + here, mask=here < S, other=0) == segment)
         own_score = capped(tl.sum(query.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * SCALE, SOFTCAP)
         top = tl.where(is_own, own_score, float("-inf"))
         sum_ = tl.where(is_own, tl.full((ROWS,), 1.0, tl.float32), 0.0)
@@ -202,7 +204,7 @@ def _kernel():
         high = tl.minimum(low + each, first + tiles)
         for tile in range(low, high):
             s = tile * TILE + place
-            is_seen = tl.load(key_segments + b * S + s, mask=s < written, other=0) == segment
+            is_seen = tl.load(segments + s, mask=s < written, other=0) == segment
             is_seen = is_seen & (s < written)
             if WINDOW:
                 is_seen = is_seen & (here - s < WINDOW)
@@ -257,8 +259,7 @@ def decode_attention(
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
-    query_segments: Int[Array, " b"],
-    key_segments: Int[Array, "b s"],
+    segments: Int[Array, "b s"],
 ) -> Attended:
     """`decode_attention_reference` as a Triton kernel. Every query must see at least itself.
 
@@ -292,32 +293,35 @@ def decode_attention(
         grid=(batch * kv, split),
         num_warps=4,
         num_stages=3,
-        **constants(q.shape, keys.shape, pairs, interleaved, scale, softcap, window, split),
+        **constants(q.shape, keys.shape, jnp.ndim(offset) == 0, pairs, interleaved, scale, softcap, window, split),
     )
 
     @jax.custom_batching.sequential_vmap
-    def run(q, k, v, keys, values, layer, cos, sin, offset, query_segments, key_segments):
-        arrays = q, k, v, keys, values, layer, cos, sin, offset, query_segments, key_segments
-        out, largest, total, keys, values = call(*arrays)
-        if split == 1:
-            return out[0], keys, values
-        share = jnp.exp2(largest - jnp.maximum(jnp.max(largest, axis=0), -1e30))  # 0 where a part saw nothing
-        weight = jnp.sum(total * share, axis=0)[..., None]
-        out = jnp.sum(out * share[..., None], axis=0) / jnp.where(weight > 0, weight, 1.0)
-        return out.astype(q.dtype), keys, values
+    def run(q, k, v, keys, values, layer, cos, sin, offset, segments):
+        out, largest, total, keys, values = call(q, k, v, keys, values, layer, cos, sin, offset, segments)
+        return out[0] if split == 1 else _together(out, largest, total).astype(q.dtype), keys, values
 
     cos, sin = (q, q) if rotary is None else rotary
-    offset = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
-    return run(q, k, v, keys, values, layer, cos, sin, offset, query_segments, key_segments)
+    return run(q, k, v, keys, values, layer, cos, sin, jnp.asarray(offset, jnp.int32), segments)
 
 
-def constants(q_shape, cache_shape, pairs, interleaved, scale, softcap, window, split) -> dict:
+def _together(out: Array, largest: Array, total: Array) -> Array:
+    """The parts [split, B, N, H] put together. Sums are written out, so that XLA makes one kernel of them."""
+    parts = range(out.shape[0])
+    top = jnp.maximum(functools.reduce(jnp.maximum, [largest[i] for i in parts]), -1e30)
+    shares = [jnp.exp2(largest[i] - top) for i in parts]  # 0 where a part saw nothing
+    weight = functools.reduce(jnp.add, [total[i] * shares[i] for i in parts])[..., None]
+    whole = functools.reduce(jnp.add, [out[i] * shares[i][..., None] for i in parts])
+    return whole / jnp.where(weight > 0, weight, 1.0)
+
+
+def constants(q_shape, cache_shape, one_offset, pairs, interleaved, scale, softcap, window, split) -> dict:
     """The kernel's compile-time arguments."""
     (batch, heads, width), (_, _, places, kv, _) = q_shape, cache_shape
     at_least_16 = lambda n: max(16, 1 << (n - 1).bit_length())
     tile = PLACES if width <= 128 else PLACES // 2  # three of keys and of values are on their way in shared memory
     return dict(
-        B=batch, N=heads, S=places, K=kv, H=width, PAIRS=pairs, INTERLEAVED=interleaved,
+        B=batch, N=heads, S=places, K=kv, H=width, ONE_OFFSET=one_offset, PAIRS=pairs, INTERLEAVED=interleaved,
         SCALE=scale * 1.4426950408889634, SOFTCAP=softcap or 0.0, WINDOW=window or 0, SPLIT=split, TILE=tile,
         ROWS=at_least_16(heads // kv), WIDTH=at_least_16(width),
     )  # fmt: skip
