@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -477,3 +477,16 @@ class Identity(nnx.Module):
         """(x + multiplier * y) twice, as `Norm.after`."""
         x = added(x, y, multiplier)
         return x, x
+
+
+class Unsummed(NamedTuple):
+    """The residual stream x + multiplier * y, [B, T, D] each, where a layer leaves the sum to the norm that reads it
+    next: few tokens get both in one launch."""
+
+    x: Any
+    y: Any
+
+
+def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Array, Array]:
+    """The residual stream, which may be `Unsummed`, and what the norm makes of it."""
+    return norm.after(*x, multiplier) if isinstance(x, Unsummed) else (x, norm(x))

@@ -41,9 +41,11 @@ from jaxlora.layers import (
     Norm,
     PlainLinear,
     TokenwiseModule,
+    Unsummed,
     added,
     base_param,
     linear_each,
+    summed_and_normed,
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
@@ -151,10 +153,12 @@ class DecoderLayer(nnx.Module):
         self.layer_scalar = make.buffer((1,)) if config.layer_scalar else None
 
     def __call__(self, x, context: Context, key=None, cache=None, per_layer_input=None):
-        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, convolutions, states, layer), and the first four are
-        returned; then an `Aside`. per_layer_input: this layer's [B, T, P], where the model has such."""
+        """x [B, T, D] -> [B, T, D], or `Unsummed` -> `Unsummed`. `cache` is (keys, values, convolutions, states,
+        layer), and the first four are returned; then an `Aside`. per_layer_input: this layer's [B, T, P], where the
+        model has such."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
-        normed = self.input_layernorm(x)
+        is_unsummed = isinstance(x, Unsummed)
+        x, normed = summed_and_normed(x, self.input_layernorm, self.multiplier)
         attended, cache, stored = self._mix(normed, context, keys[:4], key, cache)
         attended = self.post_self_attn_layernorm(attended)
         if self.parallel:
@@ -170,7 +174,10 @@ class DecoderLayer(nnx.Module):
         load = None
         if context.with_load and isinstance(sparse, SparseMLP):
             load = sparse.load(read, context.query_segments)
-        x = residual + self.multiplier * self.post_mlp_layernorm(out)
+        out = self.post_mlp_layernorm(out)
+        if is_unsummed:
+            return Unsummed(residual, out), cache, Aside(load, stored)
+        x = residual + self.multiplier * out
         if self.per_layer_act is not None:
             x = x + self._of_layer(x, per_layer_input, key)
         if self.layer_scalar is not None:
@@ -498,6 +505,9 @@ class CausalLM(nnx.Module):
 
         x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
         per_layer_inputs = self.model.per_layer_inputs(input_ids, x, key)
+        plain = per_layer_inputs is None and not self.config.layer_scalar
+        if cache is not None and not context.is_prefill and input_ids.shape[1] == 1 and plain:
+            x = Unsummed(x, jnp.zeros_like(x))
         parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
         loads = []
         for i, run in enumerate(self.model.layers):
@@ -509,7 +519,7 @@ class CausalLM(nnx.Module):
                 context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
             if run_cache is not None:
                 parts = [[*part[:i], new, *part[i + 1 :]] for part, new in zip(parts, run_cache, strict=True)]
-        x = self.model.norm(x)
+        _, x = summed_and_normed(x, self.model.norm, self.config.residual_multiplier)
         if cache is None:
             return x, None, _total_load(loads)
         length = jnp.asarray(cache.length + input_ids.shape[1], jnp.int32)
