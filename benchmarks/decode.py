@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 
-from shapes import CONFIGS, random_model
+from jaxlora.bench.shapes import CONFIGS, random_model
 
 
 def report(**line):
