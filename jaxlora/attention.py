@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from jaxlora.config import LayerConfig, ModelConfig
 from jaxlora.kernels import api as kernels
+from jaxlora.kernels.decode_attention import write_cache
 from jaxlora.layers import Identity, linear_each, rms_normed
 from jaxlora.rope import apply_rope
 
@@ -98,19 +99,26 @@ class Attention(nnx.Module):
         q, *rest = linear_each(projections, x, keys[: len(projections)])
         return (q, *rest, *rest) if len(rest) == 1 else (q, *(rest or (None, None)))
 
-    def _placed(self, y, norm, context: Context):
-        """Queries or keys [B, T, N H] -> [B, T, N, H], normed, and turned by their positions."""
+    def _normed(self, y, norm):
+        """Queries or keys [B, T, N H] -> [B, T, N, H]."""
         y = norm(y) if self.qk_norm == "projection" else y
         y = y.reshape(*y.shape[:2], -1, self.head_dim)
-        y = y if self.qk_norm == "projection" else norm(y)
+        return y if self.qk_norm == "projection" else norm(y)
+
+    def _placed(self, y, norm, context: Context):
+        """Queries or keys [B, T, N H] -> [B, T, N, H], normed, and turned by their positions."""
+        y = self._normed(y, norm)
         if self.rope is None:
             return y
         return apply_rope(y, *context.rotary[self.rope], interleaved=self.interleaved)
 
+    def _values(self, v):
+        v = v.reshape(*v.shape[:2], -1, self.head_dim)
+        return v if self.v_norm_eps is None else rms_normed(v, self.v_norm_eps)
+
     def _keys_and_values(self, k, v, context: Context):
         """This call's, [B, T, K H] each -> [B, T, K, H] each."""
-        k, v = self._placed(k, self.k_norm, context), v.reshape(*v.shape[:2], -1, self.head_dim)
-        v = v if self.v_norm_eps is None else rms_normed(v, self.v_norm_eps)
+        k, v = self._placed(k, self.k_norm, context), self._values(v)
         return checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
     def __call__(self, x, context: Context, keys: list, cache=None):
@@ -122,6 +130,18 @@ class Attention(nnx.Module):
         if self.output_gate:
             q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
             q = q.reshape(b, t, -1)
+        if t == 1 and cache is not None and self._decodes(context):
+            out, cache = self._decode(q, k, v, cache, context)
+            stored = {}
+        else:
+            out, cache, stored = self._attend(q, k, v, cache, context)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
+        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache, stored
+
+    def _attend(self, q, k, v, cache, context: Context):
+        """What many tokens take from each other and from the cache, [B, T, N, H], the cache with them, and what
+        `Context.stored_kv` gets."""
         q = checkpoint_name(self._placed(q, self.q_norm, context), "query")
         if self.reuses_kv is not None:
             k, v = context.stored_kv[self.reuses_kv]
@@ -129,39 +149,42 @@ class Attention(nnx.Module):
             k, v = self._keys_and_values(k, v, context)
             if cache is not None:
                 all_keys, all_values, layer = cache
-                all_keys = _write_cache(all_keys, k, layer, context.offset)
-                cache = all_keys, _write_cache(all_values, v, layer, context.offset), layer
-        past = cache if self.reuses_kv is None and not context.is_prefill else None
-        if past is not None and t == 1 and self.stores_kv is None:
-            out = self._decode(q, past, context)
-        else:
-            if past is not None:
-                k, v = (jax.lax.dynamic_index_in_dim(s, past[2], keepdims=False).astype(k.dtype) for s in past[:2])
-            out = kernels.attention(
-                q,
-                k,
-                v,
-                query_segments=context.query_segments,
-                key_segments=context.key_segments,
-                offset=context.offset,
-                **self._options(context),
-            )
-        if gate is not None:
-            out = out * jax.nn.sigmoid(gate)
-        stored = {} if self.stores_kv is None else {self.stores_kv: (k, v)}
-        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache, stored
-
-    def _decode(self, q, cache, context: Context):
-        """What one token of each row [B, 1, N, H] takes from the cache, which it is in already."""
-        assert context.query_segments is not None and context.key_segments is not None
-        return kernels.decode_attention(
-            q[:, 0],
-            *cache,
-            query_segments=context.query_segments[:, 0],
+                all_keys = write_cache(all_keys, k, layer, context.offset)
+                cache = all_keys, write_cache(all_values, v, layer, context.offset), layer
+                if not context.is_prefill:
+                    stacks = all_keys, cache[1]
+                    k, v = (jax.lax.dynamic_index_in_dim(s, layer, keepdims=False).astype(k.dtype) for s in stacks)
+        out = kernels.attention(
+            q,
+            k,
+            v,
+            query_segments=context.query_segments,
             key_segments=context.key_segments,
+            offset=context.offset,
+            **self._options(context),
+        )
+        return out, cache, {} if self.stores_kv is None else {self.stores_kv: (k, v)}
+
+    def _decodes(self, context: Context) -> bool:
+        """Whether one token of each row attends to a cache of this layer's own, and nothing else does."""
+        return not context.is_prefill and self.reuses_kv is None and self.stores_kv is None
+
+    def _decode(self, q, k, v, cache, context: Context):
+        """`_attend` for one token of each row, in one kernel where there is one."""
+        assert context.key_segments is not None
+        cos_and_sin = None if self.rope is None else context.rotary[self.rope]
+        out, *written = kernels.decode_attention(
+            self._normed(q, self.q_norm)[:, 0],
+            self._normed(k, self.k_norm)[:, 0],
+            self._values(v)[:, 0],
+            *cache,
+            rotary=cos_and_sin and (cos_and_sin[0][:, 0], cos_and_sin[1][:, 0]),
+            interleaved=self.interleaved,
+            segments=context.key_segments,
             offset=jnp.asarray(context.offset),
             **self._options(context),
-        )[:, None]
+        )
+        return out[:, None], (*written, cache[2])
 
     def _options(self, context: Context) -> dict[str, Any]:
         return dict(
@@ -171,29 +194,3 @@ class Attention(nnx.Module):
             key_bias=context.key_bias,
             sinks=None if self.sinks is None else self.sinks.get_value(),
         )
-
-
-def _write_cache(stacked: Array, new: Array, layer: Array, offset: Array | int) -> Array:
-    """`new` [B, T, K, H] put into [repeats, B, S, K, H] at one layer, from place `offset` on, or each row's `offset`.
-
-    float8 takes what is beyond its range as its largest value, and not as NaN. A place beyond the last of a row's own
-    is not written.
-    """
-    if stacked.dtype.itemsize == 1:
-        new = jnp.clip(new, *(jnp.asarray(limit, new.dtype) for limit in _range(stacked.dtype)))
-    new = new.astype(stacked.dtype)
-    if jnp.ndim(offset) == 0:
-        return jax.lax.dynamic_update_slice(stacked, new[None], (layer, 0, offset, 0, 0))
-    rows, places = rows_and_places(jnp.asarray(offset), new.shape[1])
-    return stacked.at[layer, rows, places].set(new, indices_are_sorted=True, unique_indices=True)
-
-
-def _range(dtype: Any) -> tuple[float, float]:
-    info = jnp.finfo(dtype)
-    return float(info.min), float(info.max)
-
-
-def rows_and_places(offset: Array, tokens: int) -> tuple[Array, Array]:
-    """Indices [B, 1] and [B, T] of the places that T tokens of each row take from its offset on."""
-    rows = jnp.arange(offset.shape[0], dtype=jnp.int32)[:, None]
-    return rows, offset[:, None] + jnp.arange(tokens, dtype=jnp.int32)

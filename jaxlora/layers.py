@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import fp8, quant, remat
 from jaxlora.config import QuantConfig
+from jaxlora.kernels import api as kernels
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
 from jaxlora.offload import take_rows
@@ -384,19 +386,50 @@ class Norm(Weighted):
         self.kind, self.eps, self.offset, self.stack = kind, eps, offset, stack
         self.weight = base_param(jnp.full((*lead, *shape), 1.0 - offset, dtype), (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, *shape), dtype), (*lead_axes, *axes)) if bias else None
+        self.index = nnx.data(None)  # which of a stack, see `at`
         self.without_copies()
 
+    @property
+    def is_read_by_index(self) -> bool:
+        """Whether it is a stack whose weights kernels read by index (`at`), and which so need not be sliced."""
+        plain = self.trained_weight is None and self.trained_bias is None
+        return self.stack is not None and plain and self._is_rms_norm
+
+    @property
+    def _is_rms_norm(self) -> bool:
+        return self.kind == "rms_norm" and self.bias is None
+
+    def at(self, index: Any) -> Norm:
+        """One of a stack of norms, without copying its weight."""
+        copy = jax.tree.map(lambda leaf: leaf, self)
+        copy.index = nnx.data(index)
+        return copy
+
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        return self.after(x, None)[1]
+
+    def after(
+        self, x: Float[Array, "*batch features"], y: Float[Array, "*batch features"] | None, multiplier: float = 1.0
+    ) -> tuple[Float[Array, "*batch features"], Float[Array, "*batch features"]]:
+        """(x + multiplier * y, the norm of that), where y is None (x, its norm). Few tokens take one launch for it."""
+        if self._is_rms_norm:
+            return kernels.residual_norm(
+                x, y, self.current_weight(), self.index, eps=self.eps, offset=self.offset, multiplier=multiplier
+            )
+        x = x if y is None else added(x, y, multiplier)
         wide, weight = x.astype(jnp.float32), self.current_weight()
         if self.kind == "layer_norm":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        if self.kind == "rms_norm" and self.offset == 0.0 and self.bias is None:
-            return normed.astype(x.dtype) * weight.astype(x.dtype)
         out = normed * (weight.astype(jnp.float32) + self.offset)
         if self.bias is not None:
             out = out + self.current_bias().astype(jnp.float32)
-        return out.astype(x.dtype)
+        return x, out.astype(x.dtype)
+
+
+def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"], multiplier: float) -> Float[Array, "*shape"]:
+    """The residual stream x with one more part, as checkpointing policies know it."""
+    return checkpoint_name(x + multiplier * y, "residual")
 
 
 def rms_normed(x: Float[Array, "*batch features"], eps: float) -> Float[Array, "*batch features"]:
@@ -439,3 +472,21 @@ class Identity(nnx.Module):
 
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         return x
+
+    def after(self, x, y, multiplier: float = 1.0):
+        """(x + multiplier * y) twice, as `Norm.after`."""
+        x = added(x, y, multiplier)
+        return x, x
+
+
+class Unsummed(NamedTuple):
+    """The residual stream x + multiplier * y, [B, T, D] each, where a layer leaves the sum to the norm that reads it
+    next: few tokens get both in one launch."""
+
+    x: Any
+    y: Any
+
+
+def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Array, Array]:
+    """The residual stream, which may be `Unsummed`, and what the norm makes of it."""
+    return norm.after(*x, multiplier) if isinstance(x, Unsummed) else (x, norm(x))

@@ -28,9 +28,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import quant, remat
-from jaxlora.attention import Attention, Context, rows_and_places
+from jaxlora.attention import Attention, Context
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.delta_net import GatedDeltaNet
+from jaxlora.kernels.decode_attention import rows_and_places
 from jaxlora.layers import (
     ACTIVATIONS,
     Buffer,
@@ -40,8 +41,11 @@ from jaxlora.layers import (
     Norm,
     PlainLinear,
     TokenwiseModule,
+    Unsummed,
+    added,
     base_param,
     linear_each,
+    summed_and_normed,
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
@@ -149,14 +153,19 @@ class DecoderLayer(nnx.Module):
         self.layer_scalar = make.buffer((1,)) if config.layer_scalar else None
 
     def __call__(self, x, context: Context, key=None, cache=None, per_layer_input=None):
-        """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, convolutions, states, layer), and the first four are
-        returned; then an `Aside`. per_layer_input: this layer's [B, T, P], where the model has such."""
+        """x [B, T, D] -> [B, T, D], or `Unsummed` -> `Unsummed`. `cache` is (keys, values, convolutions, states,
+        layer), and the first four are returned; then an `Aside`. per_layer_input: this layer's [B, T, P], where the
+        model has such."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
-        normed = self.input_layernorm(x)
+        is_unsummed = isinstance(x, Unsummed)
+        x, normed = summed_and_normed(x, self.input_layernorm, self.multiplier)
         attended, cache, stored = self._mix(normed, context, keys[:4], key, cache)
-        residual = checkpoint_name(x + self.multiplier * self.post_self_attn_layernorm(attended), "residual")
-        if not self.shared_norm:
-            normed = self.post_attention_layernorm(x if self.parallel else residual)
+        attended = self.post_self_attn_layernorm(attended)
+        if self.parallel:
+            residual = added(x, attended, self.multiplier)
+            normed = normed if self.shared_norm else self.post_attention_layernorm(x)
+        else:
+            residual, normed = self.post_attention_layernorm.after(x, attended, self.multiplier)
         out = self.mlp(normed, keys[4:], context.mlp_tile)
         sparse, read = (self.mlp, normed) if self.sparse_mlp is None else (self.sparse_mlp, residual)
         if self.sparse_mlp is not None:
@@ -165,7 +174,10 @@ class DecoderLayer(nnx.Module):
         load = None
         if context.with_load and isinstance(sparse, SparseMLP):
             load = sparse.load(read, context.query_segments)
-        x = residual + self.multiplier * self.post_mlp_layernorm(out)
+        out = self.post_mlp_layernorm(out)
+        if is_unsummed:
+            return Unsummed(residual, out), cache, Aside(load, stored)
+        x = residual + self.multiplier * out
         if self.per_layer_act is not None:
             x = x + self._of_layer(x, per_layer_input, key)
         if self.layer_scalar is not None:
@@ -217,24 +229,33 @@ class Run(nnx.Module):
         are experts.
         """
 
-        # Quantised weights stay in their stack, which kernels read by index; the scan slices everything else.
-        is_stack = lambda leaf: isinstance(leaf, quant.QuantizedArray) and len(leaf.leading) == 1
+        # What kernels read by index stays in its stack; the scan slices everything else. Norms are read so with a cache
+        # only: the kernel is for few tokens.
+        def is_stack(leaf):
+            if isinstance(leaf, Norm):
+                return cache is not None and leaf.is_read_by_index
+            return isinstance(leaf, quant.QuantizedArray) and len(leaf.leading) == 1
+
         leaves, structure = jax.tree.flatten(self.period, is_leaf=is_stack)
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
 
         def body(carry, layer):
-            x, cache = carry
+            x, cache, counter = carry
             slices, index, key, inputs = layer
+            index = index if counter is None else counter
             period = structure.unflatten(
                 [leaf.at(index) if is_stack(leaf) else part for leaf, part in zip(leaves, slices, strict=True)]
             )
             x, cache, aside = self.once(period, x, context, index, key, cache, inputs)
-            return (x, cache), aside
+            return (x, cache, None if counter is None else counter + 1), aside
 
+        # With a cache the index is carried, which XLA makes the loop's own counter: one out of `layers` is copied at
+        # each step for the kernels that read it. Without a cache a carry may be kept of each layer.
+        counter = None if cache is None else jnp.int32(0)
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
         layers = (sliced, index, keys, self.inputs_of(per_layer_inputs))
-        (x, cache), aside = remat.scan(body, (x, cache), layers, policy)
+        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy)
         return x, cache, self.whole(aside)
 
     def whole(self, each: Aside) -> Aside:
@@ -484,6 +505,9 @@ class CausalLM(nnx.Module):
 
         x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
         per_layer_inputs = self.model.per_layer_inputs(input_ids, x, key)
+        plain = per_layer_inputs is None and not self.config.layer_scalar
+        if cache is not None and not context.is_prefill and input_ids.shape[1] == 1 and plain:
+            x = Unsummed(x, jnp.zeros_like(x))
         parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
         loads = []
         for i, run in enumerate(self.model.layers):
@@ -495,7 +519,7 @@ class CausalLM(nnx.Module):
                 context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
             if run_cache is not None:
                 parts = [[*part[:i], new, *part[i + 1 :]] for part, new in zip(parts, run_cache, strict=True)]
-        x = self.model.norm(x)
+        _, x = summed_and_normed(x, self.model.norm, self.config.residual_multiplier)
         if cache is None:
             return x, None, _total_load(loads)
         length = jnp.asarray(cache.length + input_ids.shape[1], jnp.int32)

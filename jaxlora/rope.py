@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlora.config import RopeConfig
+from jaxlora.kernels.reference import apply_rope as apply_rope
 
 
 def _wavelengths(theta: float, dim: int) -> np.ndarray:
@@ -144,24 +145,6 @@ def rope_tables(
     inv_freq, factor = rope_frequencies(rope, head_dim, max_position_embeddings, length)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def apply_rope(
-    x: Float[Array, "b t heads head_dim"],
-    cos: Float[Array, "b t pairs"],
-    sin: Float[Array, "b t pairs"],
-    *,
-    interleaved: bool = False,
-) -> Float[Array, "b t heads head_dim"]:
-    """Turn the first 2 * pairs entries of each head; the rest passes through."""
-    pairs = cos.shape[-1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotary, rest = jnp.split(x, [2 * pairs], axis=-1)
-    rotary = rotary.astype(jnp.float32)
-    first, second = (rotary[..., 0::2], rotary[..., 1::2]) if interleaved else jnp.split(rotary, 2, axis=-1)
-    turned = first * cos - second * sin, second * cos + first * sin
-    together = jnp.stack(turned, axis=-1).reshape(rotary.shape) if interleaved else jnp.concatenate(turned, axis=-1)
-    return jnp.concatenate([together.astype(x.dtype), rest], axis=-1)
 
 
 def alibi_bias(positions: Int[Array, "b s"], heads: int) -> Float[Array, "b n s"]:

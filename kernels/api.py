@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels import decode_attention as decoding
 from jaxlora.kernels import grouped_triton, nf4, nf4_matmul, nf4_merge, reference
+from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
 
 
@@ -70,6 +71,7 @@ _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
     "merge_nf4": {"triton": on_gpu(nf4_merge.merge_nf4), "reference": reference.merge_nf4},
     "matmul_nf4": {"triton": on_gpu(nf4_matmul.matmul_nf4), "reference": reference.matmul_nf4},
+    "residual_norm": {"triton": on_gpu(norm.residual_norm), "reference": norm.residual_norm_reference},
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
     "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
     "decode_attention": {
@@ -134,6 +136,25 @@ def matmul_nf4(
     Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`.
     """
     return dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, shapes=shapes)
+
+
+def residual_norm(
+    x: Float[Array, "*batch d"],
+    y: Float[Array, "*batch d"] | None,
+    weight: Float[Array, "..."],
+    index: Int[Array, ""] | None = None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    multiplier: float = 1.0,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+    """(x + multiplier * y, its RMS norm), or of x alone. See `residual_norm.residual_norm_reference`.
+
+    Made for few tokens: "triton" takes at most `residual_norm.MOST_TOKENS`.
+    """
+    options = dict(eps=eps, offset=offset, multiplier=multiplier)
+    return dispatch("residual_norm", _OPS["residual_norm"], implementation, x, y, weight, index, **options)
 
 
 def grouped_dot(
@@ -203,22 +224,26 @@ def attention(
 
 def decode_attention(
     q: Float[Array, "b n h"],
+    k: Float[Array, "b kv h"],
+    v: Float[Array, "b kv h"],
     keys: Float[Array, "layers b s kv h"],
     values: Float[Array, "layers b s kv h"],
     layer: Int[Array, ""],
     *,
+    rotary: decoding.Rotary | None = None,
+    interleaved: bool = False,
     scale: float,
     offset: Int[Array, "*b"],
     window: int | None = None,
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
-    query_segments: Int[Array, " b"],
-    key_segments: Int[Array, "b s"],
+    segments: Int[Array, "b s"],
     implementation: Literal["triton", "reference"] | None = None,
-) -> Float[Array, "b n h"]:
-    """Attention of one token a row, [B, N, H], over a layer of a stacked cache. See `kernels.decode_attention`."""
+) -> decoding.Attended:
+    """Attention of one token a row, [B, N, H], over a layer of a stacked cache, and the stacks with that token's key
+    and value. `rotary` turns q and k. See `kernels.decode_attention`."""
     options = dict(scale=scale, offset=offset, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks)
-    segments = dict(query_segments=query_segments, key_segments=key_segments)
+    options |= dict(rotary=rotary, interleaved=interleaved, segments=segments)
     table = _OPS["decode_attention"]
-    return dispatch("decode_attention", table, implementation, q, keys, values, layer, **options, **segments)
+    return dispatch("decode_attention", table, implementation, q, k, v, keys, values, layer, **options)

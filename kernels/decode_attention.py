@@ -1,48 +1,98 @@
-"""Attention of one new token over a cache, in one Triton kernel that reads the layer's part of the stacked cache.
+"""Attention of one new token a row, in one Triton kernel that turns q and k by their positions, puts k and v into the
+row's place of a stacked cache, and attends over what stands there.
 
     out[b, n] = softmax over places s <= offset[b] of (q[b, n] . k[b, s, n / g] * scale)  times  v[b, s, n / g]
 
 The maths and the masks are those of `attention`, for one query a row. What is gained: only places that are written are
-read, once, for all g query heads of a key head; no layer of the cache is copied out of its stack; and no scores are
-written. A row and key head is the work of one program, or of `split` programs that divide the places and leave float32
-parts, which XLA puts together: softmax over places is a sum with weights exp(max - largest max).
+read, once, for all g query heads of a key head; no layer of the cache is copied out of its stack; no scores are
+written; and the cache is updated in place. A row and key head is the work of one program, or of `split` programs that
+divide the places and leave float32 parts, which XLA puts together: softmax over places is a sum with weights
+exp(max - largest max). The new key and value never come from memory: the first program has them in registers and is the
+only one to touch their place, so that no program waits for another.
 
-Layout: q [B, N, H]; keys, values [layers, B, S, K, H]; query_segments [B]; key_segments [B, S]; offset int32 [B].
+Layout: q [B, N, H]; k, v [B, K, H]; keys, values [layers, B, S, K, H]; cos, sin float32 [B, pairs];
+segments [B, S], of which a place is seen whose id is that of the token's own place; offset int32 [] or [B].
 """
 
 import functools
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlora.kernels.attention import attention_reference
+from jaxlora.kernels.reference import apply_rope
 
 PLACES = 64  # of a tile
+WHOLE = 512  # places up to which they are not divided, since putting parts together is one more kernel
+
+Rotary = tuple[Float[Array, "b pairs"], Float[Array, "b pairs"]]
+Attended = tuple[Float[Array, "b n h"], Float[Array, "layers b s kv h"], Float[Array, "layers b s kv h"]]
+
+
+def write_cache(
+    stacked: Float[Array, "layers b s kv h"],
+    new: Float[Array, "b t kv h"],
+    layer: Int[Array, ""],
+    offset: Int[Array, "*b"] | int,
+) -> Float[Array, "layers b s kv h"]:
+    """`new` put into a stacked cache at one layer, from place `offset` on, or each row's `offset`.
+
+    float8 takes what is beyond its range as its largest value, and not as NaN. A place beyond the last of a row's own
+    is not written.
+    """
+    if stacked.dtype.itemsize == 1:
+        new = jnp.clip(new, *(jnp.asarray(limit, new.dtype) for limit in _range(stacked.dtype)))
+    new = new.astype(stacked.dtype)
+    if jnp.ndim(offset) == 0:
+        return jax.lax.dynamic_update_slice(stacked, new[None], (layer, 0, offset, 0, 0))
+    rows, places = rows_and_places(jnp.asarray(offset), new.shape[1])
+    return stacked.at[layer, rows, places].set(new, indices_are_sorted=True, unique_indices=True)
+
+
+def _range(dtype: Any) -> tuple[float, float]:
+    info = jnp.finfo(dtype)
+    return float(info.min), float(info.max)
+
+
+def rows_and_places(offset: Int[Array, " b"], tokens: int) -> tuple[Int[Array, "b 1"], Int[Array, "b t"]]:
+    """Indices of the places that T tokens of each row take from its offset on."""
+    rows = jnp.arange(offset.shape[0], dtype=jnp.int32)[:, None]
+    return rows, offset[:, None] + jnp.arange(tokens, dtype=jnp.int32)
 
 
 def decode_attention_reference(
     q: Float[Array, "b n h"],
+    k: Float[Array, "b kv h"],
+    v: Float[Array, "b kv h"],
     keys: Float[Array, "layers b s kv h"],
     values: Float[Array, "layers b s kv h"],
     layer: Int[Array, ""],
     *,
+    rotary: Rotary | None = None,
+    interleaved: bool = False,
     scale: float,
     offset: Int[Array, "*b"],
     window: int | None = None,
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
-    query_segments: Int[Array, " b"],
-    key_segments: Int[Array, "b s"],
-) -> Float[Array, "b n h"]:
-    """`attention_reference` for one query a row. Keys and values of another dtype are cast to q's."""
+    segments: Int[Array, "b s"],
+) -> Attended:
+    """`apply_rope`, `write_cache` and `attention_reference` for one token a row: the result, and the stacks with the
+    token in them. Keys and values of another dtype are cast to q's."""
+    q, k, v = (each[:, None] for each in (q, k, v))
+    if rotary is not None:
+        q, k = (apply_rope(each, *(part[:, None] for part in rotary), interleaved=interleaved) for each in (q, k))
+    keys, values = write_cache(keys, k, layer, offset), write_cache(values, v, layer, offset)
     k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(q.dtype) for stack in (keys, values))
-    return attention_reference(
-        q[:, None], k, v, scale=scale, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks,
-        query_segments=query_segments[:, None], key_segments=key_segments, offset=offset,
-    )[:, 0]  # fmt: skip
+    own = jnp.take_along_axis(segments, jnp.broadcast_to(offset, q.shape[:1])[:, None], axis=1, mode="clip")
+    out = attention_reference(
+        q, k, v, scale=scale, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks,
+        query_segments=own, key_segments=segments, offset=offset,
+    )  # fmt: skip
+    return out[:, 0], keys, values
 
 
 @functools.cache
@@ -53,22 +103,58 @@ def _kernel():
     import triton.language as tl
 
     @triton.jit
+    def turned(head, column, inside, cos, sin, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+        """The numbers of a head or some, turned by their row's position."""
+        x = tl.load(head + column, mask=inside, other=0.0)
+        if PAIRS > 0:
+            if INTERLEAVED:
+                pair, partner, is_first = column // 2, column ^ 1, column % 2 == 0
+            else:
+                is_first = column < PAIRS
+                pair = tl.where(is_first, column, column - PAIRS)
+                partner = tl.where(is_first, column + PAIRS, column - PAIRS)
+            is_turned = column < 2 * PAIRS
+            other = tl.load(head + partner, mask=inside & is_turned, other=0.0).to(tl.float32)
+            cosine = tl.load(cos + pair, mask=is_turned, other=1.0)
+            sine = tl.load(sin + pair, mask=is_turned, other=0.0)
+            x = (x.to(tl.float32) * cosine + other * tl.where(is_first, -sine, sine)).to(x.dtype)
+        return x
+
+    @triton.jit
+    def capped(scores, SOFTCAP: tl.constexpr):
+        """softcap * tanh(scores / softcap), of scores that are times log2(e), and so the result."""
+        LOG2E: tl.constexpr = 1.4426950408889634
+        if SOFTCAP > 0:
+            ratio = scores / (SOFTCAP * LOG2E)
+            even = tl.exp2(tl.abs(ratio) * (-2 * LOG2E))  # tanh |r| = (1 - e^-2|r|) / (1 + e^-2|r|)
+            scores = SOFTCAP * LOG2E * tl.where(ratio < 0, -1.0, 1.0) * (1.0 - even) / (1.0 + even)
+        return scores
+
+    @triton.jit
     def decode_attention(
         q,  # [B, N, H]
+        k,  # [B, K, H]
+        v,
         keys,  # [layers, B, S, K, H]
         values,
         layer,  # int32 []
-        offset,  # int32 [B]
-        query_segments,  # int32 [B]
-        key_segments,  # int32 [B, S]
+        cos,  # float32 [B, PAIRS]; unread if PAIRS is 0
+        sin,
+        offset,  # int32 [B], or [] if ONE_OFFSET
+        segments,  # int32 [B, S]
         out,  # [B, N, H], or float32 [SPLIT, B, N, H]
         largest,  # float32 [SPLIT, B, N]; unwritten if SPLIT is 1
         total,
+        new_keys,  # where keys and values are
+        new_values,
         B: tl.constexpr,
         N: tl.constexpr,
         S: tl.constexpr,
         K: tl.constexpr,
         H: tl.constexpr,
+        ONE_OFFSET: tl.constexpr,
+        PAIRS: tl.constexpr,  # of numbers of a head that turn
+        INTERLEAVED: tl.constexpr,
         SCALE: tl.constexpr,  # times log2(e)
         SOFTCAP: tl.constexpr,  # 0 for none
         WINDOW: tl.constexpr,  # 0 for none
@@ -77,100 +163,117 @@ def _kernel():
         ROWS: tl.constexpr,  # query heads of a key head, and at least what a product wants
         WIDTH: tl.constexpr,  # H, up to a power of two
     ):
-        LOG2E: tl.constexpr = 1.4426950408889634
         GROUP: tl.constexpr = N // K
         b, head = tl.program_id(0) // K, tl.program_id(0) % K
         part = tl.program_id(1)
-        here = tl.load(offset + b)
-        segment = tl.load(query_segments + b)
+        if not ONE_OFFSET:
+            offset += b
+        here = tl.load(offset)
+        segments += b * S
+        segment = tl.load(segments + tl.minimum(here, S - 1))
         start = (tl.load(layer).to(tl.int64) * B + b) * (S * K * H) + head * H
         row, column, place = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, TILE)
         is_head, is_column = row < GROUP, column < H
-        at = (b * N + head * GROUP + row[:, None]) * H + column[None, :]
-        query = tl.load(q + at, mask=is_head[:, None] & is_column[None, :], other=0.0)
+        heads = b * N + head * GROUP + row
+        at = heads[:, None] * H + column[None, :]
+        to_store = is_head[:, None] & is_column[None, :]
+        cos += b * PAIRS
+        sin += b * PAIRS
+        query = turned(q + heads[:, None] * H, column[None, :], to_store, cos, sin, PAIRS, INTERLEAVED)
+        own_key = turned(k + (b * K + head) * H, column, is_column, cos, sin, PAIRS, INTERLEAVED)
+        own_value = tl.load(v + (b * K + head) * H + column, mask=is_column, other=0.0)
 
+        # The token itself, which is the first program's. A place beyond the last is neither written nor seen.
+        is_own = (part == 0) & (here < S)
+        own = start + here.to(tl.int64) * (K * H) + column
+        tl.store(new_keys + own, own_key, mask=is_column & is_own)
+        tl.store(new_values + own, own_value, mask=is_column & is_own)
+        own_score = capped(tl.sum(query.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * SCALE, SOFTCAP)
+        top = tl.where(is_own, own_score, float("-inf"))
+        sum_ = tl.where(is_own, tl.full((ROWS,), 1.0, tl.float32), 0.0)
+        result = tl.where(is_own, tl.zeros((ROWS, WIDTH), tl.float32) + own_value.to(tl.float32)[None, :], 0.0)
+
+        # Those before it.
+        written = tl.minimum(here, S)
         first = 0
         if WINDOW:
             first = tl.maximum(here - (WINDOW - 1), 0) // TILE
-        tiles = tl.minimum(here, S - 1) // TILE + 1 - first
+        tiles = tl.maximum((written + TILE - 1) // TILE - first, 0)
         each = (tiles + SPLIT - 1) // SPLIT
         low = first + part * each
         high = tl.minimum(low + each, first + tiles)
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        sum_ = tl.zeros((ROWS,), tl.float32)
-        result = tl.zeros((ROWS, WIDTH), tl.float32)
         for tile in range(low, high):
             s = tile * TILE + place
-            is_seen = (s <= here) & (tl.load(key_segments + b * S + s, mask=s < S, other=0) == segment)
+            is_seen = tl.load(segments + s, mask=s < written, other=0) == segment
+            is_seen = is_seen & (s < written)
             if WINDOW:
                 is_seen = is_seen & (here - s < WINDOW)
             address = start + s[:, None].to(tl.int64) * (K * H) + column[None, :]
-            inside = (s < S)[:, None] & is_column[None, :]
+            inside = (s < written)[:, None] & is_column[None, :]
             key = tl.load(keys + address, mask=inside, other=0.0)
             value = tl.load(values + address, mask=inside, other=0.0)
-            scores = tl.dot(query, tl.trans(key)) * SCALE
-            if SOFTCAP > 0:
-                ratio = scores / (SOFTCAP * LOG2E)
-                even = tl.exp2(tl.abs(ratio) * (-2 * LOG2E))  # tanh |r| = (1 - e^-2|r|) / (1 + e^-2|r|)
-                scores = SOFTCAP * LOG2E * tl.where(ratio < 0, -1.0, 1.0) * (1.0 - even) / (1.0 + even)
-            scores = tl.where(is_seen[None, :], scores, float("-inf"))
-            now = tl.maximum(top, tl.max(scores, 1))
+            score = capped(tl.dot(query, tl.trans(key)) * SCALE, SOFTCAP)
+            score = tl.where(is_seen[None, :], score, float("-inf"))
+            now = tl.maximum(top, tl.max(score, 1))
             safe = tl.where(now == float("-inf"), 0.0, now)  # a tile in which nothing is seen
-            weights = tl.exp2(scores - safe[:, None])
+            weights = tl.exp2(score - safe[:, None])
             shrink = tl.exp2(top - safe)
             sum_ = sum_ * shrink + tl.sum(weights, 1)
             result = result * shrink[:, None] + tl.dot(weights.to(value.dtype), value)
             top = now
 
-        to_store = is_head[:, None] & is_column[None, :]
         if SPLIT == 1:
             # A row that is nobody's may see nothing.
             sum_ = tl.where(sum_ > 0.0, sum_, 1.0)
             tl.store(out + at, (result / sum_[:, None]).to(out.dtype.element_ty), mask=to_store)
         else:
             tl.store(out + part * (B * N * H) + at, result, mask=to_store)
-            heads = part * (B * N) + b * N + head * GROUP + row
-            tl.store(largest + heads, top, mask=is_head)
-            tl.store(total + heads, sum_, mask=is_head)
+            tl.store(largest + part * (B * N) + heads, top, mask=is_head)
+            tl.store(total + part * (B * N) + heads, sum_, mask=is_head)
 
     return decode_attention
 
 
 def split_of(rows: int, places: int) -> int:
     """Programs that divide the places, for so many rows times key heads: as many as an H100 has room for, of 128 places
-    and more."""
+    and more; one for `WHOLE` places and fewer."""
     split = 1
-    while 2 * split * rows <= 132 and 256 * split <= places and split < 16:
+    while places > WHOLE and 2 * split * rows <= 132 and 256 * split <= places and split < 16:
         split *= 2
     return split
 
 
 def decode_attention(
     q: Float[Array, "b n h"],
+    k: Float[Array, "b kv h"],
+    v: Float[Array, "b kv h"],
     keys: Float[Array, "layers b s kv h"],
     values: Float[Array, "layers b s kv h"],
     layer: Int[Array, ""],
     *,
+    rotary: Rotary | None = None,
+    interleaved: bool = False,
     scale: float,
     offset: Int[Array, "*b"],
     window: int | None = None,
     softcap: float | None = None,
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
-    query_segments: Int[Array, " b"],
-    key_segments: Int[Array, "b s"],
-) -> Float[Array, "b n h"]:
+    segments: Int[Array, "b s"],
+) -> Attended:
     """`decode_attention_reference` as a Triton kernel. Every query must see at least itself.
 
+    An `offset` for all rows must be a place of the cache: the reference clamps it, and this writes nothing.
+
     Raises:
-      NotImplementedError: jax-triton is not installed, q is none of bfloat16 and float16, the cache is of another
-        dtype, or there is a bias of the keys or a sink.
+      NotImplementedError: jax-triton is not installed, q is none of bfloat16 and float16, k, v or the cache is of
+        another dtype, or there is a bias of the keys or a sink.
     """
     if key_bias is not None or sinks is not None:
         raise NotImplementedError("the kernel has no bias of the keys and no sinks")
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or keys.dtype != q.dtype or values.dtype != q.dtype:
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or {x.dtype for x in (k, v, keys, values)} != {q.dtype}:
         raise NotImplementedError(
-            f"the kernel takes bfloat16 or float16, q and cache alike, not {q.dtype.name} over {keys.dtype.name}"
+            f"the kernel takes bfloat16 or float16, q, k, v and cache alike, not {q.dtype.name} over {keys.dtype.name}"
         )
     try:
         import jax_triton
@@ -178,37 +281,47 @@ def decode_attention(
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
     (batch, heads, _), (_, _, places, kv, _) = q.shape, keys.shape
-    split = split_of(batch * kv, places)
+    split, pairs = split_of(batch * kv, places), 0 if rotary is None else rotary[0].shape[-1]
     part = jax.ShapeDtypeStruct((split, batch, heads), jnp.float32)
+    out_dtype = q.dtype if split == 1 else jnp.float32
+    shapes = [jax.ShapeDtypeStruct((split, *q.shape), out_dtype), part, part]
     call = functools.partial(
         jax_triton.triton_call,
         kernel=_kernel(),
-        out_shape=[jax.ShapeDtypeStruct((split, *q.shape), q.dtype if split == 1 else jnp.float32), part, part],
+        out_shape=[*shapes, *(jax.ShapeDtypeStruct(stack.shape, stack.dtype) for stack in (keys, values))],
+        input_output_aliases={3: 3, 4: 4},
         grid=(batch * kv, split),
         num_warps=4,
         num_stages=3,
-        **constants(q.shape, keys.shape, scale, softcap, window, split),
+        **constants(q.shape, keys.shape, jnp.ndim(offset) == 0, pairs, interleaved, scale, softcap, window, split),
     )
 
     @jax.custom_batching.sequential_vmap
-    def run(q, keys, values, layer, offset, query_segments, key_segments):
-        out, largest, total = call(q, keys, values, layer, offset, query_segments, key_segments)
-        if split == 1:
-            return out[0]
-        share = jnp.exp2(largest - jnp.maximum(jnp.max(largest, axis=0), -1e30))  # 0 where a part saw nothing
-        weight = jnp.sum(total * share, axis=0)[..., None]
-        return (jnp.sum(out * share[..., None], axis=0) / jnp.where(weight > 0, weight, 1.0)).astype(q.dtype)
+    def run(q, k, v, keys, values, layer, cos, sin, offset, segments):
+        out, largest, total, keys, values = call(q, k, v, keys, values, layer, cos, sin, offset, segments)
+        return out[0] if split == 1 else _together(out, largest, total).astype(q.dtype), keys, values
 
-    offset = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
-    return run(q, keys, values, layer, offset, query_segments, key_segments)
+    cos, sin = (q, q) if rotary is None else rotary
+    return run(q, k, v, keys, values, layer, cos, sin, jnp.asarray(offset, jnp.int32), segments)
 
 
-def constants(q_shape, cache_shape, scale, softcap, window, split) -> dict:
+def _together(out: Array, largest: Array, total: Array) -> Array:
+    """The parts [split, B, N, H] put together. Sums are written out, so that XLA makes one kernel of them."""
+    parts = range(out.shape[0])
+    top = jnp.maximum(functools.reduce(jnp.maximum, [largest[i] for i in parts]), -1e30)
+    shares = [jnp.exp2(largest[i] - top) for i in parts]  # 0 where a part saw nothing
+    weight = functools.reduce(jnp.add, [total[i] * shares[i] for i in parts])[..., None]
+    whole = functools.reduce(jnp.add, [out[i] * shares[i][..., None] for i in parts])
+    return whole / jnp.where(weight > 0, weight, 1.0)
+
+
+def constants(q_shape, cache_shape, one_offset, pairs, interleaved, scale, softcap, window, split) -> dict:
     """The kernel's compile-time arguments."""
     (batch, heads, width), (_, _, places, kv, _) = q_shape, cache_shape
     at_least_16 = lambda n: max(16, 1 << (n - 1).bit_length())
     tile = PLACES if width <= 128 else PLACES // 2  # three of keys and of values are on their way in shared memory
     return dict(
-        B=batch, N=heads, S=places, K=kv, H=width, SCALE=scale * 1.4426950408889634, SOFTCAP=softcap or 0.0,
-        WINDOW=window or 0, SPLIT=split, TILE=tile, ROWS=at_least_16(heads // kv), WIDTH=at_least_16(width),
+        B=batch, N=heads, S=places, K=kv, H=width, ONE_OFFSET=one_offset, PAIRS=pairs, INTERLEAVED=interleaved,
+        SCALE=scale * 1.4426950408889634, SOFTCAP=softcap or 0.0, WINDOW=window or 0, SPLIT=split, TILE=tile,
+        ROWS=at_least_16(heads // kv), WIDTH=at_least_16(width),
     )  # fmt: skip

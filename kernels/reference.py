@@ -381,3 +381,26 @@ def grouped_outer(
 ) -> Float[Array, "g d0 d1"]:
     """x^T y of the rows of each group; zeros for a group without rows. The sums are float32."""
     return _ragged(x, y, sizes, (0, 0), [], dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions (RoFormer, arXiv:2104.09864)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def apply_rope(
+    x: Float[Array, "b t heads head_dim"],
+    cos: Float[Array, "b t pairs"],
+    sin: Float[Array, "b t pairs"],
+    *,
+    interleaved: bool = False,
+) -> Float[Array, "b t heads head_dim"]:
+    """Turn the first 2 * pairs entries of each head; the rest passes through."""
+    pairs = cos.shape[-1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotary, rest = jnp.split(x, [2 * pairs], axis=-1)
+    rotary = rotary.astype(jnp.float32)
+    first, second = (rotary[..., 0::2], rotary[..., 1::2]) if interleaved else jnp.split(rotary, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    together = jnp.stack(turned, axis=-1).reshape(rotary.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([together.astype(x.dtype), rest], axis=-1)

@@ -1,0 +1,170 @@
+"""The residual stream after one more part, and its RMS norm, in one Triton kernel for few tokens.
+
+    total = x + multiplier * y,    out = total / sqrt(mean(total^2) + eps) * gain
+
+(arXiv:1910.07467), with statistics in float32. Every product and sum that `residual_norm_reference` rounds to x's dtype
+is rounded here. A token is the work of one program, which holds it in registers. A stack of gains is read by index.
+What XLA does in two or three kernels is little work, so that for few tokens launching them is what it costs.
+
+Layout: x, y [..., D]; weight [D], or [layers, D] with an index.
+"""
+
+import functools
+import math
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+MOST_TOKENS = 64
+MOST_FEATURES = 16384
+
+
+def residual_norm_reference(
+    x: Float[Array, "*batch d"],
+    y: Float[Array, "*batch d"] | None,
+    weight: Float[Array, "..."],
+    index: Int[Array, ""] | None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    multiplier: float = 1.0,
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+    """(total, out) in x's dtype.
+
+    Args:
+      x: the residual stream.
+      y: what is added to it; None for nothing.
+      weight: of a shape that broadcasts with x; of a stack of such if `index` is given.
+      eps: added to the mean square.
+      offset: the gain is offset + weight, in float32; with 0 it is the weight, in x's dtype.
+      multiplier: of y.
+    """
+    total = x if y is None else checkpoint_name(x + multiplier * y, "residual")
+    wide = total.astype(jnp.float32)
+    if index is not None:
+        weight = jax.lax.dynamic_index_in_dim(weight, index, keepdims=False)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if offset == 0.0:
+        return total, normed.astype(x.dtype) * weight.astype(x.dtype)
+    return total, (normed * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
+
+
+@functools.cache
+@no_type_check  # a type checker's wrapper around the function would hide its source from Triton
+def _kernel():
+    """The Triton function. Built on first use, since the library imports where Triton is not installed."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def residual_norm(
+        x,  # [M, D]
+        y,  # [M, D]; unread without HAS_PART
+        weight,  # [D], or [layers, D]
+        index,  # int32 []; unread without STACKED
+        total,  # [M, D]; unwritten without HAS_PART
+        out,  # [M, D]
+        D: tl.constexpr,
+        EPS: tl.constexpr,
+        OFFSET: tl.constexpr,
+        MULTIPLIER: tl.constexpr,
+        HAS_PART: tl.constexpr,
+        STACKED: tl.constexpr,
+        BLOCK: tl.constexpr,  # D, up to a power of two
+    ):
+        column = tl.arange(0, BLOCK)
+        inside = column < D
+        at = tl.program_id(0) * D + column
+        if STACKED:
+            weight += tl.load(index).to(tl.int64) * D
+        gain = tl.load(weight + column, mask=inside, other=0.0)
+        narrow = tl.load(x + at, mask=inside, other=0.0)
+        if HAS_PART:
+            part = tl.load(y + at, mask=inside, other=0.0)
+            if MULTIPLIER != 1.0:
+                part = (part.to(tl.float32) * MULTIPLIER).to(narrow.dtype)
+            narrow = (narrow.to(tl.float32) + part.to(tl.float32)).to(narrow.dtype)
+            tl.store(total + at, narrow, mask=inside)
+        wide = narrow.to(tl.float32)
+        normed = wide * tl.rsqrt(tl.sum(wide * wide) / D + EPS)
+        if OFFSET == 0.0:
+            normed = normed.to(narrow.dtype).to(tl.float32) * gain.to(narrow.dtype).to(tl.float32)
+        else:
+            normed = normed * (gain.to(tl.float32) + OFFSET)
+        tl.store(out + at, normed.to(narrow.dtype), mask=inside)
+
+    return residual_norm
+
+
+def residual_norm(
+    x: Float[Array, "*batch d"],
+    y: Float[Array, "*batch d"] | None,
+    weight: Float[Array, "..."],
+    index: Int[Array, ""] | None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    multiplier: float = 1.0,
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+    """`residual_norm_reference` as a Triton kernel. The gradients are the reference's.
+
+    Raises:
+      NotImplementedError: jax-triton is not installed; x is none of bfloat16 and float16, or y is of another dtype;
+        there are more than `MOST_TOKENS` tokens or `MOST_FEATURES` features; or a weight has more than one axis.
+    """
+    features, tokens = x.shape[-1], math.prod(x.shape[:-1])
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or (y is not None and y.dtype != x.dtype):
+        raise NotImplementedError(
+            f"the kernel takes bfloat16 or float16, x and y alike, not {x.dtype.name}"
+            + ("" if y is None else f" and {y.dtype.name}")
+        )
+    if not 0 < tokens <= MOST_TOKENS or features > MOST_FEATURES:
+        raise NotImplementedError(
+            f"the kernel takes 1 to {MOST_TOKENS} tokens of up to {MOST_FEATURES} features, not {tokens} of {features}"
+        )
+    if weight.shape[weight.ndim - 1 :] != (features,) or weight.ndim != (1 if index is None else 2):
+        raise NotImplementedError(f"the kernel takes a weight [{features}] or a stack, not {list(weight.shape)}")
+    try:
+        import jax_triton
+    except ImportError as error:
+        raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
+
+    options = dict(eps=eps, offset=offset, multiplier=multiplier)
+    shapes = (1,) if y is None else x.shape, x.shape
+    call = functools.partial(
+        jax_triton.triton_call,
+        kernel=_kernel(),
+        out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes],
+        grid=(tokens,),
+        **constants(features, x.dtype, y is not None, index is not None, **options),
+    )
+
+    @jax.custom_batching.sequential_vmap
+    def run(x, y, weight, index):
+        total, out = call(x, x if y is None else y, weight, jnp.int32(0) if index is None else index)
+        return x if y is None else total, out
+
+    @jax.custom_vjp
+    def differentiable(x, y, weight, index):
+        return run(x, y, weight, index)
+
+    def backward(saved, cotangents):
+        *arrays, index = saved
+        _, pullback = jax.vjp(lambda *arrays: residual_norm_reference(*arrays, index, **options), *arrays)
+        return *pullback(cotangents), None
+
+    differentiable.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
+    return differentiable(x, y, weight, index)
+
+
+def constants(features, dtype, has_part, stacked, eps, offset, multiplier) -> dict:
+    """The kernel's compile-time arguments."""
+    block = 1 << (features - 1).bit_length()
+    return dict(
+        D=features, EPS=eps, OFFSET=offset, MULTIPLIER=float(np.asarray(multiplier, dtype)), HAS_PART=has_part,
+        STACKED=stacked, BLOCK=block, num_warps=min(max(block // 256, 1), 16),
+    )  # fmt: skip
