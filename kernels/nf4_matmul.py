@@ -25,16 +25,19 @@ total.
     zeros outside its block. Then a lane may take any bytes, 16 in a row twice, and its two sums are those of one block,
     whose scale it read itself.
 
-The stream. Few warps fit where registers hold weights, and a warp that waits for its codes asks for nothing. So each
-asks for the codes of its next step before it multiplies those of this one: 2 KB, or 48 for 24 warps of an SM, where the
-copy's speed and a latency of 1 us want 23. Programs are as many as the device holds at once, fill the table once, and
-take every n-th tile of 16 rows; the step after a tile's last is the first of the next tile. The warps of a program
-share its rows and divide k; their totals are added at the end: no atomics, so a result never varies.
+The stream. At the copy's speed and a latency of 1 us, 23 KB must be on their way to an SM at any time. A warp asks for
+the 2 KB of its next step as soon as it has looked up those of this one, into the same registers, so that 16 or 32 warps
+have 32 or 64 KB asked for or waiting to be multiplied. (More than that for one warp, in registers or by asynchronous
+copies, gains little: the assembler waits for all loads at once, and a ring has no room beside the table.) Programs are
+as many as an SM holds at once: each fills its table once and takes every n-th tile of 16 rows, and asks for the first
+step of the next tile before it adds up this one. The warps of a program share its rows and divide k. No atomics: a
+result never varies.
 
-Triton does the addresses and the sum over warps. It holds the operands as tensors of one element a thread, whose layout
-is the only one there is for such a shape, and inline PTX does what is done across a warp.
+Triton does the addresses. It holds all values as tensors of one element a thread, whose layout is the only one there is
+for such a shape, and inline PTX does what is done across threads.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +57,10 @@ FACTORS = {"bfloat16": 1.43675, "float16": 1.6385}
 MOST_TOKENS = 64
 MOST_WEIGHTS = 3
 MOST_TOKENS_OF_FOUR_COLUMNS = 2
-SMS = 132  # of an H100; with another number some wait while others work
-PAIRS = 256 * 32 * 4  # bytes of shared memory for the table of pairs; DYNAMIC_MAP follows
+SMS = 132  # of an H100; elsewhere some have a program more to do than others
+# Shared memory, in bytes: the table of pairs, DYNAMIC_MAP behind it, and then what warps leave for each other.
+PAIRS = 256 * 32 * 4
+MAP = 256 * 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,38 +69,42 @@ class Config:
 
     Attributes:
       num_warps: warps of a program, among which k is divided: 1, 2, 4, 8 or 16.
-      programs: programs of a launch at most; each takes every so-manieth tile of 16 rows.
+      depth: steps, of 2 KB, that a warp asks for at once; each takes 16 registers.
+      programs: programs of a launch at most.
     """
 
-    num_warps: int = 8
-    depth: int = 2
-    programs: int = 3 * SMS
+    num_warps: int = 16
+    depth: int = 1
+    programs: int = 2 * SMS
 
     def __post_init__(self):
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, not {self.num_warps}")
-        if self.programs < 1:
-            raise ValueError(f"programs must be 1 or more, not {self.programs}")
+        for field in ("depth", "programs"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be 1 or more, not {getattr(self, field)}")
 
 
-# Tokens at most -> warps of a program, programs that an SM holds. Registers allow for 24 warps of one or two tokens.
-LAYOUTS = ((2, 8, 3), (8, 8, 2), (MOST_TOKENS, 8, 2))
+# Tokens at most: the configuration. So many programs fit an SM by their registers: 64 a thread of 16 warps, and of more
+# tokens 128 a thread of 8.
+LAYOUTS = {
+    2: Config(num_warps=16),
+    MOST_TOKENS: Config(num_warps=8),
+}
 
 
-def heuristics(tokens: int, rows: Sequence[int], columns: int) -> Config:
-    """The configuration for so many tokens and weights [rows, columns] that share a launch.
-
-    All programs take as many tiles, or one fewer. More warps divide k where there is not a tile for every SM, and none
-    is idle.
-    """
-    tiles, steps = sum(-(-n // 16) for n in rows), -(-columns // (4 * reference.NF4_BLOCK))
-    num_warps, held = next((warps, held) for most, warps, held in LAYOUTS if tokens <= most)
-    if tiles <= SMS:
-        num_warps *= 2
-    while num_warps > 1 and num_warps > steps:
+def heuristics(tokens: int, columns: int) -> Config:
+    """The configuration for so many tokens and rows of so many elements: of `LAYOUTS`, but no warp is idle."""
+    config = next(config for most, config in LAYOUTS.items() if tokens <= most)
+    num_warps, steps = config.num_warps, -(-columns // (4 * reference.NF4_BLOCK))
+    while num_warps > steps:
         num_warps //= 2
-    rounds = -(-tiles // (held * SMS))
-    return Config(num_warps=num_warps, programs=-(-tiles // rounds))
+    return dataclasses.replace(config, num_warps=num_warps)
+
+
+def shared_bytes(num_warps: int) -> int:
+    """The shared memory of a program. What needs no asking for is 48 KB."""
+    return PAIRS + MAP + num_warps * 32 * 16
 
 
 def pairs(dtype: np.dtype) -> np.ndarray:
@@ -107,6 +116,8 @@ def pairs(dtype: np.dtype) -> np.ndarray:
 
 def _lookup_assembly() -> str:
     """PTX for the codes $8, $9 and a lane's place in the table, $10: their 16 elements, two a register, $0..$7."""
+    # Nothing is read from memory across the barrier: else the assembler looks up all of a step at once, and has no
+    # registers left.
     lines = [".reg .b32 at;", "bar.warp.sync 0xffffffff;"]
     for i in range(8):
         lines += [f"dp4a.u32.u32 at, ${8 + i // 4}, {128 << 8 * (i % 4):#x}, $10;", f"ld.shared.b32 ${i}, [at];"]
@@ -149,10 +160,10 @@ def _kernel(dtype: np.dtype, num_warps: int):
     product_assembly = tl.constexpr(_product_assembly(dtype))
     product_operands = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24 + ["f"] * 6))
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
-    MAP = tl.constexpr(PAIRS)  # where DYNAMIC_MAP is, behind the table of pairs
-    SUMS = tl.constexpr(PAIRS + 1024)  # and what warps leave for each other
+    MAP_AT = tl.constexpr(PAIRS)
+    SUMS_AT = tl.constexpr(PAIRS + MAP)
     table_assembly = tl.constexpr(
-        f"{{ .shared .align 128 .b8 table[{PAIRS + 1024 + 512 * num_warps}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
+        f"{{ .shared .align 128 .b8 table[{shared_bytes(num_warps)}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
     )
     fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
     fill_one_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
@@ -162,20 +173,14 @@ def _kernel(dtype: np.dtype, num_warps: int):
     # not asked for is left as it was: its scale is 0.
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
     load = "ld.global.L1::no_allocate.L2::cache_hint"
-    ask_two_assembly = tl.constexpr(
-        f"{{ .reg .pred p; setp.ne.b32 p, $4, 0; @p {load}.v2.b32 {{$0, $1}}, [$2], $3; }}"
-    )
+    ask_two_assembly = tl.constexpr(f"{{ .reg .pred p; setp.ne.b32 p, $4, 0; @p {load}.v2.b32 {{$0, $1}}, [$2], $3; }}")
     ask_four_assembly = tl.constexpr(
         f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; @p {load}.v4.b32 {{$0, $1, $2, $3}}, [$4], $5; }}"
     )
-    ask_byte_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }"
-    )
+    ask_byte_assembly = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }")
     ask_float_assembly = tl.constexpr(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.global.f32 $0, [$1]; }"
     )
-    # The assembler moves loads down to where their values are used, but never across this.
-    fence_assembly = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
     x_operands = tl.constexpr("=&r,=&r,=&r,=&r,l,r")
     x_assembly = tl.constexpr(
         "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
@@ -189,16 +194,14 @@ def _kernel(dtype: np.dtype, num_warps: int):
     @triton.jit
     def filled_table(nf4, dynamic_map, thread, THREADS: tl.constexpr):
         """Shared memory of the program: 32 copies of each of the pairs, then the map."""
-        table = tl.inline_asm_elementwise(
-            table_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1
-        )
+        table = tl.inline_asm_elementwise(table_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
         values = ()
         for i in tl.static_range(2048 // THREADS):
             values = values + (tl.load(nf4 + (i * THREADS + thread) // 8),)
         for i in tl.static_range(256 // THREADS if THREADS < 256 else 1):
             at = (i * THREADS + thread) % 256
             value = tl.load(dynamic_map + at)
-            place = table + MAP + at * 4
+            place = table + MAP_AT + at * 4
             tl.inline_asm_elementwise(
                 fill_one_assembly, "=r,r,f", [place, value], dtype=tl.int32, is_pure=False, pack=1
             )
@@ -211,10 +214,10 @@ def _kernel(dtype: np.dtype, num_warps: int):
 
     @triton.jit
     def one_of_stack(
-        codes, absmax, nested_absmax, mean, index, out, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+        codes, absmax, nested_absmax, mean, index, out, before: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
         NESTED: tl.constexpr, STACKED: tl.constexpr,
     ):  # fmt: skip
-        """(codes, absmax, nested absmax, mean, rows, out) of a weight."""
+        """(codes, absmax, nested absmax, mean, out, rows, tiles before its first) of a weight."""
         if STACKED:
             layer = tl.load(index).to(tl.int64)
             codes += layer * (ROWS * (BLOCKS * 32))
@@ -224,28 +227,22 @@ def _kernel(dtype: np.dtype, num_warps: int):
         value = 0.0
         if NESTED:
             value = tl.load(mean)
-        return codes, absmax, nested_absmax, value, ROWS, out
+        return codes, absmax, nested_absmax, value, out, ROWS, before
 
     @triton.jit
-    def weight_at(tile, weights, FIRST: tl.constexpr, SECOND: tl.constexpr, WEIGHTS: tl.constexpr):
-        """(codes, absmax, nested absmax, mean, rows, out) of the weight that a tile is of, and the tile's first row."""
-        codes, absmax, nested_absmax, mean, rows, out = weights[0]
-        before = 0
-        if WEIGHTS > 1:
-            one = weights[1]
-            is_later = tile >= FIRST
-            codes, absmax = tl.where(is_later, one[0], codes), tl.where(is_later, one[1], absmax)
-            nested_absmax, mean = tl.where(is_later, one[2], nested_absmax), tl.where(is_later, one[3], mean)
-            rows, out = tl.where(is_later, one[4], rows), tl.where(is_later, one[5], out)
-            before = tl.where(is_later, FIRST, before)
-        if WEIGHTS > 2:
-            one = weights[2]
-            is_later = tile >= SECOND
-            codes, absmax = tl.where(is_later, one[0], codes), tl.where(is_later, one[1], absmax)
-            nested_absmax, mean = tl.where(is_later, one[2], nested_absmax), tl.where(is_later, one[3], mean)
-            rows, out = tl.where(is_later, one[4], rows), tl.where(is_later, one[5], out)
-            before = tl.where(is_later, SECOND, before)
-        return (codes, absmax, nested_absmax, mean, rows, out), 16 * (tile - before)
+    def weight_at(tile, weights, WEIGHTS: tl.constexpr):
+        """(codes, absmax, nested absmax, mean, out, rows) of the weight that a tile is of, and the tile's first row."""
+        codes, absmax, nested_absmax, mean, out, rows, before = weights[0]
+        for i in tl.static_range(1, WEIGHTS):
+            is_later = tile >= weights[i][6]
+            codes = tl.where(is_later, weights[i][0], codes)
+            absmax = tl.where(is_later, weights[i][1], absmax)
+            nested_absmax = tl.where(is_later, weights[i][2], nested_absmax)
+            mean = tl.where(is_later, weights[i][3], mean)
+            out = tl.where(is_later, weights[i][4], out)
+            rows = tl.where(is_later, weights[i][5], rows)
+            before = tl.where(is_later, weights[i][6], before)
+        return (codes, absmax, nested_absmax, mean, out, rows), 16 * (tile - before)
 
     @triton.jit
     def inside(block, BLOCKS: tl.constexpr):
@@ -302,14 +299,13 @@ def _kernel(dtype: np.dtype, num_warps: int):
 
     @triton.jit
     def asked(
-        tile, turn, weights, group, t, warp, policy, TILES: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-        WEIGHTS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, NESTED: tl.constexpr,
-        SPREAD: tl.constexpr,
+        tile, turn, weights, group, t, warp, policy, TILES: tl.constexpr, WEIGHTS: tl.constexpr, BLOCKS: tl.constexpr,
+        WARPS: tl.constexpr, DEPTH: tl.constexpr, NESTED: tl.constexpr, SPREAD: tl.constexpr,
     ):  # fmt: skip
         """Begin to load what a turn needs: of each step the codes of rows g and g + 8, and their statistics."""
-        weight, row = weight_at(tile, weights, FIRST, SECOND, WEIGHTS)
-        upper = tl.minimum(row + group, weight[4] - 1) * BLOCKS
-        lower = tl.minimum(row + 8 + group, weight[4] - 1) * BLOCKS
+        weight, row = weight_at(tile, weights, WEIGHTS)
+        upper = tl.minimum(row + group, weight[5] - 1) * BLOCKS
+        lower = tl.minimum(row + 8 + group, weight[5] - 1) * BLOCKS
         upper_row, lower_row = weight[0] + upper * 32, weight[0] + lower * 32
         steps = ()
         for i in tl.static_range(DEPTH):
@@ -329,10 +325,8 @@ def _kernel(dtype: np.dtype, num_warps: int):
     def scale_of(statistics, is_inside, mean, table, NESTED: tl.constexpr):
         scale = statistics[0]
         if NESTED:
-            place = table + (MAP + scale * 4)
-            value = tl.inline_asm_elementwise(
-                read_assembly, "=f,r", [place], dtype=tl.float32, is_pure=True, pack=1
-            )
+            place = table + (MAP_AT + scale * 4)
+            value = tl.inline_asm_elementwise(read_assembly, "=f,r", [place], dtype=tl.float32, is_pure=True, pack=1)
             scale = value * statistics[1] + mean
         return tl.where(is_inside, scale, 0.0)
 
@@ -379,9 +373,7 @@ def _kernel(dtype: np.dtype, num_warps: int):
     @triton.jit
     def summed(place):
         """The sum over warps of what each has put at its place."""
-        return tl.inline_asm_elementwise(
-            sum_assembly, "=&f,r", [place], dtype=tl.float32, is_pure=False, pack=1
-        )
+        return tl.inline_asm_elementwise(sum_assembly, "=&f,r", [place], dtype=tl.float32, is_pure=False, pack=1)
 
     @triton.jit
     def from_other(value, distance: tl.constexpr):
@@ -437,28 +429,32 @@ def _kernel(dtype: np.dtype, num_warps: int):
         warp, lane = thread // 32, thread % 32
         group, t = lane // 4, lane % 4
         weights = (
-            one_of_stack(codes0, absmax0, nested_absmax0, mean0, index0, out0, ROWS0, BLOCKS, NESTED, STACKED),
+            one_of_stack(codes0, absmax0, nested_absmax0, mean0, index0, out0, 0, ROWS0, BLOCKS, NESTED, STACKED),
         )
         if WEIGHTS > 1:
             weights = weights + (
-                one_of_stack(codes1, absmax1, nested_absmax1, mean1, index1, out1, ROWS1, BLOCKS, NESTED, STACKED),
+                one_of_stack(
+                    codes1, absmax1, nested_absmax1, mean1, index1, out1, FIRST, ROWS1, BLOCKS, NESTED, STACKED
+                ),
             )
         if WEIGHTS > 2:
             weights = weights + (
-                one_of_stack(codes2, absmax2, nested_absmax2, mean2, index2, out2, ROWS2, BLOCKS, NESTED, STACKED),
+                one_of_stack(
+                    codes2, absmax2, nested_absmax2, mean2, index2, out2, SECOND, ROWS2, BLOCKS, NESTED, STACKED
+                ),
             )
         policy = tl.inline_asm_elementwise(policy_assembly, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
         start = tl.program_id(0)
         following = asked(
             start, 0, weights, group, t, warp,
-            policy, TILES, FIRST, SECOND, WEIGHTS, BLOCKS, WARPS, DEPTH, NESTED, SPREAD,
+            policy, TILES, WEIGHTS, BLOCKS, WARPS, DEPTH, NESTED, SPREAD,
         )  # fmt: skip
         table = filled_table(nf4, dynamic_map, thread, THREADS)
         place = table + lane * 4
         x = x.to(tl.pointer_type(tl.uint32))
         zero = tl.zeros((THREADS,), tl.float32)
         for tile in range(start, TILES, PROGRAMS):
-            weight, row = weight_at(tile, weights, FIRST, SECOND, WEIGHTS)
+            weight, row = weight_at(tile, weights, WEIGHTS)
             totals = ((zero, zero, zero, zero),) * COLUMN_TILES
             for turn in range(TURNS):
                 for depth in tl.static_range(DEPTH):
@@ -487,20 +483,20 @@ def _kernel(dtype: np.dtype, num_warps: int):
                 is_last = turn == TURNS - 1
                 following = asked(
                     tl.where(is_last, tile + PROGRAMS, tile), tl.where(is_last, 0, turn + 1), weights, group, t, warp,
-                    policy, TILES, FIRST, SECOND, WEIGHTS, BLOCKS, WARPS, DEPTH, NESTED, SPREAD,
+                    policy, TILES, WEIGHTS, BLOCKS, WARPS, DEPTH, NESTED, SPREAD,
                 )  # fmt: skip
             for j in tl.static_range(COLUMN_TILES):
                 tl.inline_asm_elementwise(
                     put_assembly,
                     "=r,r,f,f,f,f",
-                    [table + SUMS + 16 * thread] + totals[j],
+                    [table + SUMS_AT + 16 * thread] + totals[j],
                     dtype=tl.int32,
                     is_pure=False,
                     pack=1,
                 )
                 for i in tl.static_range(1 if WARPS >= 4 else 4 // WARPS):
                     number = (i * THREADS + thread) % 128  # of the four sums of each lane
-                    value = summed(table + SUMS + 4 * number)
+                    value = summed(table + SUMS_AT + 4 * number)
                     n, m = number // 16 + number % 4 // 2 * 8, number % 2
                     if SPREAD:
                         value = value + from_other(value, 4)
@@ -509,8 +505,8 @@ def _kernel(dtype: np.dtype, num_warps: int):
                     else:
                         m = m + 8 * j + number % 16 // 4 * 2
                         is_inside = m < M
-                    is_inside = is_inside & (thread < 128) & (row + n < weight[4])
-                    target = weight[5] + (m * weight[4] + row + n)
+                    is_inside = is_inside & (thread < 128) & (row + n < weight[5])
+                    target = weight[4] + (m * weight[5] + row + n)
                     tl.store(target, (value * unit).to(target.dtype.element_ty), mask=is_inside)
 
     return matmul_nf4
@@ -552,7 +548,7 @@ def matmul_nf4(
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
     rows = [rows for rows, _ in shapes]
-    config = heuristics(tokens, rows, columns) if config is None else config
+    config = heuristics(tokens, columns) if config is None else config
     padding = [0] * (MOST_WEIGHTS - len(rows))
     call = functools.partial(
         jax_triton.triton_call,
