@@ -38,31 +38,29 @@ WORKS = {
 }
 CONFIGS = {
     1: [
-        Config(num_warps=4),
-        Config(num_warps=8),
-        Config(num_warps=8, lookup="prmt"),
-        Config(num_warps=4, depth=4),
-        Config(num_warps=2, depth=4),
+        Config(num_warps=16),
+        Config(num_warps=8, depth=2),
+        Config(num_warps=8, programs=3 * nf4_matmul.SMS),
+        Config(num_warps=16, depth=2, programs=nf4_matmul.SMS),
     ],
-    8: [Config(num_warps=4), Config(num_warps=8)],
-    64: [Config(num_warps=4), Config(num_warps=8)],
+    8: [Config(num_warps=8), Config(num_warps=8, depth=2)],
+    64: [Config(num_warps=8), Config(num_warps=4)],
 }
 MORE_CONFIGS = [
-    Config(lookup=lookup, num_warps=warps, row_tiles=tiles, split=split, depth=depth)
-    for lookup in nf4_matmul.LOOKUPS
-    for warps in (2, 4, 8)
-    for tiles in (1, 2)
-    for split in (1, 2)
-    for depth in (1, 2, 4)
-    if warps * tiles <= 8
+    Config(num_warps=warps, depth=depth, programs=programs * nf4_matmul.SMS)
+    for warps in (4, 8, 16)
+    for depth in (1, 2)
+    for programs in (1, 2, 3, 4)
 ]
 # What real models have beside whole tiles: (out, in), tokens, dtype, double quantisation, stacked, configuration.
 CHECKS = [
     ((100, 64), 3, jnp.bfloat16, True, False, Config(num_warps=1)),
-    ((70, 192), 7, jnp.float16, False, True, Config(num_warps=2, lookup="prmt")),
-    ((896, 4864), 9, jnp.float16, True, True, Config(num_warps=4, lookup="shfl", row_tiles=2)),
-    ((896, 896), 33, jnp.bfloat16, True, True, Config(num_warps=4, split=3)),
-    ((576, 1536), 64, jnp.bfloat16, False, False, Config(num_warps=8, row_tiles=2, lookup="prmt")),
+    ((70, 192), 7, jnp.float16, False, True, Config(num_warps=2)),
+    ((896, 4864), 9, jnp.float16, True, True, Config(num_warps=4, depth=2)),
+    ((896, 4864), 1, jnp.bfloat16, True, True, Config(num_warps=16)),
+    ((1000, 576), 2, jnp.float16, True, True, Config(num_warps=4, depth=2)),
+    ((896, 896), 33, jnp.bfloat16, True, True, Config(num_warps=4, programs=5)),
+    ((576, 1536), 64, jnp.bfloat16, False, False, Config(num_warps=8)),
 ]
 
 
