@@ -85,8 +85,8 @@ class Config:
                 raise ValueError(f"{field} must be 1 or more, not {getattr(self, field)}")
 
 
-# Tokens at most: the configuration. So many programs fit an SM by their registers: 64 a thread of 16 warps, and of more
-# tokens 128 a thread of 8.
+# Tokens at most -> the configuration. By its registers an SM holds two programs of 16 warps with 64 a thread, as one or
+# two tokens take where rows are whole steps, or of 8 warps with up to 128; of 64 tokens (157) one.
 LAYOUTS = {
     2: Config(num_warps=16),
     MOST_TOKENS: Config(num_warps=8),
