@@ -2,9 +2,10 @@
 
     total = x + multiplier * y,    out = total / sqrt(mean(total^2) + eps) * gain
 
-(arXiv:1910.07467), with statistics in float32. Every product and sum that `residual_norm_reference` rounds to x's dtype
-is rounded here. A token is the work of one program, which holds it in registers. A stack of gains is read by index.
-What XLA does in two or three kernels is little work, so that for few tokens launching them is what it costs.
+(arXiv:1910.07467), with statistics in float32. The total is rounded to x's dtype once, as XLA does where it fuses
+`residual_norm_reference`; what the reference rounds besides is rounded here. A token is the work of one program, which
+holds it in registers. A stack of gains is read by index. What XLA does in two or three kernels is little work, so that
+for few tokens launching them is what it costs.
 
 Layout: x, y [..., D]; weight [D], or [layers, D] with an index.
 """
@@ -84,10 +85,8 @@ def _kernel():
         gain = tl.load(weight + column, mask=inside, other=0.0)
         narrow = tl.load(x + at, mask=inside, other=0.0)
         if HAS_PART:
-            part = tl.load(y + at, mask=inside, other=0.0)
-            if MULTIPLIER != 1.0:
-                part = (part.to(tl.float32) * MULTIPLIER).to(narrow.dtype)
-            narrow = (narrow.to(tl.float32) + part.to(tl.float32)).to(narrow.dtype)
+            part = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) * MULTIPLIER
+            narrow = (narrow.to(tl.float32) + part).to(narrow.dtype)
             tl.store(total + at, narrow, mask=inside)
         wide = narrow.to(tl.float32)
         normed = wide * tl.rsqrt(tl.sum(wide * wide) / D + EPS)

@@ -135,7 +135,8 @@ def test_triton_equals_attention(key, options, batch, heads, kv, dim, places, of
         arrays = operands(key, batch, heads, kv, dim, places, dtype)
         every = dict(options, scale=dim**-0.5, offset=jnp.asarray(offset), **turns)
         # Past its own place a row has nothing yet.
-        every["segments"] = segments * (jnp.arange(places) <= jnp.broadcast_to(offset, (batch,))[:, None])
+        is_past = jnp.arange(places) <= jnp.broadcast_to(offset, (batch,))[:, None]
+        every["segments"] = jnp.where(is_past, segments, 0)
         every["segments"] = every["segments"].at[:, 0].set(jnp.where(offset == 0, 1, every["segments"][:, 0]))
         run = functools.partial(api.decode_attention, **every)
         assert api.implementations_in(run, *arrays) == {"decode_attention.triton"}

@@ -103,8 +103,9 @@ def test_a_config_is_checked(field, monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("columns", [64, 576, 1536, 4096, 4864, 14336])
-def test_no_warp_of_a_configuration_is_idle(tokens, columns):
-    config = nf4_matmul.heuristics(tokens, columns)
+@pytest.mark.parametrize("tiles", [1, 256, 384, 1792])
+def test_no_warp_of_a_configuration_is_idle(tokens, columns, tiles):
+    config = nf4_matmul.heuristics(tokens, tiles, columns)
     assert config.num_warps == 1 or 256 * (config.num_warps - 1) < columns
     assert 512 * config.num_warps > columns or config.num_warps >= 8
 
