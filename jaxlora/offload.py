@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import jax
+import jax.experimental.compute_on as computing
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-try:
-    from jax.experimental.compute_on import compute_on2 as compute_on  # its name before jax 0.11
-except ImportError:
-    from jax.experimental.compute_on import compute_on
+# A decorator, whose name was compute_on2 before jax 0.11.
+_compute_on: Any = getattr(computing, "compute_on2", None) or computing.compute_on
 
 # XLA's own, read when it makes its client. Without it XLA pins 64 GiB at most.
 _LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
@@ -57,7 +57,7 @@ def take_rows(table: Float[Array, "rows features"], ids: Int[Array, "*batch"]) -
         return jnp.take(table, ids, axis=0)
     rows = jax.lax.GatherDimensionNumbers(offset_dims=(ids.ndim,), collapsed_slice_dims=(0,), start_index_map=(0,))
 
-    @functools.partial(compute_on, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
+    @functools.partial(_compute_on, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
     def taken_there(table, starts):  # plain indexing would mix in constants, which are on the device
         return jax.lax.gather(table, starts, rows, (1, table.shape[1]), mode=jax.lax.GatherScatterMode.CLIP)
 
