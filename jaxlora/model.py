@@ -49,6 +49,7 @@ from jaxlora.layers import (
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
+from jaxlora.offload import pinned_bytes
 from jaxlora.rope import alibi_bias, rope_tables, segment_positions
 
 
@@ -221,9 +222,14 @@ class Run(nnx.Module):
         """The model's layer indices that `period[place]` holds, in the order of its leading axis."""
         return tuple(self.start + r * len(self.period) + place for r in range(self.repeats))
 
-    def __call__(self, x, context: Context, policy: str, key=None, cache=None, per_layer_inputs=None):
+    @property
+    def depth(self) -> int:
+        """Layers."""
+        return self.repeats * len(self.period)
+
+    def __call__(self, x, context: Context, policy: str, key=None, cache=None, per_layer_inputs=None, host_bytes=None):
         """x [B, T, D]; `cache` is the run's part of each list of a `KVCache`, or None; per_layer_inputs: None, or those
-        of all of the model's layers, [layers, B, T, P].
+        of all of the model's layers, [layers, B, T, P]; host_bytes: see `remat.scan`.
 
         Returns x, the cache, and an `Aside`, with the `RouterLoad` of all layers where `context.with_load` and there
         are experts.
@@ -255,7 +261,7 @@ class Run(nnx.Module):
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
         layers = (sliced, index, keys, self.inputs_of(per_layer_inputs))
-        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy)
+        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy, host_bytes)
         return x, cache, self.whole(aside)
 
     def whole(self, each: Aside) -> Aside:
@@ -417,6 +423,7 @@ class CausalLM(nnx.Module):
         self.config, self.dtype, self.quant_config = config, jnp.dtype(dtype), quant_config
         self._hf_config = json.dumps(hf_config or {})  # text, because a graphdef's attributes must hash
         self.remat_policy, self.tiled_mlp = "none", False
+        self.host_bytes: int | None = None  # of pinned memory for what is offloaded; None for what XLA may pin
         self.has_new_rows = False  # of the embedding and the head, which the checkpoint has not; see `vocabulary`
         self.model = Decoder(config, make)
         self.ties_adapters = False  # whether a tied head follows the embedding's adapter or copy as well
@@ -509,11 +516,13 @@ class CausalLM(nnx.Module):
         if cache is not None and not context.is_prefill and input_ids.shape[1] == 1 and plain:
             x = Unsummed(x, jnp.zeros_like(x))
         parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
+        pinned = pinned_bytes() if self.host_bytes is None else self.host_bytes
         loads = []
         for i, run in enumerate(self.model.layers):
             run_cache = None if cache is None else [part[i] for part in parts]
             policy = self.remat_policy if cache is None else "none"
-            x, run_cache, aside = run(x, context, policy, key, run_cache, per_layer_inputs)
+            room = None if pinned is None else pinned * run.depth // self.config.num_hidden_layers
+            x, run_cache, aside = run(x, context, policy, key, run_cache, per_layer_inputs, room)
             loads.append(aside.load)
             if aside.stored_kv:
                 context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)

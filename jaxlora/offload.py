@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ _compute_on: Any = getattr(computing, "compute_on2", None) or computing.compute_
 # XLA's own, read when it makes its client. Without it XLA pins 64 GiB at most.
 _LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _SHARE = 0.8
+_CGROUP_BOUNDS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))
 
 
 def allow_pinned() -> None:
@@ -40,7 +42,12 @@ def pinned_bytes() -> int | None:
 
 
 def _physical_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The host's memory, or the bound of the container (cgroup v2, or v1) if that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for bound in _CGROUP_BOUNDS:
+        if bound.exists() and (text := bound.read_text().strip()).isdecimal():  # "max" is none
+            found.append(int(text))
+    return min(found)
 
 
 def pinned_host() -> Sharding:

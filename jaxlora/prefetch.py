@@ -3,7 +3,8 @@
 `jax.checkpoint` can offload too, but asks for a layer's values when that layer's turn has come, and waits for them.
 Here the backward pass is a scan whose carry holds the values of two layers: while one is at work, those of the layer
 below come back, and since they depend on nothing of that layer, the copy runs beside it. In the forward pass a value
-leaves when it is there, beside the rest of its layer, and the last layer's stay on the device as well.
+leaves when it is there, beside the rest of its layer, and the last layer's stay on the device as well. Where the host
+has no room for all layers, those of the last ones stay on the device, which needs them first.
 
 Nothing else in a layer may be left to the copy engine meanwhile. XLA has it copy whatever is a slice of a stack and no
 more, and such a copy waits for the one to the host, and the layer for it: a layer's norm weights cost 2.6 ms so, on an
@@ -48,10 +49,13 @@ class _Recipe:
         return self.structure.unflatten([next(others) if place < 0 else inputs[place] for place in self.sources])
 
 
-def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tuple[Any, Any]:
+def scan_prefetched(
+    body: Callable, x: Any, layers: Any, keeps: Callable, host_bytes: int | None = None
+) -> tuple[Any, Any]:
     """`jax.lax.scan(body, x, layers)` that keeps each layer's x, and what else is asked for, in pinned host memory.
 
-    body: (x, layer) -> (x, out). keeps: a policy of `jax.checkpoint`.
+    body: (x, layer) -> (x, out). keeps: a policy of `jax.checkpoint`. host_bytes: the most that may lie there, None for
+    no bound; what is beyond it stays on the device.
     """
     flat, structure = jax.tree.flatten(layers)
     count = flat[0].shape[0]
@@ -99,37 +103,63 @@ def scan_prefetched(body: Callable, x: Any, layers: Any, keeps: Callable) -> tup
             recipe = _Recipe(structure, tuple(places), learns, constant_learns)
             return result, (x, [leaf for leaf, place in zip(residuals, places, strict=True) if place < 0])
 
-        def step(carry, _):
+        def leaving(carry, _):
             x, _, i = carry
             (after, out), kept = differentiated(x, [_row(leaf, i) for leaf in flat])
             return (after, kept, i + 1), (_move(kept, jax.memory.Space.Host), out)
 
+        def staying(carry, _):
+            x, i = carry
+            (after, out), kept = differentiated(x, [_row(leaf, i) for leaf in flat])
+            return (after, i + 1), (kept, out)
+
         nothing = jax.eval_shape(lambda x, flat: differentiated(x, [leaf[0] for leaf in flat])[1], x, flat)
+        there = count if host_bytes is None else min(count, host_bytes // _bytes_of(nothing))
         nothing = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), nothing)
-        (last, top, _), (hosted, outs) = jax.lax.scan(step, (x, nothing, jnp.int32(0)), length=count)
-        return (last, outs), (top, hosted, flat, constants, recipe)
+        (last, top, i), (hosted, outs) = jax.lax.scan(leaving, (x, nothing, jnp.int32(0)), length=there)
+        here = None
+        if there < count:
+            (last, _), (here, more) = jax.lax.scan(staying, (last, i), length=count - there)
+            outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outs, more)
+        return (last, outs), (top, hosted, here, flat, constants, recipe)
 
     def backward(residuals, cotangents):
-        top, hosted, flat, constants, recipe = residuals
+        top, hosted, here, flat, constants, recipe = residuals
+        there = jax.tree.leaves(hosted)[0].shape[0]
         d_last, d_outs = jax.tree.map(_instantiated, cotangents, is_leaf=_is_symbolic)
 
-        def step(carry):
-            """The pullback of layer count - 1 - j, and meanwhile the values of the one below, or of layer 0 again."""
-            j, dx, d_shared, (x, kept), d_learning = carry
-            below = _move(_indexed(hosted, count - 2 - j), jax.memory.Space.Device)
-            i = count - 1 - j
+        def pulled_back(i, dx, d_shared, values, d_learning):
+            x, kept = values
             leaves = [_row(leaf, i) for leaf in flat]
             pullback = recipe.pullback(jax.tree.leaves((constants, x, leaves)), kept)
             dx, d_layer, more = pullback((dx, _indexed(d_outs, i)))
             d_shared = [jnp.add(*pair) for pair in zip(d_shared, more, strict=True)]
             d_learning = [_update_p.bind(s, g, i, axis=0) for s, g in zip(d_learning, d_layer, strict=True)]
+            return dx, d_shared, d_learning
+
+        def of_stayed(carry):
+            """The pullback of layer count - 1 - j."""
+            j, dx, d_shared, d_learning = carry
+            i = count - 1 - j
+            return j + 1, *pulled_back(i, dx, d_shared, _indexed(here, i - there), d_learning)
+
+        def of_left(carry):
+            """The pullback of layer there - 1 - j, and meanwhile the values of the one below, or of layer 0 again."""
+            j, dx, d_shared, values, d_learning = carry
+            below = _move(_indexed(hosted, there - 2 - j), jax.memory.Space.Device)
+            dx, d_shared, d_learning = pulled_back(there - 1 - j, dx, d_shared, values, d_learning)
             return j + 1, dx, d_shared, below, d_learning
 
         zeros = lambda leaves: [jnp.zeros_like(leaf) for leaf in leaves]
         d_shared, d_learning = zeros(_select(recipe.constant_learns, constants)), zeros(_select(recipe.learns, flat))
-        start = (jnp.int32(0), d_last, d_shared, top, d_learning)
-        # A loop of its own, not a scan: see `_index_p`.
-        _, dx, d_shared, _, d_learning = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
+        dx = d_last
+        # Loops of their own, not scans: see `_index_p`.
+        if here is not None:
+            start = (jnp.int32(0), dx, d_shared, d_learning)
+            _, dx, d_shared, d_learning = jax.lax.while_loop(lambda carry: carry[0] < count - there, of_stayed, start)
+        if there:
+            start = (jnp.int32(0), dx, d_shared, top, d_learning)
+            _, dx, d_shared, _, d_learning = jax.lax.while_loop(lambda carry: carry[0] < there, of_left, start)
         d_constants = _merge(recipe.constant_learns, d_shared, [None] * len(constants))
         return dx, _merge(recipe.learns, d_learning, [None] * len(flat)), d_constants
 
@@ -198,6 +228,10 @@ def _row(stack: jax.Array, i: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
     is_chosen = jnp.arange(stack.shape[0]).reshape(-1, *[1] * (stack.ndim - 1)) == i
     return jnp.sum(jnp.where(is_chosen, stack, jnp.zeros((), stack.dtype)), axis=0, dtype=stack.dtype)
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _move(tree: Any, space: Any) -> Any:

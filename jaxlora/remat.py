@@ -12,6 +12,7 @@
 
 D is the hidden size, Q and K the widths of the query and key projections, F the MLP's. The results of attention are its
 output and, with a flash kernel, the softmax statistics (4 bytes a head and token), so that attention is not run again.
+What is for the host stays on the device, of the last layers, as far as the host's pinned memory has no room for it.
 
 The policies that keep little also cut the MLP into tiles of tokens (`mlp_tile`, arXiv:2506.13996 section 3.1): its
 intermediates, the widest arrays of a layer, then exist for one tile at a time. It costs no product more, since the
@@ -114,17 +115,18 @@ def _keeps(policy: Policy) -> Callable:
     return keep
 
 
-def scan(body: Callable, x: Any, layers: Any, name: str) -> tuple[Any, Any]:
+def scan(body: Callable, x: Any, layers: Any, name: str, host_bytes: int | None = None) -> tuple[Any, Any]:
     """`jax.lax.scan(body, x, layers)` over layers, keeping for the backward pass what the policy of this name says.
 
-    body: (x, layer) -> (x, out). It may close over what every layer reads.
+    body: (x, layer) -> (x, out). It may close over what every layer reads. host_bytes: the most that may be kept in
+    host memory, None for no bound; a policy that keeps more there keeps the rest, of the last layers, on the device.
 
     Raises:
         ValueError: there is no policy of that name.
     """
     policy = _policy(name)
     if policy.on_host:
-        return scan_prefetched(body, x, layers, _keeps(policy))
+        return scan_prefetched(body, x, layers, _keeps(policy), host_bytes)
     if policy.unrolled:
         outs, body = [], jax.checkpoint(body, policy=_keeps(policy))
         for layer in range(jax.tree.leaves(layers)[0].shape[0]):

@@ -1,9 +1,10 @@
 """`use_gradient_checkpointing="auto"`: the fastest checkpointing policy whose step fits the device, not guessed.
 
 Policies are tried from the fastest to the leanest. One whose kept values alone exceed what is free, on the device or of
-the host's pinned memory, is passed over, by the table in `remat`; of the others XLA says, once it has compiled the
-step, how many bytes it takes beside its arguments, and the first that fits is taken. Compiling is what the first step
-would have cost anyway, and with a compilation cache the policies that did not fit cost nothing the second time.
+the host's pinned memory, is passed over, by the table in `remat`; but "offload" may fill both. Of the others XLA says,
+once it has compiled the step, how many bytes it takes beside its arguments, and the first that fits is taken. Compiling
+is what the first step would have cost anyway, and with a compilation cache the policies that did not fit cost nothing
+the second time.
 
 The order is that of steps of an 8B model measured on an H100 and, for "attention", on an H200 (`benchmarks/results`):
 what was kept on the host cost less than to compute it again. "full", which computes everything again, comes last, for
@@ -61,19 +62,24 @@ def choose_policy(
     """Decide the policy of a model that is on the device with its state, for batches of this shape, and set it.
 
     free: bytes that a step may take beside its arguments; by default what the device has left, or no bound where the
-    device does not say. free_on_host: the same of pinned host memory.
+    device does not say. free_on_host: the same of pinned host memory; the model keeps to it from then on.
 
     Raises:
         MemoryError: no policy fits; the message says what the leanest needs.
     """
     free = free_bytes() if free is None else free
-    free_on_host = pinned_bytes() if free_on_host is None else free_on_host
+    if free_on_host is None:
+        free_on_host = pinned_bytes()
+    else:
+        model.host_bytes = free_on_host
     tokens = batch["input_ids"].shape[-2] * batch["input_ids"].shape[-1]
     tried: dict[str, int] = {}
     for policy in ORDER:
         least = tokens * kept_bytes(policy, model.config, model.dtype.itemsize)
         is_on_host = remat.POLICIES[policy].on_host
         room = free_on_host if is_on_host else free
+        if policy == "offload" and room and free is not None:
+            room += free
         if room is not None and least > room:
             if not is_on_host:
                 tried[policy] = least

@@ -90,6 +90,36 @@ def test_offload_keeps_the_inputs_of_layers_and_what_is_named(key, policy, kept)
     assert sorted(sizes) == sorted([6 * 64 * 64] + kept * [6 * 128 * 64])
 
 
+@pytest.mark.parametrize("there", [0, 1, 4, 5, 9])
+def test_what_the_host_has_no_room_for_stays_on_the_device(key, there):
+    """Of 5 layers, each of which keeps two arrays of [16, 8]: the first ones' lie on the host. Values and gradients."""
+    w, x, shift = jax.random.normal(key, (5, 8, 8)) / 3, jnp.ones((16, 8)), jnp.linspace(0.0, 1.0, 8)
+    room = there * 2 * x.nbytes + x.nbytes
+
+    def loss(scan):
+        def f(w, x, shift):
+            def body(h, layer):
+                w, i = layer
+                h = checkpoint_name(jnp.tanh(h @ w), "attention_output") * i.astype(jnp.float32) + shift
+                return jnp.sin(h), jnp.sum(h * h)
+
+            h, squares = scan(body, x, (w, jnp.arange(5, dtype=jnp.int32)))
+            return jnp.sum(h) + jnp.sum(jnp.linspace(0.5, 1.0, 5) * squares)
+
+        return f
+
+    ours = loss(lambda *a: remat.scan(*a, "offload_attention", room))
+    got, wanted = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(w, x, shift) for f in (ours, loss(jax.lax.scan)))
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+    many = jax.vmap(jax.grad(ours), in_axes=(0, None, None))(jnp.stack([w, 2 * w]), x, shift)
+    chex.assert_trees_all_close(many[0], wanted[1][0], rtol=1e-4, atol=1e-4)
+
+    kept = [aval for aval, _ in saved_residuals(ours, w, x, shift) if aval.shape[1:] == x.shape]
+    on_host = [aval.shape[0] for aval in kept if aval.memory_space == jax.memory.Space.Host]
+    on_device = [aval.shape[0] for aval in kept if aval.memory_space != jax.memory.Space.Host]
+    assert on_host == [min(there, 5)] * 2 and on_device == [5 - there] * 2 * (there < 5)
+
+
 @pytest.mark.parametrize("policy", list(remat.POLICIES))
 def test_what_all_layers_read_gets_the_sum_of_their_gradients(key, policy):
     w, x, shift = jax.random.normal(key, (3, 4, 4)), jnp.ones((2, 4)), jnp.linspace(0.0, 1.0, 4)

@@ -73,6 +73,21 @@ def test_little_memory_of_the_host_leaves_out_what_is_kept_there(parts, monkeypa
     assert "offload" in tried and not {"offload_residual", "offload_attention"} & set(tried)
 
 
+def test_offload_fills_the_host_and_then_the_device(parts, monkeypatch):
+    """Half of the layers' inputs on each: a step that fits, and trains as ever."""
+    model, optimizer, batch = parts
+    monkeypatch.setattr(remat_auto, "ORDER", ("offload",))
+    kept = 512 * remat_auto.kept_bytes("offload", CONFIG, 4)
+    fresh = lambda: TrainState.create(lora.partition(model)[1], optimizer)
+    losses = []
+    for room in (kept, kept // 2):
+        choice = choose(parts, 10**9, room)
+        assert choice.policy == "offload" and model.host_bytes == room
+        losses.append(float(choice.step(fresh(), lora.partition(model)[2], batch)[1]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    model.host_bytes = None
+
+
 def test_every_policy_but_none_is_tried():
     assert set(remat_auto.ORDER) == set(remat.POLICIES) - {"none"}
 
@@ -89,6 +104,7 @@ def test_undecided_it_computes_as_full(parts):
 def test_xla_may_pin_most_of_the_host_unless_told_otherwise(monkeypatch):
     name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
     monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(offload, "_CGROUP_BOUNDS", ())
     offload.allow_pinned()
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     assert 0.8 * gib - 1 <= int(os.environ[name]) <= 0.8 * gib
@@ -96,3 +112,15 @@ def test_xla_may_pin_most_of_the_host_unless_told_otherwise(monkeypatch):
     offload.allow_pinned()
     assert os.environ[name] == "7"
     assert offload.pinned_bytes() is None  # on a CPU
+
+
+@pytest.mark.parametrize("text, gib", [("8589934592", 6), ("max", None), ("9223372036854771712", None)])
+def test_a_container_may_have_less(monkeypatch, tmp_path, text, gib):
+    """Bounds as cgroup v2 and v1 write them, and none."""
+    name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    (tmp_path / "memory.max").write_text(text + "\n")
+    monkeypatch.setattr(offload, "_CGROUP_BOUNDS", (tmp_path / "none", tmp_path / "memory.max"))
+    monkeypatch.delenv(name, raising=False)
+    offload.allow_pinned()
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    assert int(os.environ[name]) == (gib or int(0.8 * physical))
