@@ -187,7 +187,8 @@ print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(s
 
 
 def test_the_same_seed_gives_the_same_bits_under_the_deterministic_flag():
-    environment = dict(os.environ, XLA_FLAGS="--xla_gpu_deterministic_ops=true", XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+    environment = dict(os.environ, XLA_FLAGS=flags, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     runs = [
         subprocess.run([sys.executable, "-c", REPEAT], env=environment, capture_output=True, text=True)
         for _ in range(2)
