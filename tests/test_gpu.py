@@ -143,6 +143,22 @@ def test_remat_and_offload_change_no_gradient(policy):
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("layers", [0, 2, 5])
+def test_layers_that_the_host_has_no_room_for_stay_on_the_device(layers):
+    kept = 2 * 512 * CONFIG.hidden_size * 4  # bytes of a layer's input
+    results, on_host = [], 0
+    for name, room in (("none", None), ("offload", layers * kept + 1)):
+        model = tiny(jnp.float32, name)
+        model.host_bytes = room
+        f, trainable = loss_and_gradients(model, batch())
+        with jax.default_matmul_precision("highest"):
+            compiled = jax.jit(jax.value_and_grad(f)).lower(trainable).compile()
+        results.append(compiled(trainable))
+        on_host = compiled.memory_analysis().host_temp_size_in_bytes
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
+    assert layers * kept <= on_host < (layers + 1) * kept
+
+
 def test_offload_moves_the_residuals_to_the_host():
     sizes = {}
     for policy in ("full", "offload"):
