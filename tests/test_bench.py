@@ -146,6 +146,20 @@ def test_the_scripts_beside_it_run(tmp_path):
     assert all(set(row["compiled"].values()) == {0} and row["loss"] == cold["loss"] for row in warm)
 
 
+@pytest.mark.slow
+def test_a_long_row_goes_on_from_its_saved_adapter(tmp_path):
+    losses = []
+    for is_resumed in (False, True):
+        arguments = ["tiny-1x256", "--steps", "2", "--policy", "offload", "--adapter", tmp_path / "adapter"]
+        command = [sys.executable, "-P", ROOT / "benchmarks" / "long_context.py", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        assert result.returncode == 0, result.stderr
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [row["resumed"] for row in rows] == [is_resumed] * 2
+        losses += [row["loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
+
+
 # ---- What a step must compute
 
 
