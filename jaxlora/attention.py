@@ -28,7 +28,7 @@ class Context:
     key_bias: None, or what is added to the scores of the keys, [B, N, T or S]. runs: the tokens'
     `mamba.segment_runs`, where there are mixers. with_load: whether layers with experts return their
     `moe.RouterLoad`. stored_kv: the keys and values [B, T or S, K, H] of layers that later ones attend to, by their
-    index."""
+    index. host_bytes: of pinned memory for what is offloaded of a layer, None for no bound."""
 
     rotary: list[tuple[Any, Any]]
     query_segments: Array | None
@@ -39,6 +39,7 @@ class Context:
     runs: Any = None
     with_load: bool = dataclasses.field(default=False, metadata=dict(static=True))
     stored_kv: dict[int, Any] = dataclasses.field(default_factory=dict)
+    host_bytes: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def is_prefill(self) -> bool:

@@ -261,7 +261,8 @@ class Run(nnx.Module):
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
         layers = (sliced, index, keys, self.inputs_of(per_layer_inputs))
-        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy, host_bytes)
+        room = None if context.host_bytes is None else context.host_bytes * self.repeats * len(self.period)
+        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy, room)
         return x, cache, self.whole(aside)
 
     def whole(self, each: Aside) -> Aside:
@@ -488,6 +489,9 @@ class CausalLM(nnx.Module):
         rotary = [rope_tables(rope, dim, native, positions, places, alone) for rope, dim in self.config.ropes]
         tile = remat.mlp_tile(self.remat_policy, self.tiled_mlp)
         filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile, with_load=with_load)
+        pinned = pinned_bytes() if self.host_bytes is None else self.host_bytes
+        if pinned is not None:
+            context = dataclasses.replace(context, host_bytes=pinned // self.config.num_hidden_layers)
         if cache is not None:
             segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
             if jnp.ndim(cache.length) == 0:
@@ -516,13 +520,11 @@ class CausalLM(nnx.Module):
         if cache is not None and not context.is_prefill and input_ids.shape[1] == 1 and plain:
             x = Unsummed(x, jnp.zeros_like(x))
         parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
-        pinned = pinned_bytes() if self.host_bytes is None else self.host_bytes
         loads = []
         for i, run in enumerate(self.model.layers):
             run_cache = None if cache is None else [part[i] for part in parts]
             policy = self.remat_policy if cache is None else "none"
-            room = None if pinned is None else pinned * run.depth // self.config.num_hidden_layers
-            x, run_cache, aside = run(x, context, policy, key, run_cache, per_layer_inputs, room)
+            x, run_cache, aside = run(x, context, policy, key, run_cache, per_layer_inputs)
             loads.append(aside.load)
             if aside.stored_kv:
                 context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
