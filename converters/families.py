@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from jaxlora.config import LinearAttentionConfig, MambaConfig, ModelConfig, RopeConfig
-from jaxlora.layers import ACTIVATIONS
+from jaxlora.kernels.gated import ACTIVATIONS
 
 Json = Mapping[str, Any]
 

@@ -42,7 +42,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora.config import LinearAttentionConfig, ModelConfig
-from jaxlora.layers import ACTIVATIONS
+from jaxlora.kernels.gated import ACTIVATIONS
 from jaxlora.mamba import Convolution, GatedNorm, put_layer
 
 # Plain float32 on a GPU too, where XLA would take float32 products in TF32.

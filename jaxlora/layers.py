@@ -5,8 +5,6 @@ The maths of LoRA is `Linear.__call__`: the frozen base, scaling * (x A^T) B^T, 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,19 +54,6 @@ class BaseSquare(AdapterConstant):
 
 class LayerMask(AdapterConstant):
     """Which layers of a stack use their `Copy`, [stack] bool."""
-
-
-def _in_float32(function: Callable) -> Callable:
-    """Rounded once, as in torch. In 16 bits every operation of an exponential or a tanh would round."""
-    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
-
-
-ACTIVATIONS: dict[str, Callable] = {
-    "silu": _in_float32(jax.nn.silu),
-    "gelu": _in_float32(functools.partial(jax.nn.gelu, approximate=False)),
-    "gelu_pytorch_tanh": _in_float32(functools.partial(jax.nn.gelu, approximate=True)),
-    "relu": jax.nn.relu,
-}
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any) -> Float[Array, ...]:

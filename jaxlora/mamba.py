@@ -37,7 +37,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxlora.config import MambaConfig, ModelConfig
-from jaxlora.layers import ACTIVATIONS
+from jaxlora.kernels.gated import ACTIVATIONS
 
 # ---- The scan --------------------------------------------------------------------------------------------------------
 

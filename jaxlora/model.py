@@ -31,9 +31,10 @@ from jaxlora import quant, remat
 from jaxlora.attention import Attention, Context
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.delta_net import GatedDeltaNet
+from jaxlora.kernels import api as kernels
 from jaxlora.kernels.decode_attention import rows_and_places
+from jaxlora.kernels.gated import ACTIVATIONS
 from jaxlora.layers import (
-    ACTIVATIONS,
     Buffer,
     Embedding,
     Identity,
@@ -102,15 +103,18 @@ class MLP(TokenwiseModule):
         self.down_proj = make_linear(inner, width, ("embed", "mlp"), bias)
 
     def _forward(self, x, keys: list):
-        act = ACTIVATIONS[self.hidden_act]
         if not self.gated:
-            return self.down_proj(act(checkpoint_name(self.up_proj(x, keys[1]), "up")), keys[2])
+            up = checkpoint_name(self.up_proj(x, keys[1]), "up")
+            return self.down_proj(ACTIVATIONS[self.hidden_act](up), keys[2])
         if self.fused is not None:
             gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
         else:
             gate, up = linear_each([self.gate_proj, self.up_proj], x, keys[:2])
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        return self.multiplier * self.down_proj(act(self.gate_multiplier * gate) * up, keys[2])
+        # What rounds h to float8 finds its scales first; XLA makes h twice for that and writes it never.
+        implementation = None if self.down_proj.matmul_dtype is None else "reference"
+        h = kernels.gated(self.gate_multiplier * gate, up, self.hidden_act, implementation=implementation)
+        return self.multiplier * self.down_proj(h, keys[2])
 
 
 class DecoderLayer(nnx.Module):

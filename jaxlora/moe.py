@@ -46,9 +46,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig
-from jaxlora.kernels.api import grouped_dot, grouped_outer
+from jaxlora.kernels.api import gated, grouped_dot, grouped_outer
 from jaxlora.kernels.grouped import grouped_lora_delta
-from jaxlora.layers import ACTIVATIONS, Adaptable, Identity, TokenwiseModule, base_param, normal, rms_normed
+from jaxlora.layers import Adaptable, Identity, TokenwiseModule, base_param, normal, rms_normed
 from jaxlora.quant import QuantizedArray
 
 
@@ -251,7 +251,7 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "rows d"], groups: Groups) -> Float[Array, "rows d"]:
         gate, up = self._gate_up(x, groups)
         if self.alpha is None or self.limit is None:
-            inner = ACTIVATIONS[self.hidden_act](gate) * up
+            inner = gated(gate, up, self.hidden_act)
         else:
             inner = clamped_swiglu(gate, up, self.alpha, self.limit)
         return _plus(self.down_proj(inner, groups), self.down_lora(inner, groups))

@@ -15,6 +15,7 @@ import jax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels import decode_attention as decoding
+from jaxlora.kernels import gated as gating
 from jaxlora.kernels import grouped_triton, nf4, nf4_matmul, nf4_merge, reference
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
@@ -72,6 +73,7 @@ _OPS: dict[str, dict[str, Callable]] = {
     "merge_nf4": {"triton": on_gpu(nf4_merge.merge_nf4), "reference": reference.merge_nf4},
     "matmul_nf4": {"triton": on_gpu(nf4_matmul.matmul_nf4), "reference": reference.matmul_nf4},
     "residual_norm": {"triton": on_gpu(norm.residual_norm), "reference": norm.residual_norm_reference},
+    "gated": {"triton": on_gpu(gating.gated), "reference": gating.gated_reference},
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
     "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
     "decode_attention": {
@@ -155,6 +157,17 @@ def residual_norm(
     """
     options = dict(eps=eps, offset=offset, multiplier=multiplier)
     return dispatch("residual_norm", _OPS["residual_norm"], implementation, x, y, weight, index, **options)
+
+
+def gated(
+    gate: Float[Array, "*shape"],
+    up: Float[Array, "*shape"],
+    act: str,
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> Float[Array, "*shape"]:
+    """act(gate) * up. See `gated.gated_reference`."""
+    return dispatch("gated", _OPS["gated"], implementation, gate, up, act)
 
 
 def grouped_dot(

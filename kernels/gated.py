@@ -1,0 +1,142 @@
+"""Activations, and what an MLP's gate makes of it (arXiv:2002.05202), the latter as a Triton kernel each way.
+
+    h = act(gate) * up        dgate = dh * up * act'(gate)        dup = dh * act(gate)
+
+An activation is computed in float32 and rounded once, as in torch; so are its derivative and every product. In 16 bits
+each operation of an exponential or a tanh would round.
+
+The trade. All of it is traffic: forward reads two arrays and writes one, backward reads three and writes two. XLA makes
+two to four kernels of the backward pass, which read and write a dozen, since each of its results goes to a product of
+its own. A step of an 8B spends as long on that as on dequantising its weights.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+BLOCK = 2048  # elements of a program
+NUM_WARPS = 4
+
+
+def _in_float32(function: Callable) -> Callable:
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": _in_float32(jax.nn.silu),
+    "gelu": _in_float32(functools.partial(jax.nn.gelu, approximate=False)),
+    "gelu_pytorch_tanh": _in_float32(functools.partial(jax.nn.gelu, approximate=True)),
+    "relu": jax.nn.relu,
+}
+
+
+def gated_reference(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) -> Float[Array, "*shape"]:
+    """act(gate) * up, in their dtype.
+
+    Args:
+      gate, up: of one shape and dtype.
+      act: a key of `ACTIVATIONS`.
+    """
+    return ACTIVATIONS[act](gate) * up
+
+
+@functools.cache
+@no_type_check  # a type checker's wrapper around the function would hide its source from Triton
+def _kernels():
+    """The Triton functions, (forward, backward). Built on first use: the library imports where Triton is missing."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def activation(x, ACT: tl.constexpr):
+        """(act(x), act'(x)) of float32."""
+        if ACT == "silu":
+            s = tl.sigmoid(x)
+            return x * s, s * (1.0 + x * (1.0 - s))
+        if ACT == "gelu":
+            cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+            return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        if ACT == "gelu_pytorch_tanh":  # 0.5 (1 + tanh(z)) is sigmoid(2 z)
+            s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+            return x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        positive = (x > 0.0).to(tl.float32)
+        return x * positive, positive
+
+    @triton.jit
+    def places(count, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        return at, at < count
+
+    @triton.jit
+    def gated(gate, up, out, COUNT: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
+        at, inside = places(COUNT, BLOCK)
+        u = tl.load(up + at, mask=inside)
+        value, _ = activation(tl.load(gate + at, mask=inside).to(tl.float32), ACT)
+        tl.store(out + at, (value.to(u.dtype).to(tl.float32) * u.to(tl.float32)).to(u.dtype), mask=inside)
+
+    @triton.jit
+    def gated_backward(gate, up, dout, dgate, dup, COUNT: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
+        at, inside = places(COUNT, BLOCK)
+        u = tl.load(up + at, mask=inside)
+        d = tl.load(dout + at, mask=inside).to(tl.float32)
+        value, slope = activation(tl.load(gate + at, mask=inside).to(tl.float32), ACT)
+        tl.store(dup + at, (d * value.to(u.dtype).to(tl.float32)).to(u.dtype), mask=inside)
+        dvalue = (d * u.to(tl.float32)).to(u.dtype).to(tl.float32)
+        tl.store(dgate + at, (dvalue * slope).to(u.dtype), mask=inside)
+
+    return gated, gated_backward
+
+
+def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) -> Float[Array, "*shape"]:
+    """`gated_reference` and its gradients, each as a Triton kernel, with the roundings of the reference.
+
+    Raises:
+      NotImplementedError: jax-triton is not installed, or the arrays are not both bfloat16 or both float16.
+    """
+    if gate.dtype not in (jnp.bfloat16, jnp.float16) or up.dtype != gate.dtype:
+        raise NotImplementedError(
+            f"the kernel takes bfloat16 or float16, gate and up alike, not {gate.dtype.name} and {up.dtype.name}"
+        )
+    try:
+        import jax_triton
+    except ImportError as error:
+        raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
+
+    def launcher(kernel, outputs: int) -> Callable:
+        def launch(*arrays):
+            like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+            return jax_triton.triton_call(
+                *arrays,
+                kernel=kernel,
+                out_shape=[like] * outputs,
+                grid=(-(-like.size // BLOCK),),
+                num_warps=NUM_WARPS,
+                COUNT=like.size,
+                ACT=act,
+                BLOCK=BLOCK,
+            )
+
+        batched = jax.custom_batching.custom_vmap(launch)
+
+        @batched.def_vmap
+        def _(axis_size, in_batched, *arrays):
+            wide = [
+                array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
+                for array, is_batched in zip(arrays, in_batched, strict=True)
+            ]
+            return batched(*wide), [True] * outputs
+
+        return batched
+
+    forward, backward = (launcher(kernel, outputs) for kernel, outputs in zip(_kernels(), (1, 2), strict=True))
+
+    @jax.custom_vjp
+    def product(gate, up):
+        return forward(gate, up)[0]
+
+    product.defvjp(lambda gate, up: (product(gate, up), (gate, up)), lambda saved, dout: tuple(backward(*saved, dout)))
+    return product(gate, up)

@@ -1,0 +1,76 @@
+"""An MLP's gate: the reference beside torch, and the kernel with the reference's roundings, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxlora.kernels import api
+from jaxlora.kernels import gated as gating
+
+ACTS = ["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+
+
+def operands(key, shape, dtype):
+    return [2 * jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in jax.random.split(key, 3)]
+
+
+def with_gradients(gate, up, dout, act, implementation=None):
+    out, pullback = jax.vjp(lambda *xs: api.gated(*xs, act, implementation=implementation), gate, up)
+    return out, *pullback(dout)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_the_reference_is_torchs(key, act):
+    from transformers.activations import ACT2FN
+
+    arrays = operands(key, (5, 24), jnp.float32)
+    gate, up, dout = (torch.tensor(np.asarray(array), requires_grad=True) for array in arrays)
+    out = ACT2FN[act](gate) * up
+    theirs = out, *torch.autograd.grad(out, (gate, up), dout)
+    for ours, other in zip(with_gradients(*arrays, act), theirs, strict=True):
+        # 1 + tanh(z) and 1 + erf(z) cancel where z is far below 0.
+        np.testing.assert_allclose(ours, other.detach().numpy(), rtol=1e-5, atol=3e-5)
+
+
+def test_the_kernel_says_why_it_cannot_run(key):
+    gate, up, _ = operands(key, (5, 24), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        api.gated(gate, up, "silu", implementation="triton")
+    with pytest.raises(NotImplementedError, match="not float32 and bfloat16"):
+        gating.gated(gate.astype(jnp.float32), up, "silu")
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 2048), (2, 5, 776), (1, 1), (4096, 14336)], ids=str)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_triton_equals_the_reference(key, dtype, act, shape):
+    arrays = operands(key, shape, dtype)
+    run = functools.partial(with_gradients, act=act)
+    assert api.implementations_in(run, *arrays) == {"gated.triton"}
+    exact = with_gradients(*(array.astype(jnp.float32) for array in arrays), act=act, implementation="reference")
+    eps = float(jnp.finfo(dtype).eps)
+    theirs = jax.jit(functools.partial(run, implementation="reference"))(*arrays)
+    for ours, other, wanted in zip(jax.jit(run)(*arrays), theirs, exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == shape
+        ours, other, wanted = (np.asarray(array, np.float64) for array in (ours, other, wanted))
+        # Rounded three times at most; and for the most part, to the bit, as the reference rounds.
+        np.testing.assert_allclose(ours, wanted, rtol=2 * eps, atol=2 * eps)
+        assert np.mean(ours != other) < 0.01
+
+
+@pytest.mark.gpu
+def test_a_batch_of_gates_is_one_launch(key):
+    gate, up, dout = operands(key, (4, 3, 256), jnp.bfloat16)
+    run = jax.vmap(functools.partial(with_gradients, act="silu"), in_axes=(0, None, 0))
+    assert api.implementations_in(run, gate, up[0], dout) == {"gated.triton"}
+    wide = functools.partial(with_gradients, act="silu")(gate, jnp.broadcast_to(up[0], gate.shape), dout)
+    for ours, theirs in zip(jax.jit(run)(gate, up[0], dout), wide, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
