@@ -24,7 +24,7 @@ from jaxlora.converters.staging import staged
 from jaxlora.generate import generate
 from jaxlora.language_model import LanguageModel
 from jaxlora.loader import FastLanguageModel
-from jaxlora.offload import allow_pinned
+from jaxlora.offload import allow_memory
 from jaxlora.options import (
     Option,
     OptionError,
@@ -74,7 +74,7 @@ class Command:
 def train(values: Mapping[str, Any]) -> None:
     """from_pretrained, get_peft_model, SFTTrainer, save_pretrained. An adapter as the model trains on."""
     keep_compiled(**pick(values, CACHE))
-    allow_pinned()
+    allow_memory()
     config = SFTConfig(output_dir=values["output"], **pick(values, TRAINING))
     if "merged" in values:
         with staged(values["merged"]):  # which writes nothing now, and fails where nothing could be written later

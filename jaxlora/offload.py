@@ -1,4 +1,4 @@
-"""The pinned memory of the host: how much XLA may take, and weights that lie in it.
+"""How much memory XLA may take of the device and, pinned, of the host; and weights that lie in the latter.
 
 Of such a weight only what is asked for travels to the device.
 """
@@ -22,15 +22,21 @@ _compute_on: Any = getattr(computing, "compute_on2", None) or computing.compute_
 # XLA's own, read when it makes its client. Without it XLA pins 64 GiB at most.
 _LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _SHARE = 0.8
+# The same for the device's memory, of which XLA takes 75% without it.
+_DEVICE_SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_DEVICE_SHARE = 0.9
 _CGROUP_BOUNDS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))
 
 
-def allow_pinned() -> None:
-    """Let XLA pin most of the host's memory for what is offloaded: 80%, or what its variable says if that is set.
+def allow_memory() -> None:
+    """Let XLA take 90% of the device's memory, and pin 80% of the host's for what is offloaded.
 
-    The variable is the process's, and counts only before JAX first uses a device. The command line calls this.
+    What its variables say, where they are set, stands. They are the process's, and count only before JAX first uses a
+    device. The command line calls this.
     """
     os.environ.setdefault(_LIMIT, str(int(_SHARE * _physical_bytes() / 2**30)))
+    if not any(name in os.environ for name in _DEVICE_SHARES):  # one is the other's old name, and both are an error
+        os.environ[_DEVICE_SHARES[0]] = str(_DEVICE_SHARE)
 
 
 def pinned_bytes() -> int | None:

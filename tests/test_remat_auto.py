@@ -101,15 +101,30 @@ def test_undecided_it_computes_as_full(parts):
     assert bool(jnp.all(logits == model(batch["input_ids"])))
 
 
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_xla_may_take_most_of_the_device_unless_told_otherwise(monkeypatch, name):
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for each in names:
+        monkeypatch.setenv(each, "unset")  # so that it is as it was afterwards
+        monkeypatch.delenv(each)
+    monkeypatch.setenv(name, "0.5")
+    offload.allow_memory()
+    assert [os.environ.get(each) for each in names] == ["0.5" if each == name else None for each in names]
+    monkeypatch.delenv(name)
+    offload.allow_memory()
+    assert [os.environ.get(each) for each in names] == ["0.9", None]
+
+
 def test_xla_may_pin_most_of_the_host_unless_told_otherwise(monkeypatch):
     name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
     monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(offload, "_CGROUP_BOUNDS", ())
-    offload.allow_pinned()
+    offload.allow_memory()
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     assert 0.8 * gib - 1 <= int(os.environ[name]) <= 0.8 * gib
     monkeypatch.setenv(name, "7")
-    offload.allow_pinned()
+    offload.allow_memory()
     assert os.environ[name] == "7"
     assert offload.pinned_bytes() is None  # on a CPU
 
@@ -120,7 +135,8 @@ def test_a_container_may_have_less(monkeypatch, tmp_path, text, gib):
     name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
     (tmp_path / "memory.max").write_text(text + "\n")
     monkeypatch.setattr(offload, "_CGROUP_BOUNDS", (tmp_path / "none", tmp_path / "memory.max"))
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
     monkeypatch.delenv(name, raising=False)
-    offload.allow_pinned()
+    offload.allow_memory()
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     assert int(os.environ[name]) == (gib or int(0.8 * physical))

@@ -113,9 +113,9 @@ def measure(work: Work, policy: str, steps: int, matmul_dtype: str | None = None
 
 
 def main(name: str, policy: str, steps: str, matmul_dtype: str | None = None) -> None:
-    from jaxlora.offload import allow_pinned
+    from jaxlora.offload import allow_memory
 
-    allow_pinned()
+    allow_memory()
     print(json.dumps(measure(Work.parse(name), policy, int(steps), matmul_dtype)), flush=True)
 
 
