@@ -12,6 +12,7 @@ from jaxlora.bench import device
 from jaxlora.bench.shapes import CONFIGS, Work
 
 PLOT = "speed.svg"
+PANELS = 4  # in a line
 # What `update` writes stands between these lines.
 BEGIN, END = "<!-- made by `jaxlora bench --table-file` -->", "<!-- end of what it made -->"
 PEERS = {"unsloth": "Unsloth", "peft": "PEFT + bitsandbytes"}
@@ -130,10 +131,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     panels = list(dict.fromkeys((row["work"], row["device"]) for row in drawn))
     if not panels:
         raise ValueError("no row says its peak memory, so there is nothing to draw")
+    height, width = -(-len(panels) // PANELS), min(len(panels), PANELS)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jaxlora"}):
-        figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+        figure = Figure(figsize=(4.2 * width, 3.4 * height), layout="constrained")
         FigureCanvasSVG(figure)
-        for axes, (work, kind) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        places = figure.subplots(height, width, squeeze=False).flat
+        for axes in places[len(panels) :]:
+            axes.remove()
+        for axes, (work, kind) in zip(places, panels, strict=False):
             points: dict[str, tuple[float, float]] = {}
             for row in (row for row in drawn if (row["work"], row["device"]) == (work, kind)):
                 points[_policy(row)] = row["gib"], row["tok_s"]
