@@ -365,11 +365,11 @@ def matmul_each(
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
         return _matmul_quantized(x, tuple(weights))
     if all(isinstance(w, StackedArray) for w in weights):
-        return _matmul_stacked(x, weights)
+        return _matmul_stacked(x, tuple(weights))
     return [matmul(x, w) for w in weights]
 
 
-def _matmul_stacked(x: Float[Array, "*batch in"], weights: Sequence[StackedArray]) -> list[Float[Array, "*batch _"]]:
+def _matmul_stacked(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch _"]]:
     """x times each of some dense weights of stacks; three of them at most in one launch."""
     fields = [DenseFields(w.stack, w.index) for w in weights]
     return [y.reshape(*x.shape[:-1], -1) for y in api.matmul_dense(x.reshape(-1, x.shape[-1]), fields)]

@@ -18,8 +18,8 @@ from jaxlora.kernels.reference import DenseFields
 from jaxlora.model import CausalLM
 from jaxlora.quant import LowRank, StackedArray
 
-# The largest relative error: that of rounding the result, which is a third of the dtype's unit.
-LIMITS = {jnp.bfloat16: 2e-3, jnp.float16: 3e-4}
+# The largest relative error: that of rounding the result, 0.42 of the dtype's unit on average, and some room.
+LIMITS = {jnp.bfloat16: 2.5e-3, jnp.float16: 3.2e-4}
 
 
 def operands(key, tokens, rows, columns, dtype, is_stacked=True):
