@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora import fp8, quant, remat
 from jaxlora.config import QuantConfig
 from jaxlora.kernels import api as kernels
+from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
 from jaxlora.offload import take_rows
@@ -219,6 +220,16 @@ class Linear(Adapted):
             return self.lora_A is None or not quant.is_merging_cheaper(tokens, weight.shape)
         return not isinstance(weight, quant.MergedArray)
 
+    def stacked(self) -> Linear:
+        """A copy whose weight, where it is dense and one of a stack, is to be read by index (`quant.StackedArray`)."""
+        weight = self.weight.get_value()
+        is_plain = self.trained_weight is None and self.qat_scheme is None and self.matmul_dtype is None
+        if self.stack is None or not is_plain or isinstance(weight, quant.QuantizedArray):
+            return self
+        copy = jax.tree.map(lambda leaf: leaf, self)
+        copy.weight.set_value(quant.StackedArray(weight))
+        return copy
+
     def _product(self, x: Array, key: Any, base: Array | None) -> Array:
         weight = self.current_weight()
         # A copy of the weight learns, and float8 products take the weight for a constant.
@@ -279,7 +290,8 @@ class Linear(Adapted):
 
 
 def linear_each(linears: list, x: Float[Array, "*batch d_in"], keys: list) -> list[Float[Array, "*batch _"]]:
-    """[linear(x, key), ...]: what reads the same x. Few tokens meet their NF4 weights in one launch."""
+    """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
+    `quant.matmul_each`."""
     tokens = x.size // x.shape[-1]
     bases: list[Array | None] = [None] * len(linears)
     if all(linear.has_base_product(tokens) for linear in linears):
@@ -450,6 +462,15 @@ def _dense(module: nnx.Module, dtype: Any, tokens: int) -> Any:
         return quant.dequantize(leaf, dtype) if isinstance(leaf, quant.QuantizedArray) else leaf
 
     return jax.tree.map(one, module, is_leaf=lambda leaf: isinstance(leaf, Linear | quant.QuantizedArray))
+
+
+def read_by_index(module: Any, x: Float[Array, "*batch d"]) -> Any:
+    """A copy whose dense weights of stacks are read by index (`Linear.stacked`), where x is few tokens of 16 bits: for
+    these there is a kernel that does it. Else the module itself."""
+    if x.dtype.itemsize != 2 or x.size // x.shape[-1] > MOST_TOKENS:
+        return module
+    one = lambda leaf: leaf.stacked() if isinstance(leaf, Linear) else leaf
+    return jax.tree.map(one, module, is_leaf=lambda leaf: isinstance(leaf, Linear))
 
 
 class Identity(nnx.Module):

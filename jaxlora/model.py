@@ -46,6 +46,7 @@ from jaxlora.layers import (
     added,
     base_param,
     linear_each,
+    read_by_index,
     summed_and_normed,
 )
 from jaxlora.mamba import Mamba, segment_runs
@@ -240,13 +241,16 @@ class Run(nnx.Module):
         """
 
         # What kernels read by index stays in its stack; the scan slices everything else. Norms are read so with a cache
-        # only: the kernel is for few tokens.
+        # only, and dense weights of 16 bits with few tokens besides, which is what their kernels are for.
         def is_stack(leaf):
             if isinstance(leaf, Norm):
                 return cache is not None and leaf.is_read_by_index
-            return isinstance(leaf, quant.QuantizedArray) and len(leaf.leading) == 1
+            if isinstance(leaf, quant.QuantizedArray):
+                return len(leaf.leading) == 1
+            return isinstance(leaf, quant.StackedArray)
 
-        leaves, structure = jax.tree.flatten(self.period, is_leaf=is_stack)
+        period = self.period if cache is None else read_by_index(self.period, jax.tree.leaves(x)[0])
+        leaves, structure = jax.tree.flatten(period, is_leaf=is_stack)
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
 
         def body(carry, layer):

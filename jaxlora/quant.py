@@ -2,7 +2,8 @@
 
 The product may take a LoRA adapter as well. Over a quantised weight it is then one product with W' = W + scaling B A,
 made anew for each use like W itself, wherever that costs less than the two thin products and the sum; see `matmul`.
-For few tokens W itself is not made: an NF4 weight is read once and multiplied in one kernel, where there is one.
+For few tokens W itself is not made: an NF4 weight is read once and multiplied in one kernel, where there is one. Nor is
+a dense weight of a stack copied out of it (`StackedArray`).
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 from jaxlora.config import QuantScheme
 from jaxlora.kernels import api, nf4_matmul, reference
 from jaxlora.kernels.lora import lora_delta, lora_gradients
-from jaxlora.kernels.reference import NF4Fields
+from jaxlora.kernels.reference import DenseFields, NF4Fields
 
 Implementation = Literal["triton", "reference"] | None
 
@@ -132,6 +133,27 @@ class MergedArray:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedArray:
+    """One dense weight [out, in] of a stack [layers, out, in], told by an index, int32 [] (None before it is told).
+
+    It is what a scan over layers hands on for few tokens, so that nothing is copied out of the stack before a kernel
+    reads it.
+    """
+
+    stack: Any
+    index: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    def at(self, index: Any) -> "StackedArray":
+        """One matrix of the stack, without copying it."""
+        return dataclasses.replace(self, index=index)
 
 
 class LowRank(NamedTuple):
@@ -283,7 +305,7 @@ def is_merging_cheaper(tokens: int, shape: tuple[int, ...]) -> bool:
 
 def matmul(
     x: Float[Array, "*batch in"],
-    w: Float[Array, "out in"] | QuantizedArray | MergedArray,
+    w: Float[Array, "out in"] | QuantizedArray | MergedArray | StackedArray,
     adapter: LowRank | None = None,
 ) -> Float[Array, "*batch out"]:
     """x @ (w + scaling b a).T for a dense or a quantised weight, in x's dtype with float32 sums.
@@ -321,6 +343,8 @@ def matmul(
         return matmul(x, w) + lora_delta(x, *adapter)
     if isinstance(w, QuantizedArray):
         return _matmul_quantized(x, (w,))[0]
+    if isinstance(w, StackedArray):
+        return _matmul_stacked(x, (w,))[0]
     return _contract(x, w.astype(x.dtype), 1)
 
 
@@ -334,13 +358,21 @@ def _contract(x: Array, w: Array, dimension: int, dtype: Any = None) -> Array:
 
 
 def matmul_each(
-    x: Float[Array, "*batch in"], weights: Sequence[Float[Array, "_ in"] | QuantizedArray]
+    x: Float[Array, "*batch in"], weights: Sequence[Float[Array, "_ in"] | QuantizedArray | StackedArray]
 ) -> list[Float[Array, "*batch _"]]:
-    """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if they are NF4."""
+    """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks."""
     is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
         return _matmul_quantized(x, tuple(weights))
+    if all(isinstance(w, StackedArray) for w in weights):
+        return _matmul_stacked(x, tuple(weights))
     return [matmul(x, w) for w in weights]
+
+
+def _matmul_stacked(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch _"]]:
+    """x times each of some dense weights of stacks; three of them at most in one launch."""
+    fields = [DenseFields(w.stack, w.index) for w in weights]
+    return [y.reshape(*x.shape[:-1], -1) for y in api.matmul_dense(x.reshape(-1, x.shape[-1]), fields)]
 
 
 @jax.custom_vjp

@@ -41,14 +41,14 @@ class Config:
 
 
 BAND = 8
-_ROOMY = ("8.0", "9.0", "10.0", "10.3")  # compute capabilities with more than 144 KiB of shared memory a program
+ROOMY = ("8.0", "9.0", "10.0", "10.3")  # compute capabilities with more than 144 KiB of shared memory a program
 
 
 def heuristics() -> Config:
     """For the default device. On an H100, Mixtral's 16384 rows of 4096 times [14336, 4096] took 2.9 ms
     with tiles of 128 x 256, 3.6 ms with 128 x 128, and a dense product 2.4 ms."""
     capability = getattr(jax.devices()[0], "compute_capability", None)
-    return Config() if capability in _ROOMY else Config(columns=128)
+    return Config() if capability in ROOMY else Config(columns=128)
 
 
 @functools.cache

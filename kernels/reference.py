@@ -62,6 +62,13 @@ class NF4Fields(NamedTuple):
     index: Any
 
 
+class DenseFields(NamedTuple):
+    """The array of a dense weight [out, in], or with an index, int32 [], of a stack of them [layers, out, in]."""
+
+    weight: Any
+    index: Any
+
+
 _NF4_BOUNDS = (NF4[:-1] + NF4[1:]) / 2
 _ABSMAX_FLOOR = np.float32(1e-38)  # what bitsandbytes divides by when a block is all zero; subnormal
 
@@ -342,6 +349,22 @@ def matmul_nf4(
         for fields, shape in zip(weights, shapes, strict=True)
     ]
     return [lax.dot_general(x, weight, (((1,), (1,)), ((), ()))) for weight in dense]
+
+
+def matmul_dense(x: Float[Array, "m d_in"], weights: Sequence[DenseFields]) -> list[Float[Array, "m _"]]:
+    """x W^T for each of some dense weights: in x's dtype, the weights too, with sums in float32.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      weights: each with its index, None for a single matrix.
+    """
+
+    def times(weight, index):
+        if index is not None:
+            weight = lax.dynamic_index_in_dim(weight, index, keepdims=False)
+        return lax.dot_general(x, weight.astype(x.dtype), (((1,), (1,)), ((), ())))
+
+    return [times(*fields) for fields in weights]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

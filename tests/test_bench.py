@@ -68,7 +68,8 @@ def test_peft_ran_beside_and_unsloth_is_said_to_be_missing(measured):
 def test_the_kernels_are_measured_at_the_shape(measured):
     rows = rows_of(measured[1], "kernels")
     assert {row["op"] for row in rows} == {
-        "copy", "product", "dequantize_nf4", "merge_nf4", "matmul_nf4", "matmul", "attention", "cross_entropy",
+        "copy", "product", "dequantize_nf4", "merge_nf4", "matmul_nf4", "matmul_dense", "matmul", "attention",
+        "cross_entropy",
     }  # fmt: skip
     shapes = {tuple(row["shape"]) for row in rows if row["op"] == "dequantize_nf4"}
     assert shapes == {(128, 128), (64, 128), (256, 128), (128, 256)}

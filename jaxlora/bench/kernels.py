@@ -8,8 +8,9 @@ GB/s of a copy, and "product", the TFLOP/s of a large bfloat16 product. A row ha
     tflop_s, of_product              where products bound it: FLOP that must be, and the share of the product
 
 A time is the median over `runs` of one program that takes `LAYERS` different matrices, divided by their number, so that
-none is found in a cache. "matmul_nf4" is the product with one token. "matmul" is the product of a weight with a step's
-tokens, its gradient, and the adapter's part where there is one, in a `lax.scan` over the stacked weights as in a model.
+none is found in a cache. "matmul_nf4" and "matmul_dense" are products with one token. "matmul" is the product of a
+weight with a step's tokens, its gradient, and the adapter's part where there is one, in a `lax.scan` over the stacked
+weights as in a model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from jaxlora import quant
 from jaxlora.bench.shapes import CONFIGS, RANK
 from jaxlora.kernels import api
 from jaxlora.kernels.cross_entropy import chunk_length, linear_cross_entropy
-from jaxlora.kernels.reference import NF4Fields
+from jaxlora.kernels.reference import DenseFields, NF4Fields
 from jaxlora.quant import LowRank, QuantizedArray
 
 LAYERS = 8
@@ -132,6 +133,11 @@ def packed_products(q: QuantizedArray, x: jax.Array) -> list[jax.Array]:
     return ys
 
 
+def dense_products(w: jax.Array, x: jax.Array) -> list[jax.Array]:
+    """x times each weight of a stack, as they lie in it."""
+    return [y for i in range(LAYERS) for y in api.matmul_dense(x, [DenseFields(w, jnp.int32(i))])]
+
+
 def linears(shape: str) -> list[tuple[int, int]]:
     """The shapes [out, in] of a model's linears, each once."""
     c: dict[str, Any] = CONFIGS[shape]
@@ -174,6 +180,7 @@ def measure(shape: str, runs: int) -> Iterator[dict[str, Any]]:
         yield row("merge_nf4", dims, merged, q, adapter, bytes=moved, each=LAYERS)
         token = jax.random.normal(jax.random.key(1), (1, dims[1]), jnp.bfloat16)
         yield row("matmul_nf4", dims, packed_products, q, token, bytes=q.nbytes // LAYERS, each=LAYERS)
+        yield row("matmul_dense", dims, dense_products, w, token, bytes=w.nbytes // LAYERS, each=LAYERS)
         x = jax.random.normal(jax.random.key(1), (tokens, dims[1]), jnp.bfloat16)
         flop = 4 * tokens * dims[0] * dims[1]
         for kind, ws, part in (("dense", w, None), ("nf4", q, None), ("nf4 + adapter", q, adapter)):
