@@ -239,7 +239,7 @@ def test_decoding_by_kernels_draws_what_one_pass_would(quant_config, rank):
     logits, cache = _prefill(model, np.where(mask, prompts, 0), mask.astype(np.int32), places=512)
     arguments = logits, jnp.asarray(mask.sum(axis=1), jnp.int32), jnp.int32(2), jnp.zeros(0, jnp.int32), jnp.int32(0)
     ran = api.implementations_in(functools.partial(_decode, sampling=None), model, cache, *arguments)
-    always = {"decode_attention.triton", "residual_norm.triton"}
+    always = {"decode_attention.triton", "residual_norm.triton", "gated.triton"}
     assert ran == always | {"matmul_nf4.triton" if quant_config else "matmul_dense.triton"}
 
     ids = generate(model, prompts, attention_mask=mask, max_new_tokens=40, eos_token_id=[])
