@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from jaxlora import quant
-from jaxlora.kernels import nf4_matmul
+from jaxlora.kernels import nf4_matmul, nf4_matmul_tiles
 from jaxlora.kernels.nf4_matmul import Config
 from jaxlora.kernels.reference import NF4Fields
 
@@ -44,7 +44,7 @@ CONFIGS = {
         Config(num_warps=16, depth=2, programs=nf4_matmul.SMS),
     ],
     8: [Config(num_warps=8), Config(num_warps=8, depth=2)],
-    64: [Config(num_warps=8), Config(num_warps=4)],
+    64: [nf4_matmul_tiles.Config(split=split, ahead=ahead) for split in (1, 4, 8) for ahead in (0, 2)],
 }
 MORE_CONFIGS = [
     Config(num_warps=warps, depth=depth, programs=programs * nf4_matmul.SMS)
@@ -56,11 +56,11 @@ MORE_CONFIGS = [
 CHECKS = [
     ((100, 64), 3, jnp.bfloat16, True, False, Config(num_warps=1)),
     ((70, 192), 7, jnp.float16, False, True, Config(num_warps=2)),
-    ((896, 4864), 9, jnp.float16, True, True, Config(num_warps=4, depth=2)),
+    ((896, 4864), 8, jnp.float16, True, True, Config(num_warps=4, depth=2)),
     ((896, 4864), 1, jnp.bfloat16, True, True, Config(num_warps=16)),
     ((1000, 576), 2, jnp.float16, True, True, Config(num_warps=4, depth=2)),
-    ((896, 896), 33, jnp.bfloat16, True, True, Config(num_warps=4, programs=5)),
-    ((576, 1536), 64, jnp.bfloat16, False, False, Config(num_warps=8)),
+    ((896, 896), 33, jnp.bfloat16, True, True, nf4_matmul_tiles.Config(num_warps=4, split=2)),
+    ((576, 1536), 64, jnp.bfloat16, False, False, nf4_matmul_tiles.Config(split=3)),
 ]
 
 
@@ -76,7 +76,8 @@ def stack_of(shape, layers, double_quant=True):
 
 def fused(x, weights, config):
     fields = [NF4Fields(q.codes, q.scales, q.nested_absmax, q.nested_offset, q.index) for q in weights]
-    return nf4_matmul.matmul_nf4(x, fields, shapes=[q.shape for q in weights], config=config)
+    kernel = nf4_matmul if x.shape[0] <= nf4_matmul.MOST_TOKENS else nf4_matmul_tiles
+    return kernel.matmul_nf4(x, fields, shapes=[q.shape for q in weights], config=config)
 
 
 def multiplied(x, weights):
@@ -221,7 +222,8 @@ def main():
     if not args.no_checks:
         check_odd_shapes()
     for tokens in args.tokens:
-        configs = MORE_CONFIGS if args.all else CONFIGS.get(tokens, CONFIGS[8])
+        few = tokens <= nf4_matmul.MOST_TOKENS
+        configs = MORE_CONFIGS if args.all and few else CONFIGS.get(tokens, CONFIGS[8 if few else 64])
         for work in args.works:
             measure(work, tokens, configs, copy, args.runs)
 

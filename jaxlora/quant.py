@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlora.config import QuantScheme
-from jaxlora.kernels import api, nf4_matmul, reference
+from jaxlora.kernels import api, nf4_matmul, nf4_matmul_tiles, reference
 from jaxlora.kernels.lora import lora_delta, lora_gradients
 from jaxlora.kernels.reference import DenseFields, NF4Fields
 
@@ -313,8 +313,8 @@ def matmul(
     A dense weight is cast to x's dtype; a quantised one is dequantised to it, whatever its own `dtype`. The quantised
     one is a constant: its gradient is zero, and what the backward pass keeps of it is its packed form and nothing else.
     So dx = dy @ dequantize(w) dequantises a second time; keeping the result would take all the memory that
-    quantisation saved. Few 16-bit tokens are multiplied by an NF4 weight in one kernel on a GPU (`kernels.nf4_matmul`),
-    whose result is nearer to the exact one, since it rounds no weight.
+    quantisation saved. Few 16-bit tokens are multiplied by an NF4 weight in one kernel on a GPU (`kernels.nf4_matmul`,
+    `kernels.nf4_matmul_tiles`), whose result is nearer to the exact one, since it rounds no weight.
 
     With an adapter, a dense weight is multiplied by itself and the adapter's product is added: what b a adds to a
     16-bit weight is mostly less than half of its last place, and would be rounded away. A quantised weight lies
@@ -361,7 +361,7 @@ def matmul_each(
     x: Float[Array, "*batch in"], weights: Sequence[Float[Array, "_ in"] | QuantizedArray | StackedArray]
 ) -> list[Float[Array, "*batch _"]]:
     """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks."""
-    is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul.MOST_TOKENS
+    is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul_tiles.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
         return _matmul_quantized(x, tuple(weights))
     if all(isinstance(w, StackedArray) for w in weights):
@@ -380,8 +380,9 @@ def _matmul_quantized(x: Float[Array, "*batch in"], weights: tuple) -> list[Floa
     rows = x.reshape(-1, x.shape[-1])
     if all(w.scheme == "nf4" for w in weights):
         fields = [NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index) for w in weights]
+        name = "triton" if rows.shape[0] <= nf4_matmul.MOST_TOKENS else "triton_tiles"
         try:
-            ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], implementation="triton")
+            ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], implementation=name)
             return [y.reshape(*x.shape[:-1], -1) for y in ys]
         except NotImplementedError:  # more tokens than it is for, no GPU, float32: as for any scheme
             pass

@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels import decode_attention as decoding
-from jaxlora.kernels import dense_matmul, grouped_triton, nf4, nf4_matmul, nf4_merge, reference
+from jaxlora.kernels import dense_matmul, grouped_triton, nf4, nf4_matmul, nf4_matmul_tiles, nf4_merge, reference
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
@@ -71,7 +71,11 @@ def on_gpu(function: Callable) -> Callable:
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
     "merge_nf4": {"triton": on_gpu(nf4_merge.merge_nf4), "reference": reference.merge_nf4},
-    "matmul_nf4": {"triton": on_gpu(nf4_matmul.matmul_nf4), "reference": reference.matmul_nf4},
+    "matmul_nf4": {
+        "triton": on_gpu(nf4_matmul.matmul_nf4),
+        "triton_tiles": on_gpu(nf4_matmul_tiles.matmul_nf4),
+        "reference": reference.matmul_nf4,
+    },
     "matmul_dense": {"triton": on_gpu(dense_matmul.matmul_dense), "reference": reference.matmul_dense},
     "residual_norm": {"triton": on_gpu(norm.residual_norm), "reference": norm.residual_norm_reference},
     "gated": {"triton": on_gpu(gating.gated), "reference": gating.gated_reference},
@@ -132,11 +136,11 @@ def matmul_nf4(
     weights: Sequence[reference.NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
-    implementation: Literal["triton", "reference"] | None = None,
+    implementation: Literal["triton", "triton_tiles", "reference"] | None = None,
 ) -> list[Float[Array, "m _"]]:
     """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks. See `reference.matmul_nf4`.
 
-    Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`.
+    Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`, "triton_tiles" `nf4_matmul_tiles.MOST_TOKENS`.
     """
     return dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, shapes=shapes)
 

@@ -54,7 +54,7 @@ from jaxlora.kernels.reference import NF4Fields
 # lie near numbers of the dtype, and the error of weights that are normally distributed is least. It is 8.0e-4 in
 # bfloat16 and 8.4e-5 in float16, relative, where dequantising first has 1.7e-3 and 2.1e-4.
 FACTORS = {"bfloat16": 1.43675, "float16": 1.6385}
-MOST_TOKENS = 64
+MOST_TOKENS = 8  # more are `nf4_matmul_tiles`', since here every 16 rows read all of x again
 MOST_WEIGHTS = 3
 MOST_TOKENS_OF_FOUR_COLUMNS = 2
 SMS = 132  # of an H100; elsewhere some have a program more to do than others
@@ -89,9 +89,9 @@ def heuristics(tokens: int, tiles: int, columns: int) -> Config:
     """The configuration for so many tokens, tiles of 16 rows, and elements of a row; with it no warp is idle.
 
     By its registers an SM holds two programs of 16 warps with 64 a thread, as one or two tokens take where rows are
-    whole steps, or three of 8 warps with 80; of more tokens two of 8 warps, and of 64 (157) one. On an H100, at one
-    token, q, k and v of an 8B (384 tiles) took 9.5 us with three programs and 10.3 with two, which some SMs must fill
-    twice; o (256) 7.8 and 7.4, gate and up (1792) 28.9 and 27.9, down 17.8 and 17.5.
+    whole steps, or three of 8 warps with 80; of more tokens two of 8 warps. On an H100, at one token, q, k
+    and v of an 8B (384 tiles) took 9.5 us with three programs and 10.3 with two, which some SMs must fill twice; o
+    (256) 7.8 and 7.4, gate and up (1792) 28.9 and 27.9, down 17.8 and 17.5.
     """
     config = Config() if tokens <= MOST_TOKENS_OF_FOUR_COLUMNS else Config(num_warps=8)
     if config.programs < tiles <= 3 * SMS:
@@ -512,6 +512,39 @@ def _kernel(dtype: np.dtype, num_warps: int):
     return matmul_nf4
 
 
+def check(x: jax.Array, weights: Sequence[NF4Fields], shapes: Sequence[tuple[int, int]], most_tokens: int) -> None:
+    """Raise NotImplementedError where a kernel for so many tokens cannot multiply these, or jax-triton is missing."""
+    tokens, columns = x.shape
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the kernel takes bfloat16 or float16, not {x.dtype.name}")
+    if not 0 < tokens <= most_tokens:
+        raise NotImplementedError(f"the kernel takes 1 to {most_tokens} tokens, not {tokens}")
+    if columns % reference.NF4_BLOCK:
+        raise NotImplementedError(f"the kernel takes rows of whole blocks of 64, not of {columns} elements")
+    if not 0 < len(weights) <= MOST_WEIGHTS:
+        raise NotImplementedError(f"the kernel takes 1 to {MOST_WEIGHTS} weights, not {len(weights)}")
+    if max(rows * columns for rows, _ in shapes) >= 1 << 31:
+        raise NotImplementedError(f"the kernel counts elements in 32 bits, too few for {list(shapes)}")
+    if any(len({fields[i] is None for fields in weights}) > 1 for i in (2, 4)):
+        raise NotImplementedError("the kernel takes weights that are all quantised twice or none, all stacked or none")
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:
+        raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
+
+
+def filled(codes, absmax, nested_absmax, offset, index) -> tuple[jax.Array, ...]:
+    """The fields of a weight, with something that is not read for those it does not have."""
+    unread = jnp.zeros((1,), jnp.float32)
+    return (
+        codes,
+        absmax,
+        unread if nested_absmax is None else nested_absmax,
+        unread if offset is None else offset,
+        jnp.zeros((), jnp.int32) if index is None else index,
+    )
+
+
 def matmul_nf4(
     x: jax.Array,
     weights: Sequence[NF4Fields],
@@ -528,25 +561,10 @@ def matmul_nf4(
         rows; rows of a weight are not whole blocks (in % 64), or it has 2^31 elements or more; there are more than
         three weights, or some are quantised twice or stacked and others are not.
     """
-    tokens, columns = x.shape
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the kernel takes bfloat16 or float16, not {x.dtype.name}")
-    if not 0 < tokens <= MOST_TOKENS:
-        raise NotImplementedError(f"the kernel takes 1 to {MOST_TOKENS} tokens, not {tokens}")
-    if columns % reference.NF4_BLOCK:
-        raise NotImplementedError(f"the kernel takes rows of whole blocks of 64, not of {columns} elements")
-    if not 0 < len(weights) <= MOST_WEIGHTS:
-        raise NotImplementedError(f"the kernel takes 1 to {MOST_WEIGHTS} weights, not {len(weights)}")
-    if max(rows * columns for rows, _ in shapes) >= 1 << 31:
-        raise NotImplementedError(f"the kernel counts elements in 32 bits, too few for {list(shapes)}")
-    is_nested, is_stacked = ([fields[i] is not None for fields in weights] for i in (2, 4))
-    if len({*is_nested}) > 1 or len({*is_stacked}) > 1:
-        raise NotImplementedError("the kernel takes weights that are all quantised twice or none, all stacked or none")
-    try:
-        import jax_triton
-    except ImportError as error:
-        raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
+    check(x, weights, shapes, MOST_TOKENS)
+    import jax_triton
 
+    tokens, columns = x.shape
     rows = [rows for rows, _ in shapes]
     tiles = sum(-(-n // 16) for n in rows)
     config = heuristics(tokens, tiles, columns) if config is None else config
@@ -561,8 +579,8 @@ def matmul_nf4(
         **{f"ROWS{i}": n for i, n in enumerate([*rows, *padding])},
         WEIGHTS=len(rows),
         COLUMNS=columns,
-        NESTED=is_nested[0],
-        STACKED=is_stacked[0],
+        NESTED=weights[0][2] is not None,
+        STACKED=weights[0][4] is not None,
         WARPS=config.num_warps,
         DEPTH=config.depth,
         PROGRAMS=config.programs,
@@ -573,17 +591,6 @@ def matmul_nf4(
     def run(x, weights):
         constants = jnp.asarray(pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
         return call(x, *constants, *(field for fields in weights for field in fields))[: len(rows)]
-
-    unread = jnp.zeros((1,), jnp.float32)
-
-    def filled(codes, absmax, nested_absmax, offset, index):
-        return (
-            codes,
-            absmax,
-            unread if nested_absmax is None else nested_absmax,
-            unread if offset is None else offset,
-            jnp.zeros((), jnp.int32) if index is None else index,
-        )
 
     some = [filled(*fields) for fields in weights]
     return run(x, [*some, *(some[0] for _ in padding)])

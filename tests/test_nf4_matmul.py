@@ -75,7 +75,7 @@ def test_each_of_some_weights_is_multiplied_as_alone(key, dtype):
     "tokens, shape, dtype, message",
     [
         (3, (96, 128), jnp.float32, "bfloat16 or float16, not float32"),
-        (65, (96, 128), jnp.bfloat16, "1 to 64 tokens, not 65"),
+        (9, (96, 128), jnp.bfloat16, "1 to 8 tokens, not 9"),
         (3, (10, 70), jnp.bfloat16, "whole blocks of 64, not of 70"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_config_is_checked(field, monkeypatch):
         Config(**field)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
 @pytest.mark.parametrize("columns", [64, 576, 1536, 4096, 4864, 14336])
 @pytest.mark.parametrize("tiles", [1, 256, 384, 1792])
 def test_no_warp_of_a_configuration_is_idle(tokens, columns, tiles):
@@ -157,8 +157,8 @@ def test_the_lookup_of_every_byte_in_every_place(dtype):
 @pytest.mark.parametrize(
     "shape, tokens",
     [
-        *(((1024, 4096), tokens) for tokens in (1, 2, 3, 8, 17, 64)),
-        *(((100, 64), 3), ((100, 64), 1), ((70, 192), 17), ((70, 192), 2), ((896, 4864), 8), ((4096, 14336), 1)),
+        *(((1024, 4096), tokens) for tokens in (1, 2, 3, 8)),
+        *(((100, 64), 3), ((100, 64), 1), ((70, 192), 7), ((70, 192), 2), ((896, 4864), 8), ((4096, 14336), 1)),
     ],
 )
 def test_triton_is_as_exact_as_the_dtype(key, dtype, shape, tokens, is_stacked, double_quant):
@@ -171,7 +171,7 @@ def test_triton_is_as_exact_as_the_dtype(key, dtype, shape, tokens, is_stacked, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 2, 9, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize(
     "layout",
     [dict(num_warps=1), dict(num_warps=4, depth=3), dict(num_warps=8, depth=2, programs=5), dict(num_warps=16)],
@@ -205,7 +205,7 @@ def test_adapters_that_are_vmapped_meet_one_weight(key):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [(1024, 256, 256), (704, 704), (100, 16, 40)])
-@pytest.mark.parametrize("tokens", [1, 17])
+@pytest.mark.parametrize("tokens", [1, 7])
 def test_weights_that_read_the_same_meet_in_one_launch(key, rows, tokens):
     x, _ = operands(key, tokens, (16, 1024), jnp.bfloat16)
     weights = [operands(jax.random.fold_in(key, n), 1, (n, 1024), jnp.bfloat16, is_stacked=True)[1] for n in rows]
