@@ -32,6 +32,8 @@ from jaxlora.layers import Linear
 from jaxlora.model import CausalLM, KVCache
 
 CACHE_BUCKET = 256
+# On a GPU: each time the loop asks whether to go on, the device is idle until the host has heard and launched more.
+STEPS_AT_ONCE = 8
 
 
 @jax.tree_util.register_dataclass
@@ -111,10 +113,12 @@ def generate(
     places = bucket(length)
     left = ((0, 0), (places - length, 0))
     padded, mask = np.pad(np.where(mask, ids, 0), left), np.pad(mask, left)
-    logits, cache = _prefill(model, padded, mask, places=_round_up(places + max_new_tokens, CACHE_BUCKET))
+    at_once = STEPS_AT_ONCE if jax.default_backend() == "gpu" else 1
+    room = _round_up(places + max_new_tokens + at_once - 1, CACHE_BUCKET)
+    logits, cache = _prefill(model, padded, mask, places=room)
     tokens, new, _ = _decode(
         model, cache, logits, mask.sum(axis=1, dtype=np.int32), jnp.int32(max_new_tokens),
-        np.asarray(eos, np.int32), jnp.int32(pad), sampling,
+        np.asarray(eos, np.int32), jnp.int32(pad), sampling, at_once=at_once,
     )  # fmt: skip
     # Put together on the host: slicing on the device would compile once for every length.
     return jnp.asarray(np.concatenate([ids, np.asarray(tokens)[:, places : places + int(new)]], axis=1))
@@ -132,7 +136,7 @@ def _prefill(
     return model.head(hidden[:, -1]), cache
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="at_once", donate_argnames="cache")
 def _decode(
     model: CausalLM,
     cache: KVCache,
@@ -142,12 +146,15 @@ def _decode(
     eos: Int[Array, " e"],
     pad: Int[Array, ""],
     sampling: Sampling | None,
+    *,
+    at_once: int = 1,
 ) -> tuple[Int[Array, "b s"], Int[Array, ""], KVCache]:
     """Tokens [B, S], of which the new ones begin at the cache's length; how many are new; and the cache.
 
     `logits` are the first new token's, `position` its rotary position. The token buffer is laid out as the cache is: a
     token stands at the place that its keys will take, once it has been fed back. The cache is returned because its
-    buffers are then updated in place from the first step on.
+    buffers are then updated in place from the first step on. Whether all rows have ended is asked every `at_once`
+    steps, and the cache must have places for the steps that come too late.
     """
     model = _with_narrow_adapters(model)
     start = jnp.asarray(cache.length)
@@ -167,21 +174,25 @@ def _decode(
         return jax.lax.dynamic_update_slice(tokens, token[:, None], (0, place))
 
     def unfinished(state):
-        cache, _, _, _, finished = state
-        return (cache.length - start + 1 < max_new_tokens) & ~jnp.all(finished)
+        *_, finished, new = state
+        return (new < max_new_tokens) & ~jnp.all(finished)
 
     def step(state):
-        cache, tokens, token, position, finished = state
+        cache, tokens, token, position, finished, new = state
+        new = new + unfinished(state).astype(jnp.int32)
         hidden, cache = model.hidden_states(token[:, None], position[:, None], cache=cache)
         assert cache is not None
         token, finished = choose(model.head(hidden[:, 0]), cache.length - start, finished)
-        return cache, write(tokens, token, cache.length), token, position + 1, finished
+        return cache, write(tokens, token, cache.length), token, position + 1, finished, new
+
+    def steps(state):
+        return jax.lax.fori_loop(0, at_once, lambda _, state: step(state), state)
 
     token, finished = choose(logits, jnp.int32(0), jnp.zeros(rows.shape, bool))
     tokens = write(jnp.zeros_like(cache.segment_ids), token, start)
-    state = (cache, tokens, token, position, finished)
-    cache, tokens, *_ = jax.lax.while_loop(unfinished, step, state)
-    return tokens, cache.length - start + 1, cache
+    state = (cache, tokens, token, position, finished, jnp.int32(1))
+    cache, tokens, *_, new = jax.lax.while_loop(unfinished, step if at_once == 1 else steps, state)
+    return tokens, new, cache
 
 
 def _with_narrow_adapters(model: CausalLM) -> CausalLM:

@@ -352,14 +352,34 @@ def test_programs_are_reused(tmp_path):
     assert traced == [(1, 80)]  # a longer prompt, the same loop
 
 
-def test_decoding_updates_the_cache_in_place(tmp_path):
+def test_steps_that_come_too_late_change_nothing(llama):
+    """A row that ends between two of the loop's questions, and a number of tokens that is no multiple of its steps."""
+    _, model = llama
+    ids = random_ids(2, 6)
+    free = np.asarray(generate(model, ids, max_new_tokens=NEW, eos_token_id=[]))[:, 6:]
+    for limit, stops in ((NEW, []), (NEW, [int(free[0, 4]), int(free[1, 9])]), (6, []), (1, [])):
+        found = []
+        for at_once in (1, 4, 8):
+            logits, cache = _prefill(model, ids, np.ones_like(ids), places=256)
+            tokens, new, _ = _decode(
+                model, cache, logits, np.full(2, 6, np.int32), jnp.int32(limit), np.asarray(stops, np.int32),
+                jnp.int32(1), None, at_once=at_once,
+            )  # fmt: skip
+            found.append(np.asarray(tokens)[:, 6 : 6 + int(new)])
+        assert found[0].shape[1] == limit or stops
+        np.testing.assert_array_equal(found[1], found[0])
+        np.testing.assert_array_equal(found[2], found[0])
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_decoding_updates_the_cache_in_place(tmp_path, at_once):
     make_checkpoint("mistral", tmp_path, num_hidden_layers=16)
     model = load_folder(tmp_path)
     ids = jnp.ones((2, 64), jnp.int32)
     logits, cache = _prefill(model, ids, ids, places=4096)
     size = sum(a.nbytes for a in jax.tree.leaves((cache.keys, cache.values)))
     arguments = (jnp.full(2, 64), jnp.int32(9), jnp.zeros(1, jnp.int32), jnp.int32(0), None)
-    memory = _decode.lower(model, cache, logits, *arguments).compile().memory_analysis()
+    memory = _decode.lower(model, cache, logits, *arguments, at_once=at_once).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 2
 
