@@ -15,13 +15,16 @@ and of B. A is read transposed, once for all rows of a program, and stays in reg
 The lookup. NF4 is 64 bytes of shared memory, which lie in 16 banks: a warp's 32 lookups are one pass, whatever the codes
 are. In global memory they were one pass too, but of a pipe in which they stand behind loads that miss the cache.
 
-The stream. A warp of a program has its block of columns and goes down the rows. It asks for the codes, absmaxes and
-rows of B of its next `8 * octets` rows before it writes those of this one; the first step is asked for before the
-tables are filled. Codes are read once, and are the first to leave L2, where what is written should stay for cuBLAS.
+The stream. A warp of a program has its block of columns and goes down the rows, 16 or 32 a step. Codes, statistics and
+rows of B of its next step come by asynchronous copies into shared memory while it makes this one: in registers they
+would be waited for too early, since the assembler has six scoreboards for all loads, lookups among them. A lane works
+out the scale of one row, and the others ask it. The first step is asked for before the tables are filled. Codes are
+read once, and are the first to leave L2, where what is written should stay for cuBLAS. No warp waits for another.
 
 Triton does the addresses, on tensors of one element a thread, as in `nf4_matmul.py`.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import no_type_check
@@ -34,7 +37,9 @@ from jaxlora.kernels import reference
 
 MOST_RANKS = 64
 SMS = 132  # of an H100
-TABLES = 128 + 256 * 4  # bytes of shared memory: NF4, and DYNAMIC_MAP at 128
+# Shared memory, in bytes: NF4, DYNAMIC_MAP, and then for each warp two stages of a step.
+MAP_AT = 128
+TABLES = MAP_AT + 256 * 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +48,35 @@ class Config:
 
     Attributes:
       num_warps: warps of a program, each with a block of columns of its own; a power of two.
-      octets: eights of rows that a warp asks for at once.
-      programs: programs of a launch at most, or one for every block of `num_warps` columns.
+      octets: eights of rows that a warp asks for at once, 2 or 4.
+      programs: programs of a launch at most, or one for every `num_warps` blocks of columns if those are more.
     """
 
     num_warps: int = 8
-    octets: int = 2
+    octets: int = 4
     programs: int = 4 * SMS
+
+
+def heuristics(rank: int, blocks: int) -> Config:
+    """The configuration for a rank and so many blocks of a row: as many programs as an SM's registers hold."""
+    if rank > 16:
+        config = Config(num_warps=4, programs=4 * SMS)
+    else:
+        config = Config(programs=(3 if rank else 4) * SMS)
+    num_warps = config.num_warps
+    while num_warps > blocks:
+        num_warps //= 2
+    return dataclasses.replace(config, num_warps=num_warps)
+
+
+def stage_bytes(rank: int, octets: int) -> int:
+    """What a warp's step takes of shared memory: of each row 32 bytes of codes, 2 x 4 of statistics, and of B."""
+    return 8 * octets * (32 + 8 + 2 * rank)
+
+
+def shared_bytes(rank: int, octets: int, num_warps: int) -> int:
+    """The shared memory of a program. What needs no asking for is 48 KB."""
+    return TABLES + num_warps * 2 * stage_bytes(rank, octets)
 
 
 def _values_assembly() -> str:
@@ -77,26 +104,33 @@ def _write_assembly(kind: str) -> str:
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def _kernel(dtype: np.dtype):
+def _kernel(dtype: np.dtype, shared: int):
     """The Triton function. Built on first use, since the library imports where Triton is not installed."""
     import triton
     import triton.language as tl
 
     kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    map_at, tables_bytes = tl.constexpr(MAP_AT), tl.constexpr(TABLES)
     table_assembly = tl.constexpr(
-        f"{{ .shared .align 128 .b8 table[{TABLES}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
+        f"{{ .shared .align 128 .b8 table[{shared}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
     )
     fill_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
-    read_assembly = tl.constexpr("ld.shared.f32 $0, [$1];")
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
-    codes_assembly = tl.constexpr("ld.global.L2::cache_hint.b32 $0, [$1], $2;")
-    byte_assembly = tl.constexpr("ld.global.u8 $0, [$1];")
-    float_assembly = tl.constexpr("ld.global.f32 $0, [$1];")
-    two_assembly = tl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
+    copy_codes_assembly = tl.constexpr(
+        "cp.async.cg.shared.global.L2::cache_hint [$1], [$2], 16, $3; mov.b32 $0, $1;"
+    )
+    copy_16_assembly = tl.constexpr("cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, $1;")
+    copy_4_assembly = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 4; mov.b32 $0, $1;")
+    # Lanes read what others have copied: nothing is overwritten before all have read it, or read before it is there.
+    free_assembly = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
+    asked_assembly = tl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
+    arrived_assembly = tl.constexpr("cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
+    read_assembly = tl.constexpr("ld.shared.b32 $0, [$1];")
+    read_two_assembly = tl.constexpr("ld.shared.v2.b32 {$0, $1}, [$2];")
+    load_two_assembly = tl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
     scale_assembly = tl.constexpr("{ .reg .f32 v; mul.rn.f32 v, $1, $2; add.rn.f32 $0, v, $3; }")
-    # Nothing is read from memory across the barrier: else the assembler moves loads down to where they are used.
-    asked_assembly = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
+    from_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
     values_assembly = tl.constexpr(_values_assembly())
     values_operands = tl.constexpr(",".join(["=&f"] * 8 + ["r", "f", "r"]))
     product_assembly = tl.constexpr(
@@ -106,91 +140,98 @@ def _kernel(dtype: np.dtype):
     product_operands = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4))
     write_assembly = tl.constexpr(_write_assembly(kind))
     write_operands = tl.constexpr(",".join(["=r"] + ["f"] * 8 + ["l", "r"]))
-    MAP_AT = tl.constexpr(128)
 
     @triton.jit
-    def filled_tables(nf4, dynamic_map, thread, THREADS: tl.constexpr):
-        table = tl.inline_asm_elementwise(table_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
-        at = thread % 16
-        tl.inline_asm_elementwise(
-            fill_assembly, "=r,r,f", [table + at * 4, tl.load(nf4 + at)], dtype=tl.int32, is_pure=False, pack=1
-        )
-        for i in tl.static_range(256 // THREADS if THREADS < 256 else 1):
-            at = (i * THREADS + thread) % 256
-            value = tl.load(dynamic_map + at)
-            place = table + MAP_AT + at * 4
-            tl.inline_asm_elementwise(
-                fill_assembly, "=r,r,f", [place, value], dtype=tl.int32, is_pure=False, pack=1
-            )
-        return tl.inline_asm_elementwise(filled_assembly, "=r,r", [table], dtype=tl.int32, is_pure=False, pack=1)
+    def did(assembly: tl.constexpr, place):
+        """`place`, after the assembly."""
+        return tl.inline_asm_elementwise(assembly, "=r,r", [place], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
-    def two_words(place):
+    def fill(place, value):
+        tl.inline_asm_elementwise(fill_assembly, "=r,r,f", [place, value], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def copy(assembly: tl.constexpr, place, source):
+        source = source.to(tl.int64)
+        tl.inline_asm_elementwise(assembly, "=r,r,l", [place, source], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def read(place, dtype: tl.constexpr):
+        value = tl.inline_asm_elementwise(read_assembly, "=r,r", [place], dtype=tl.int32, is_pure=False, pack=1)
+        return value.to(dtype, bitcast=True)
+
+    @triton.jit
+    def two(assembly: tl.constexpr, kind: tl.constexpr, place):
+        """Two words at a place."""
         return tl.inline_asm_elementwise(
-            two_assembly, "=r,=r,l", [place], dtype=(tl.uint32,) * 2, is_pure=False, pack=1
+            assembly, "=r,=r," + kind, [place], dtype=(tl.uint32,) * 2, is_pure=False, pack=1
         )
 
     @triton.jit
-    def asked_row(codes, absmax, nested_absmax, row, block, g, policy, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
-        """Begin to load a lane's word of a row, and the statistics of its block."""
-        number = row * BLOCKS + block
-        word = tl.inline_asm_elementwise(
-            codes_assembly, "=r,l,l", [codes + (number * 8 + g), policy], dtype=tl.uint32, is_pure=False, pack=1
-        )
-        nested = 0.0
-        if NESTED:
-            nested = tl.inline_asm_elementwise(
-                float_assembly, "=f,l", [nested_absmax + (number >> 8)], dtype=tl.float32, is_pure=False, pack=1
-            )
-            value = tl.inline_asm_elementwise(
-                byte_assembly, "=r,l", [absmax + number], dtype=tl.int32, is_pure=False, pack=1
-            )
-        else:
-            value = tl.inline_asm_elementwise(
-                float_assembly, "=f,l", [absmax + number], dtype=tl.float32, is_pure=False, pack=1
-            )
-        return word, value, nested
-
-    @triton.jit
-    def asked(
-        codes, absmax, nested_absmax, b, first, block, g, t, policy, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    def ask(
+        stage, codes, absmax, nested_absmax, b, first, block, lane, policy, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
         CHUNKS: tl.constexpr, OCTETS: tl.constexpr, NESTED: tl.constexpr,
     ):  # fmt: skip
-        """Begin to load what a step needs: of each eight rows a lane's rows 2 t and 2 t + 1, and row g of B."""
-        octets = ()
-        for i in tl.static_range(OCTETS):
-            row = first + 8 * i
-            upper, lower = tl.minimum(row + 2 * t, ROWS - 1), tl.minimum(row + 2 * t + 1, ROWS - 1)
-            own = tl.minimum(row + g, ROWS - 1) * (CHUNKS * 8) + 2 * t
-            factors = ()
-            for chunk in tl.static_range(CHUNKS):
-                factors = factors + (two_words(b + (own + 8 * chunk)),)
-            octets = octets + (
-                (
-                    asked_row(codes, absmax, nested_absmax, upper, block, g, policy, BLOCKS, NESTED),
-                    asked_row(codes, absmax, nested_absmax, lower, block, g, policy, BLOCKS, NESTED),
-                    factors,
-                ),
+        """Begin to copy what a step needs: of each row a block's codes and statistics, and the row of B."""
+        STEP: tl.constexpr = 8 * OCTETS
+        for i in tl.static_range(OCTETS // 2):
+            row = i * 16 + lane // 2
+            source = codes + ((tl.minimum(first + row, ROWS - 1) * BLOCKS + block) * 32 + lane % 2 * 16)
+            tl.inline_asm_elementwise(
+                copy_codes_assembly,
+                "=r,r,l,l",
+                [stage + (i * 512 + lane * 16), source.to(tl.int64), policy],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
             )
-        return octets
+        number = tl.minimum(first + lane % STEP, ROWS - 1) * BLOCKS + block
+        place = stage + (STEP * 32 + lane % STEP * 4)
+        source = absmax + number
+        if NESTED:
+            copy(copy_4_assembly, place + STEP * 4, nested_absmax + (number >> 8))
+            source = source.to(tl.int64) & -4  # the word in which the byte is
+        copy(copy_4_assembly, place, source)
+        for i in tl.static_range(CHUNKS * OCTETS // 2):
+            piece = i * 32 + lane
+            row, part = piece // (2 * CHUNKS), piece % (2 * CHUNKS)
+            # Row 4 i + t of eight is column 2 t + i of a product, and lies in that order, 16 ranks by 16 ranks.
+            slot = row // 8 * 8 + row % 4 * 2 + row % 8 // 4
+            place = stage + (STEP * 40 + part // 2 * (STEP * 32) + slot * 32 + part % 2 * 16)
+            copy(copy_16_assembly, place, b + (tl.minimum(first + row, ROWS - 1) * (CHUNKS * 8) + part * 4))
+        did(asked_assembly, stage)
 
     @triton.jit
-    def values_of(asked_row, mean, table, NESTED: tl.constexpr):
-        """A lane's 8 elements of a row."""
-        word, scale, nested = asked_row
+    def own_scale(
+        stage, absmax, first, block, lane, mean, table, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+        OCTETS: tl.constexpr, NESTED: tl.constexpr,
+    ):  # fmt: skip
+        """The scale of the step's row that has the lane's number."""
+        STEP: tl.constexpr = 8 * OCTETS
+        place = stage + (STEP * 32 + lane % STEP * 4)
         if NESTED:
-            place = table + (MAP_AT + scale * 4)
-            value = tl.inline_asm_elementwise(read_assembly, "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1)
-            scale = tl.inline_asm_elementwise(
+            number = tl.minimum(first + lane % STEP, ROWS - 1) * BLOCKS + block
+            byte = ((absmax + number).to(tl.int64) & 3).to(tl.int32)
+            code = (read(place, tl.int32) >> (8 * byte)) & 255
+            value, nested = read(table + (map_at + code * 4), tl.float32), read(place + STEP * 4, tl.float32)
+            return tl.inline_asm_elementwise(
                 scale_assembly, "=f,f,f,f", [value, nested, mean], dtype=tl.float32, is_pure=True, pack=1
             )
+        return read(place, tl.float32)
+
+    @triton.jit
+    def values(word, scale, source, table):
+        """The 8 elements of a word of codes, with the scale that lane `source` has."""
+        scale = tl.inline_asm_elementwise(
+            from_assembly, "=f,f,r", [scale, source], dtype=tl.float32, is_pure=False, pack=1
+        )
         return tl.inline_asm_elementwise(
             values_assembly, values_operands, [word, scale, table], dtype=(tl.float32,) * 8, is_pure=False, pack=1
         )
 
     @triton.jit
     def added(upper, lower, a, b, i: tl.constexpr):
-        """Columns 2 i and 2 i + 1 of both rows, with 16 ranks of B A added: (upper, upper, lower, lower)."""
+        """Columns 2 i and 2 i + 1 of two rows, with 16 ranks of B A added: (upper, upper, lower, lower)."""
         u0, l0, u1, l1 = tl.inline_asm_elementwise(
             product_assembly,
             product_operands,
@@ -204,7 +245,7 @@ def _kernel(dtype: np.dtype):
 
     @triton.jit
     def write(values, place, is_inside):
-        # An address among numbers: Triton has no common type of pointers and floats.
+        # The address as a number: Triton has no common type of pointers and floats.
         place, is_inside = place.to(tl.int64), is_inside.to(tl.int32)
         tl.inline_asm_elementwise(
             write_assembly, write_operands, values + (place, is_inside), dtype=tl.int32, is_pure=False, pack=1
@@ -231,14 +272,18 @@ def _kernel(dtype: np.dtype):
         OCTETS: tl.constexpr,
         PROGRAMS: tl.constexpr,  # that share a group of columns
     ):
+        THREADS: tl.constexpr = 32 * WARPS
         BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
         GROUPS: tl.constexpr = (BLOCKS + WARPS - 1) // WARPS
         CHUNKS: tl.constexpr = RANK // 16
-        STEPS: tl.constexpr = (ROWS + 8 * OCTETS - 1) // (8 * OCTETS)
-        thread = tl.arange(0, 32 * WARPS)
-        g, t = thread % 32 // 4, thread % 4
+        STEP: tl.constexpr = 8 * OCTETS
+        STEPS: tl.constexpr = (ROWS + STEP - 1) // STEP
+        STAGE: tl.constexpr = STEP * (40 + 2 * RANK)
+        thread = tl.arange(0, THREADS)
+        warp, lane = thread // 32, thread % 32
+        g, t = lane // 4, lane % 4
         start = tl.program_id(0) // GROUPS
-        own_block = tl.program_id(0) % GROUPS * WARPS + thread // 32
+        own_block = tl.program_id(0) % GROUPS * WARPS + warp
         block = tl.minimum(own_block, BLOCKS - 1)
         if STACKED:
             layer = tl.load(index).to(tl.int64)
@@ -246,43 +291,55 @@ def _kernel(dtype: np.dtype):
             absmax += layer * (ROWS * BLOCKS)
             nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
             mean += layer
-        codes = codes.to(tl.pointer_type(tl.uint32))
         a, b = a.to(tl.pointer_type(tl.uint32)), b.to(tl.pointer_type(tl.uint32))
         policy = tl.inline_asm_elementwise(policy_assembly, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
-        following = asked(
-            codes, absmax, nested_absmax, b, start * (8 * OCTETS), block, g, t, policy,
+        table = did(table_assembly, thread * 0)
+        here = table + (tables_bytes + warp * (2 * STAGE))
+        there = here + STAGE
+        ask(
+            here, codes, absmax, nested_absmax, b, start * STEP, block, lane, policy,
             ROWS, BLOCKS, CHUNKS, OCTETS, NESTED,
         )  # fmt: skip
         offset = 0.0
         if NESTED:
-            offset = tl.load(mean + thread * 0)
-        held = ()
+            offset = tl.load(mean)
+        held = ()  # of A^T
         for chunk in tl.static_range(CHUNKS):
             columns = ()
             for i in tl.static_range(8):
-                at = (block * 64 + g * 8 + i) * (CHUNKS * 8) + 2 * t
-                columns = columns + (two_words(a + (at + 8 * chunk)),)
+                at = (block * 64 + g * 8 + i) * (CHUNKS * 8) + (chunk * 8 + 2 * t)
+                columns = columns + (two(load_two_assembly, "l", a + at),)
             held = held + (columns,)
-        table = filled_tables(nf4, dynamic_map, thread, 32 * WARPS)
+        fill(table + thread % 16 * 4, tl.load(nf4 + thread % 16))
+        for i in tl.static_range(256 // THREADS if THREADS < 256 else 1):
+            at = (i * THREADS + thread) % 256
+            fill(table + (map_at + at * 4), tl.load(dynamic_map + at))
+        table = did(filled_assembly, table)
         for step in range(start, STEPS, PROGRAMS):
-            current = following
-            following = asked(
-                codes, absmax, nested_absmax, b, (step + PROGRAMS) * (8 * OCTETS), block, g, t, policy,
+            there = did(free_assembly, there)
+            ask(
+                there, codes, absmax, nested_absmax, b, (step + PROGRAMS) * STEP, block, lane, policy,
                 ROWS, BLOCKS, CHUNKS, OCTETS, NESTED,
             )  # fmt: skip
-            place = tl.inline_asm_elementwise(asked_assembly, "=r,r", [table], dtype=tl.int32, is_pure=False, pack=1)
+            here = did(arrived_assembly, here)
+            scale = own_scale(here, absmax, step * STEP, block, lane, offset, table, ROWS, BLOCKS, OCTETS, NESTED)
             for octet in tl.static_range(OCTETS):
-                row = step * (8 * OCTETS) + 8 * octet + 2 * t
-                upper = values_of(current[octet][0], offset, place, NESTED)
-                lower = values_of(current[octet][1], offset, place, NESTED)
+                row = 8 * octet + t  # and the one 4 below
+                upper = values(read(here + (row * 32 + g * 4), tl.int32), scale, row, table)
+                lower = values(read(here + ((row + 4) * 32 + g * 4), tl.int32), scale, row + 4, table)
                 for chunk in tl.static_range(CHUNKS):
-                    p0, q0, r0, s0 = added(upper, lower, held[chunk], current[octet][2][chunk], 0)
-                    p1, q1, r1, s1 = added(upper, lower, held[chunk], current[octet][2][chunk], 1)
-                    p2, q2, r2, s2 = added(upper, lower, held[chunk], current[octet][2][chunk], 2)
-                    p3, q3, r3, s3 = added(upper, lower, held[chunk], current[octet][2][chunk], 3)
+                    factors = two(
+                        read_two_assembly, "r", here + (STEP * (40 + chunk * 32) + octet * 256 + lane * 8)
+                    )
+                    p0, q0, r0, s0 = added(upper, lower, held[chunk], factors, 0)
+                    p1, q1, r1, s1 = added(upper, lower, held[chunk], factors, 1)
+                    p2, q2, r2, s2 = added(upper, lower, held[chunk], factors, 2)
+                    p3, q3, r3, s3 = added(upper, lower, held[chunk], factors, 3)
                     upper, lower = (p0, q0, p1, q1, p2, q2, p3, q3), (r0, s0, r1, s1, r2, s2, r3, s3)
-                at = row * COLUMNS + (block * 64 + g * 8)
-                write(upper, out + at, (row < ROWS) & (own_block < BLOCKS))
-                write(lower, out + (at + COLUMNS), (row + 1 < ROWS) & (own_block < BLOCKS))
+                row += step * STEP
+                place = out + (row * COLUMNS + (block * 64 + g * 8))
+                write(upper, place, (row < ROWS) & (own_block < BLOCKS))
+                write(lower, place + 4 * COLUMNS, (row + 4 < ROWS) & (own_block < BLOCKS))
+            here, there = there, here
 
     return merge_nf4
