@@ -3,17 +3,18 @@
 The maths is that of `nf4_merge.py`: out = round(NF4[code] * scale + B A), sums in float32, rounded once; without an
 adapter the bits are those of `reference.dequantize_nf4`, so products and sums of scales are rounded one by one.
 
-The layout. A warp makes 64 columns, one block of NF4, of 8 rows at a time, as the transposed sum of `mma.m16n8k16`: its
-16 rows are columns of the weight, its 8 columns are rows. In it lane 4 g + t holds, of rows 2 t and 2 t + 1, two numbers
-for each product of 16 columns; four products make the 64. Which column is which row of a product is free, as long as A
-is loaded that way, so lane g takes columns 8 g .. 8 g + 7: of a row it reads one word of codes, looks up 8 numbers,
-multiplies them by the row's scale, hands them to the tensor cores as the sum to which B A is added, rounds what comes
-back, and writes 16 bytes. Nothing changes lanes and nothing passes through shared memory: a load is 4 whole sectors and a
-store 4 whole lines, of 4 rows. The order of k is free too: lane t takes ranks 4 t .. 4 t + 3, 8 bytes at once, of A
-and of B. A is read transposed, once for all rows of a program, and stays in registers, hence at most 64 ranks.
+The layout. A warp makes 64 columns, one block of NF4, of 8 rows at a time, as the transposed sum of `mma.m16n8k16`:
+the 16 rows of a product are columns of the weight, its 8 columns are rows. In it lane 4 g + t holds, of two rows, two
+numbers of each product; four products make the 64 columns. Which column of the weight is which row of a product is
+free, as long as A is loaded that way, so lane g takes columns 8 g .. 8 g + 7: of a row it reads one word of codes,
+looks up 8 numbers, multiplies them by the row's scale, hands them to the tensor cores as the sum to which B A is added,
+rounds what comes back, and writes 16 bytes. No number changes lanes, and a store is 4 whole lines, of 4 rows. The order
+of k is free too: lane t takes ranks 4 t .. 4 t + 3 of 16, 8 bytes, of A and of B. A is read transposed, once for all
+rows of a program, and stays in registers, hence at most 64 ranks.
 
-The lookup. NF4 is 64 bytes of shared memory, which lie in 16 banks: a warp's 32 lookups are one pass, whatever the codes
-are. In global memory they were one pass too, but of a pipe in which they stand behind loads that miss the cache.
+The lookup. NF4 is 64 bytes of shared memory, which lie in 16 banks: a warp's 32 lookups are one pass, whatever the
+codes are. In global memory they were one pass too, but of a pipe in which they stand behind loads that miss the cache.
+An element takes 9 instructions, of the 24 that an SM of an H100 has for it at the speed of a copy.
 
 The stream. A warp of a program has its block of columns and goes down the rows, 16 or 32 a step. Codes, statistics and
 rows of B of its next step come by asynchronous copies into shared memory while it makes this one: in registers they
@@ -53,16 +54,25 @@ class Config:
     """
 
     num_warps: int = 8
-    octets: int = 4
+    octets: int = 2
     programs: int = 4 * SMS
+
+    def __post_init__(self):
+        if self.num_warps not in (1, 2, 4, 8):
+            raise ValueError(f"num_warps must be 1, 2, 4 or 8, not {self.num_warps}")
+        if self.octets not in (2, 4):
+            raise ValueError(f"octets must be 2 or 4, not {self.octets}")
+        if self.programs < 1:
+            raise ValueError(f"programs must be 1 or more, not {self.programs}")
 
 
 def heuristics(rank: int, blocks: int) -> Config:
-    """The configuration for a rank and so many blocks of a row: as many programs as an SM's registers hold."""
-    if rank > 16:
-        config = Config(num_warps=4, programs=4 * SMS)
-    else:
-        config = Config(programs=(3 if rank else 4) * SMS)
+    """The configuration for a rank, a multiple of 16, and so many blocks of a row.
+
+    Where there is an adapter, as many programs as an SM's registers hold: a thread takes 76 for 16 ranks and 128 for
+    64, of which it holds A in as many as there are ranks. Without one 40, but four programs ask for enough already.
+    """
+    config = Config() if rank == 0 else Config(programs=3 * SMS) if rank == 16 else Config(num_warps=4)
     num_warps = config.num_warps
     while num_warps > blocks:
         num_warps //= 2
@@ -80,7 +90,7 @@ def shared_bytes(rank: int, octets: int, num_warps: int) -> int:
 
 
 def _values_assembly() -> str:
-    """PTX for the 8 elements $0..$7 whose codes are in word $8, times the scale $9, with NF4 at $10 in shared memory."""
+    """PTX for the 8 elements $0..$7 whose codes are in word $8, times the scale $9. NF4 is at $10 in shared memory."""
     lines = [".reg .b32 at;", ".reg .f32 v;"]
     for i in range(8):
         bit = (4 * i) ^ 4
@@ -117,9 +127,7 @@ def _kernel(dtype: np.dtype, shared: int):
     fill_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
-    copy_codes_assembly = tl.constexpr(
-        "cp.async.cg.shared.global.L2::cache_hint [$1], [$2], 16, $3; mov.b32 $0, $1;"
-    )
+    copy_codes_assembly = tl.constexpr("cp.async.cg.shared.global.L2::cache_hint [$1], [$2], 16, $3; mov.b32 $0, $1;")
     copy_16_assembly = tl.constexpr("cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, $1;")
     copy_4_assembly = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 4; mov.b32 $0, $1;")
     # Lanes read what others have copied: nothing is overwritten before all have read it, or read before it is there.
@@ -328,9 +336,7 @@ def _kernel(dtype: np.dtype, shared: int):
                 upper = values(read(here + (row * 32 + g * 4), tl.int32), scale, row, table)
                 lower = values(read(here + ((row + 4) * 32 + g * 4), tl.int32), scale, row + 4, table)
                 for chunk in tl.static_range(CHUNKS):
-                    factors = two(
-                        read_two_assembly, "r", here + (STEP * (40 + chunk * 32) + octet * 256 + lane * 8)
-                    )
+                    factors = two(read_two_assembly, "r", here + (STEP * (40 + chunk * 32) + octet * 256 + lane * 8))
                     p0, q0, r0, s0 = added(upper, lower, held[chunk], factors, 0)
                     p1, q1, r1, s1 = added(upper, lower, held[chunk], factors, 1)
                     p2, q2, r2, s2 = added(upper, lower, held[chunk], factors, 2)
@@ -343,3 +349,81 @@ def _kernel(dtype: np.dtype, shared: int):
             here, there = there, here
 
     return merge_nf4
+
+
+def merge_nf4(
+    codes: jax.Array,
+    absmax: jax.Array,
+    nested_absmax: jax.Array | None,
+    offset: jax.Array | None,
+    index: jax.Array | None,
+    a: jax.Array | None,
+    b: jax.Array | None,
+    *,
+    shape: tuple[int, int],
+    dtype: jax.typing.DTypeLike,
+    config: Config | None = None,
+) -> jax.Array:
+    """`nf4_merge.merge_nf4`, which calls it, for bfloat16 and float16, [out, in], and ranks up to `MOST_RANKS`.
+
+    Raises:
+      NotImplementedError: jax-triton is not installed, the dtype or rank is another, rows are not whole blocks
+        (in % 64), or there are 2^31 elements or more.
+      ValueError: the configuration takes more than 48 KB of shared memory.
+    """
+    rows, columns = shape
+    dtype = jnp.dtype(dtype)
+    rank = 0 if a is None else -(-a.shape[-2] // 16) * 16
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the kernel writes bfloat16 or float16, not {dtype.name}")
+    if rank > MOST_RANKS:
+        raise NotImplementedError(f"the kernel holds at most {MOST_RANKS} ranks, not {rank}")
+    if columns % reference.NF4_BLOCK:
+        raise NotImplementedError(f"the kernel takes rows of whole blocks of 64, not of {columns} elements")
+    if rows * columns >= 1 << 31:
+        raise NotImplementedError(f"the kernel counts elements in 32 bits, and there are {rows * columns}")
+    try:
+        import jax_triton
+    except ImportError as error:
+        raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
+
+    blocks = columns // reference.NF4_BLOCK
+    config = heuristics(rank, blocks) if config is None else config
+    shared = shared_bytes(rank, config.octets, config.num_warps)
+    if shared > 48 << 10:
+        raise ValueError(f"{config} takes {shared} bytes of shared memory for {rank} ranks, of 49152: take fewer warps")
+    groups = -(-blocks // config.num_warps)
+    programs = min(max(config.programs // groups, 1), -(-rows // (8 * config.octets)))
+    call = functools.partial(
+        jax_triton.triton_call,
+        kernel=_kernel(dtype, shared),
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        grid=(groups * programs,),
+        num_warps=config.num_warps,
+        ROWS=rows,
+        COLUMNS=columns,
+        RANK=rank,
+        NESTED=nested_absmax is not None,
+        STACKED=index is not None,
+        WARPS=config.num_warps,
+        OCTETS=config.octets,
+        PROGRAMS=programs,
+    )
+
+    @jax.custom_batching.sequential_vmap
+    def run(codes, absmax, nested_absmax, offset, index, a, b):
+        return call(
+            codes, absmax, nested_absmax, offset, index, a, b,
+            jnp.asarray(reference.NF4), jnp.asarray(reference.DYNAMIC_MAP),
+        )  # fmt: skip
+
+    none = jnp.zeros((1,), jnp.float32)
+    if nested_absmax is None:
+        nested_absmax, offset = none, none
+    index = jnp.zeros((), jnp.int32) if index is None else index
+    if a is None or b is None:
+        a, b = none.astype(dtype), none.astype(dtype)
+    else:
+        padding = ((0, 0), (0, rank - a.shape[0]))
+        a, b = jnp.pad(a.T.astype(dtype), padding), jnp.pad(b.astype(dtype), padding)
+    return run(codes, absmax, nested_absmax, offset, index, a, b)

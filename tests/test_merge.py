@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlora import quant
-from jaxlora.kernels import api, nf4_merge, reference
+from jaxlora.kernels import api, nf4_merge, nf4_merge16, reference
 
 SCHEMES = ("nf4", "int8", "fp8", "fp8_block")
 
@@ -132,7 +132,66 @@ def test_what_the_adapter_adds_is_not_rounded_away(key):
     assert abs(slope - 1.0) < 0.05, slope
 
 
+# --- how the kernel of 16 bits is laid out ---
+
+
+@pytest.mark.parametrize("field, value", [("num_warps", 3), ("num_warps", 16), ("octets", 1), ("programs", 0)])
+def test_a_config_is_checked(field, value):
+    with pytest.raises(ValueError, match=field):
+        nf4_merge16.Config(**{field: value})
+
+
+@pytest.mark.parametrize("rank", [0, 16, 32, 48, 64])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 64, 224])
+def test_the_heuristics_fit_into_shared_memory_and_leave_no_warp_idle(rank, blocks):
+    config = nf4_merge16.heuristics(rank, blocks)
+    assert nf4_merge16.shared_bytes(rank, config.octets, config.num_warps) <= 48 << 10
+    assert config.num_warps <= blocks
+
+
+def test_a_config_of_16_bits_is_for_16_bits(key):
+    _, q, _ = operands(key)
+    fields = q.codes, q.scales, q.nested_absmax, q.nested_offset, None, None, None
+    for dtype, transposed in ((jnp.float32, False), (jnp.bfloat16, True)):
+        run = functools.partial(nf4_merge.merge_nf4, *fields, shape=q.shape, dtype=dtype, transposed=transposed)
+        with pytest.raises(NotImplementedError, match="bfloat16 or float16, not scaled and not transposed"):
+            run(config=nf4_merge16.Config())
+
+
 # --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(100, 64), (70, 192), (33, 576), (1024, 4096)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", [nf4_merge16.Config, nf4_merge.Config])
+def test_no_config_changes_a_result(key, shape, dtype, kind):
+    """Of both kernels that make 16 bits, single and stacked, with more programs and fewer than there is work for."""
+    configs: list = [kind()]
+    if kind is nf4_merge16.Config:
+        configs += [
+            nf4_merge16.Config(num_warps=warps, programs=programs, octets=octets)
+            for warps, programs in ((1, 1), (2, 7), (2, 1 << 20))
+            for octets in (2, 4)
+        ]
+    q = jax.lax.map(quant.quantize, 0.02 * jax.random.normal(key, (3, *shape)))
+    stacked = q.codes, q.scales, q.nested_absmax, q.nested_offset, jnp.int32(1)
+    one = jax.tree.map(lambda leaf: leaf[1], q)
+    single = one.codes, one.scales, one.nested_absmax, one.nested_offset, None
+    keys = jax.random.split(key)
+    for rank in (None, 7, 48, 64):
+        a = b = None
+        if rank is not None:
+            a, b = jax.random.normal(keys[0], (rank, shape[1])) / 8, 0.01 * jax.random.normal(keys[1], (shape[0], rank))
+        wanted = reference.merge_nf4(*single, a, b, shape=shape, dtype=dtype).astype(jnp.float32)
+        first = None
+        for config in configs:
+            for fields in (stacked, single):
+                got = nf4_merge.merge_nf4(*fields, a, b, shape=shape, dtype=dtype, config=config).astype(jnp.float32)
+                first = got if first is None else first
+                np.testing.assert_array_equal(got, first)
+        error = float(jnp.abs(first - wanted).max() / jnp.abs(wanted).max())
+        assert error <= (0 if rank is None else float(jnp.finfo(dtype).eps) + 4e-6), (rank, error)
 
 
 @pytest.mark.gpu
