@@ -15,8 +15,8 @@ which takes 16 or more: adapters are padded with zeros to a multiple of 16.
 The weight may be one of a stack, told by an index in device memory, so that a scan over layers need not copy each
 layer's codes out of the stack before the kernel reads them.
 
-Which kernel. A weight of 16 bits, [out, in], with at most `nf4_merge16.MOST_RANKS` ranks is made by `nf4_merge16.py`,
-which is laid out for the memory. The one here makes all else: float32, float8, a transposed weight, larger ranks.
+Which kernel. Large weights of 16 bits with an adapter of few ranks are made by `nf4_merge16.py`, where B A changes no
+layout. This one makes all else: no adapter, more ranks, small weights, float32, float8, a transposed weight.
 
 The trade. The traffic is that of dequantising, 0.516 bytes in and 2 out for an element, and A and B, which are read
 again for every row or column of tiles and lie in L2. What is added to it is moving the tile of B A between the layouts
@@ -30,7 +30,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 
-from jaxlora.kernels import nf4_merge16, reference
+from jaxlora.kernels import reference
 
 INNER = 64  # ranks that a tile multiplies at once
 
@@ -132,12 +132,6 @@ def _kernel():
     return merge_nf4
 
 
-def _is_for_16_bits(a: jax.Array | None, inverse: jax.Array | None, dtype: jnp.dtype, transposed: bool) -> bool:
-    rank = 0 if a is None else a.shape[-2]
-    is_plain = inverse is None and not transposed
-    return is_plain and dtype in (jnp.bfloat16, jnp.float16) and rank <= nf4_merge16.MOST_RANKS
-
-
 def merge_nf4(
     codes: jax.Array,
     absmax: jax.Array,
@@ -151,12 +145,12 @@ def merge_nf4(
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
-    config: Config | nf4_merge16.Config | None = None,
+    config: Config | None = None,
 ) -> jax.Array:
     """`reference.merge_nf4` as a Triton kernel: the same arguments, the same result but for the order of the sum B A.
 
     Without an adapter the bits are those of `reference.dequantize_nf4`. It may be vmapped (which loops) and is not
-    differentiable. A configuration says which kernel it is for; None chooses.
+    differentiable.
 
     Raises:
       NotImplementedError: jax-triton is not installed, the dtype is none of float32, bfloat16, float16 and, with an
@@ -170,14 +164,6 @@ def merge_nf4(
         raise NotImplementedError(f"the kernel takes rows of whole blocks of 64, not of {columns} elements")
     if rows * columns >= 1 << 31:
         raise NotImplementedError(f"the kernel counts elements in 32 bits, and there are {rows * columns}")
-    if not isinstance(config, Config) and _is_for_16_bits(a, inverse, dtype, transposed):
-        fields = codes, absmax, nested_absmax, offset, index, a, b
-        return nf4_merge16.merge_nf4(*fields, shape=shape, dtype=dtype, config=config)
-    if isinstance(config, nf4_merge16.Config):
-        raise NotImplementedError(
-            f"the kernel of {config} writes bfloat16 or float16, not scaled and not transposed, "
-            f"for at most {nf4_merge16.MOST_RANKS} ranks"
-        )
     try:
         import jax_triton
     except ImportError as error:
