@@ -15,7 +15,16 @@ import jax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels import decode_attention as decoding
-from jaxlora.kernels import dense_matmul, grouped_triton, nf4, nf4_matmul, nf4_matmul_tiles, nf4_merge, reference
+from jaxlora.kernels import (
+    dense_matmul,
+    grouped_triton,
+    nf4,
+    nf4_matmul,
+    nf4_matmul_tiles,
+    nf4_merge,
+    nf4_merge16,
+    reference,
+)
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
@@ -70,7 +79,11 @@ def on_gpu(function: Callable) -> Callable:
 
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
-    "merge_nf4": {"triton": on_gpu(nf4_merge.merge_nf4), "reference": reference.merge_nf4},
+    "merge_nf4": {
+        "triton16": on_gpu(nf4_merge16.merge_nf4),
+        "triton": on_gpu(nf4_merge.merge_nf4),
+        "reference": reference.merge_nf4,
+    },
     "matmul_nf4": {
         "triton": on_gpu(nf4_matmul.matmul_nf4),
         "triton_tiles": on_gpu(nf4_matmul_tiles.matmul_nf4),
@@ -123,9 +136,12 @@ def merge_nf4(
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
-    implementation: Literal["triton", "reference"] | None = None,
+    implementation: Literal["triton16", "triton", "reference"] | None = None,
 ) -> Float[Array, "d0 d1"]:
-    """An NF4 weight, perhaps one of a stack, with b a added: [out, in], or [in, out]. See `reference.merge_nf4`."""
+    """An NF4 weight, perhaps one of a stack, with b a added: [out, in], or [in, out]. See `reference.merge_nf4`.
+
+    "triton16" is made for large weights of 16 bits, [out, in], with an adapter of at most `nf4_merge16.MOST_RANKS`.
+    """
     args = codes, absmax, nested_absmax, offset, index, a, b, inverse
     table = _OPS["merge_nf4"]
     return dispatch("merge_nf4", table, implementation, *args, shape=shape, dtype=dtype, transposed=transposed)

@@ -15,6 +15,9 @@ which takes 16 or more: adapters are padded with zeros to a multiple of 16.
 The weight may be one of a stack, told by an index in device memory, so that a scan over layers need not copy each
 layer's codes out of the stack before the kernel reads them.
 
+Which kernel. Large weights of 16 bits with an adapter of few ranks are made by `nf4_merge16.py`, where B A changes no
+layout. This one makes all else: no adapter, more ranks, small weights, float32, float8, a transposed weight.
+
 The trade. The traffic is that of dequantising, 0.516 bytes in and 2 out for an element, and A and B, which are read
 again for every row or column of tiles and lie in L2. What is added to it is moving the tile of B A between the layouts
 of tensor cores and of stores, through shared memory.

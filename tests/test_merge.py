@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlora import quant
-from jaxlora.kernels import api, nf4_merge, reference
+from jaxlora.kernels import api, nf4_merge, nf4_merge16, reference
 
 SCHEMES = ("nf4", "int8", "fp8", "fp8_block")
 
@@ -132,7 +132,92 @@ def test_what_the_adapter_adds_is_not_rounded_away(key):
     assert abs(slope - 1.0) < 0.05, slope
 
 
+# --- what the kernel of 16 bits is for ---
+
+
+@pytest.mark.parametrize("field, value", [("num_warps", 3), ("num_warps", 16), ("octets", 0), ("programs", 0)])
+def test_a_config_is_checked(field, value):
+    with pytest.raises(ValueError, match=field):
+        nf4_merge16.Config(**{"programs": 1, field: value})
+
+
+@pytest.mark.parametrize(
+    "rank, shape, options, reason",
+    [
+        (16, (2048, 4096), {"dtype": jnp.float32}, r"writes bfloat16 or float16, \[out, in\], not float32"),
+        (16, (2048, 4096), {"transposed": True}, "not transposed bfloat16"),
+        (16, (2048, 4096), {"inverse": jnp.float32(1)}, "not scaled bfloat16"),
+        (None, (2048, 4096), {}, "1 to 32 ranks, not 0"),
+        (33, (2048, 4096), {}, "1 to 32 ranks, not 33"),
+        (16, (2047, 4096), {}, "8388608 elements or more, not 8384512"),
+        (16, (4096, 4100), {}, "whole blocks of 64, not of 4100"),
+        (16, (1 << 19, 4096), {}, "in 32 bits, and there are 2147483648"),
+    ],
+)
+def test_the_kernel_of_16_bits_leaves_the_rest_to_the_other(rank, shape, options, reason):
+    def run(codes, a, b):
+        return nf4_merge16.merge_nf4(
+            codes, codes, None, None, None, a, b, shape=shape, **({"dtype": jnp.bfloat16} | options)
+        )
+
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    adapter = (None, None) if rank is None else (struct(rank, shape[1]), struct(shape[0], rank))
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(run, struct(1), *adapter)
+
+
 # --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(100, 64), (70, 192), (33, 576), (1024, 4096)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_no_config_of_16_bits_changes_a_result(key, shape, dtype, double_quant):
+    """Single and stacked, with more programs and fewer than there is work for; and with a B of 0, the weight's bits."""
+    configs = [nf4_merge16.Config(programs=programs, num_warps=warps, octets=octets) for programs, warps, octets in
+               [(1, 1, 2), (7, 2, 1), (1 << 20, 2, 2), (396, 8, 2), (528, 8, 1)]]  # fmt: skip
+    q = jax.lax.map(functools.partial(quant.quantize, double_quant=double_quant), jax.random.normal(key, (3, *shape)))
+    stacked = q.codes, q.scales, q.nested_absmax, q.nested_offset, jnp.int32(1)
+    one = jax.tree.map(lambda leaf: leaf[1], q)
+    single = one.codes, one.scales, one.nested_absmax, one.nested_offset, None
+    keys = jax.random.split(key)
+    for rank in (1, 16, 23, 32):
+        a, b = jax.random.normal(keys[0], (rank, shape[1])) / 8, jax.random.normal(keys[1], (shape[0], rank))
+        for factor in (b, 0 * b):
+            wanted = reference.merge_nf4(*single, a, factor, shape=shape, dtype=dtype).astype(jnp.float32)
+            first = None
+            for config in configs:
+                for fields in (stacked, single):
+                    got = nf4_merge16.merge_nf4(*fields, a, factor, shape=shape, dtype=dtype, config=config)
+                    first = got if first is None else first
+                    np.testing.assert_array_equal(got.astype(jnp.float32), first.astype(jnp.float32))
+            error = float(jnp.abs(first.astype(jnp.float32) - wanted).max() / jnp.abs(wanted).max())
+            assert error <= (float(jnp.finfo(dtype).eps) + 4e-6 if factor.any() else 0), (rank, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "out, d_in, rank, dtype, name",
+    [
+        (2048, 4096, 16, jnp.bfloat16, "triton16"),
+        (4099, 2112, 32, jnp.float16, "triton16"),
+        (2048, 4096, None, jnp.bfloat16, "triton"),
+        (2048, 4096, 33, jnp.bfloat16, "triton"),
+        (2048, 4096, 16, jnp.float32, "triton"),
+        (1024, 4096, 16, jnp.bfloat16, "triton"),
+    ],
+)
+def test_each_weight_has_its_kernel(key, out, d_in, rank, dtype, name):
+    _, q, adapter = operands(key, out, d_in, rank or 1, stack=(2,))
+    a, b = (None, None) if rank is None else adapter[:2]
+    fields = q.codes, q.scales, q.nested_absmax, q.nested_offset, jnp.int32(1), a, b
+    run = functools.partial(api.merge_nf4, shape=(out, d_in), dtype=dtype)
+    assert api.implementations_in(run, *fields) == {f"merge_nf4.{name}"}
+    got = run(*fields).astype(jnp.float32)
+    wanted = reference.merge_nf4(*fields, shape=(out, d_in), dtype=dtype).astype(jnp.float32)
+    error = float(jnp.abs(got - wanted).max() / jnp.abs(wanted).max())
+    assert error <= (0 if rank is None else float(jnp.finfo(dtype).eps) + 4e-6), error
 
 
 @pytest.mark.gpu
@@ -159,10 +244,11 @@ def test_triton_equals_the_reference(key, shape, dtype):
 
 
 @pytest.mark.gpu
-def test_triton_runs_in_the_merged_product_forward_and_backward(key):
-    x, q, adapter = operands(key, 1024, 2048, 16, tokens=2048, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("out, d_in, name", [(1024, 2048, "triton"), (2048, 4096, "triton16")])
+def test_triton_runs_in_the_merged_product_forward_and_backward(key, out, d_in, name):
+    x, q, adapter = operands(key, out, d_in, 16, tokens=2048, dtype=jnp.bfloat16)
     run = functools.partial(value_and_gradients, quant.matmul)
-    assert api.implementations_in(run, x, q, adapter) == {"merge_nf4.triton"}
+    assert api.implementations_in(run, x, q, adapter) == {f"merge_nf4.{name}"}
     got, wanted = run(x, q, adapter), value_and_gradients(plain, x.astype(jnp.float32), q, adapter)
     for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted[1]), strict=True):
         error = jnp.linalg.norm(g.astype(jnp.float32) - w) / jnp.linalg.norm(w)
