@@ -21,12 +21,12 @@ more: for a row that is the same for all programs they would stand in line at on
 depend on the index of the stack, are asked for first, and the first step before they are filled. Codes are read once,
 and are the first to leave L2, where what is written should stay for cuBLAS. No warp waits for another but at the start.
 
-The trade, measured on an H100 on 2026-11-26 (share of the speed of a copy, 2.94 TB/s). A weight of 14336 x 4096 with 16
-ranks took the kernel of `nf4_merge.py` 71.7 us (70%) and this one, with the start and the end of a program not yet as
-above, 57.4 us (88%). Without an adapter this layout took 58.8 us, and `nf4_merge.py` 53.8 us (94%), which therefore
-has those. Dead ends: the next step's bytes by asynchronous copies into shared memory, 67.6 us with 16 ranks (66.5 us
-without any lookup), and 112.6 us with 64, for `nf4_merge.py` 89.3 us; a program for every 16 rows, 152 us. 17 to 32
-ranks have not been measured. See `LEAST_ELEMENTS` for small weights.
+The trade, measured on an H100 on 2026-11-26 (share of the speed of a copy, 2.94 TB/s), the kernel of `nf4_merge.py`
+first: 14336 x 4096 with 16 ranks 71.2 us (71%) and 57.1 (88%), with 32 ranks 81.1 (62%) and 60.6 (83%); with 16 ranks
+4096 x 4096 23.7 (61%) and 18.6 (77%), 1024 x 4096 7.8 (46%) and 6.9 (52%). Without an adapter this layout took 58.8 us,
+and `nf4_merge.py` 53.8 us (94%), which therefore has those. Dead ends: the next step's bytes by asynchronous copies
+into shared memory, 67.6 us with 16 ranks (66.5 us without any lookup), and 112.6 us with 64, for `nf4_merge.py`
+89.3 us; a program for every 16 rows, 152 us. 8 rows a step and 4 warps a program are within 0.5 us.
 
 Triton does the addresses, on tensors of one element a thread, as in `nf4_matmul.py`.
 """
@@ -42,10 +42,6 @@ import numpy as np
 from jaxlora.kernels import reference
 
 MOST_RANKS = 32
-# Elements below which the kernel of `nf4_merge.py` is faster, since programs that stay start slowly. Measured on an
-# H100 with 16 ranks, that kernel against programs that stay, by asynchronous copies: 1024 x 4096 in 7.7 and 11.0 us,
-# 4096 x 4096 in 23.6 and 22.0 us.
-LEAST_ELEMENTS = 1 << 23
 SMS = 132  # of an H100
 MAP_AT = 128  # where DYNAMIC_MAP is in shared memory, behind NF4
 
@@ -341,13 +337,12 @@ def merge_nf4(
 ) -> jax.Array:
     """`nf4_merge.merge_nf4` for bfloat16 and float16, [out, in], with 1 to `MOST_RANKS` ranks.
 
-    It may be vmapped (which loops) and is not differentiable. With a configuration a weight may have any size, without
-    one it has `LEAST_ELEMENTS` or more.
+    It may be vmapped (which loops) and is not differentiable.
 
     Raises:
       NotImplementedError: jax-triton is not installed; the dtype is another, or there is an `inverse`; the weight is to
-        be transposed; there is no adapter or more ranks; the weight is small; rows are not whole blocks (in % 64), or
-        there are 2^31 elements or more.
+        be transposed; there is no adapter or more ranks; rows are not whole blocks (in % 64), or there are 2^31
+        elements or more.
     """
     rows, columns = shape
     dtype = jnp.dtype(dtype)
@@ -357,8 +352,6 @@ def merge_nf4(
     if a is None or b is None or not 1 <= a.shape[0] <= MOST_RANKS:
         rank = 0 if a is None else a.shape[0]
         raise NotImplementedError(f"the kernel holds 1 to {MOST_RANKS} ranks, not {rank}")
-    if config is None and rows * columns < LEAST_ELEMENTS:
-        raise NotImplementedError(f"the kernel is made for {LEAST_ELEMENTS} elements or more, not {rows * columns}")
     if columns % reference.NF4_BLOCK:
         raise NotImplementedError(f"the kernel takes rows of whole blocks of 64, not of {columns} elements")
     if rows * columns >= 1 << 31:

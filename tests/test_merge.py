@@ -149,7 +149,6 @@ def test_a_config_is_checked(field, value):
         (16, (2048, 4096), {"inverse": jnp.float32(1)}, "not scaled bfloat16"),
         (None, (2048, 4096), {}, "1 to 32 ranks, not 0"),
         (33, (2048, 4096), {}, "1 to 32 ranks, not 33"),
-        (16, (2047, 4096), {}, "8388608 elements or more, not 8384512"),
         (16, (4096, 4100), {}, "whole blocks of 64, not of 4100"),
         (16, (1 << 19, 4096), {}, "in 32 bits, and there are 2147483648"),
     ],
@@ -205,7 +204,7 @@ def test_no_config_of_16_bits_changes_a_result(key, shape, dtype, double_quant):
         (2048, 4096, None, jnp.bfloat16, "triton"),
         (2048, 4096, 33, jnp.bfloat16, "triton"),
         (2048, 4096, 16, jnp.float32, "triton"),
-        (1024, 4096, 16, jnp.bfloat16, "triton"),
+        (64, 128, 16, jnp.bfloat16, "triton16"),
     ],
 )
 def test_each_weight_has_its_kernel(key, out, d_in, rank, dtype, name):
@@ -244,9 +243,9 @@ def test_triton_equals_the_reference(key, shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("out, d_in, name", [(1024, 2048, "triton"), (2048, 4096, "triton16")])
-def test_triton_runs_in_the_merged_product_forward_and_backward(key, out, d_in, name):
-    x, q, adapter = operands(key, out, d_in, 16, tokens=2048, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("rank, name", [(16, "triton16"), (40, "triton")])
+def test_triton_runs_in_the_merged_product_forward_and_backward(key, rank, name):
+    x, q, adapter = operands(key, 1024, 2048, rank, tokens=2048, dtype=jnp.bfloat16)
     run = functools.partial(value_and_gradients, quant.matmul)
     assert api.implementations_in(run, x, q, adapter) == {f"merge_nf4.{name}"}
     got, wanted = run(x, q, adapter), value_and_gradients(plain, x.astype(jnp.float32), q, adapter)
