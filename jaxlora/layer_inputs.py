@@ -192,7 +192,7 @@ def _tap(block: nnx.Module, names: Sequence[str], see: Callable) -> None:
 
 class _Tap:
     def __init__(self, linear: Linear, see: Callable):
-        self.linear, self.see = linear, see
+        self.linear, self.see, self.matmul_dtype = linear, see, linear.matmul_dtype
 
     def has_base_product(self, tokens: int) -> bool:
         return False  # so that `layers.linear_each` calls it
