@@ -16,6 +16,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
 from jaxtyping import Array, Float
 
 BLOCK = 2048  # elements of a program
@@ -91,6 +92,22 @@ def _kernels():
     return gated, gated_backward
 
 
+def sharded_alike(function: Callable, inputs: int, outputs: int) -> Callable:
+    """An elementwise function of so many arrays of one shape, with so many results, of each device's shard by itself.
+
+    XLA does not know that of a kernel: it would gather whole arrays on every device first.
+    """
+    partitioned = custom_partitioning(function)
+
+    def partition(mesh, operands, results):
+        sharding = results[0].sharding
+        return mesh, function, (sharding,) * outputs, (sharding,) * inputs
+
+    rule = f"{', '.join(['... i'] * inputs)} -> {', '.join(['... i'] * outputs)}"
+    partitioned.def_partition(partition=partition, sharding_rule=rule)
+    return partitioned
+
+
 def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) -> Float[Array, "*shape"]:
     """`gated_reference` and its gradients, each as a Triton kernel, with the roundings of the reference.
 
@@ -106,10 +123,10 @@ def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) ->
     except ImportError as error:
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
-    def launcher(kernel, outputs: int) -> Callable:
+    def launcher(kernel, inputs: int, outputs: int) -> Callable:
         def launch(*arrays):
             like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-            return jax_triton.triton_call(
+            outs = jax_triton.triton_call(
                 *arrays,
                 kernel=kernel,
                 out_shape=[like] * outputs,
@@ -119,8 +136,9 @@ def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) ->
                 ACT=act,
                 BLOCK=BLOCK,
             )
+            return tuple(outs)
 
-        batched = jax.custom_batching.custom_vmap(launch)
+        batched = jax.custom_batching.custom_vmap(sharded_alike(launch, inputs, outputs))
 
         @batched.def_vmap
         def _(axis_size, in_batched, *arrays):
@@ -128,15 +146,16 @@ def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) ->
                 array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
                 for array, is_batched in zip(arrays, in_batched, strict=True)
             ]
-            return batched(*wide), [True] * outputs
+            return batched(*wide), (True,) * outputs
 
         return batched
 
-    forward, backward = (launcher(kernel, outputs) for kernel, outputs in zip(_kernels(), (1, 2), strict=True))
+    forward_kernel, backward_kernel = _kernels()
+    forward, backward = launcher(forward_kernel, 2, 1), launcher(backward_kernel, 3, 2)
 
     @jax.custom_vjp
     def product(gate, up):
         return forward(gate, up)[0]
 
-    product.defvjp(lambda gate, up: (product(gate, up), (gate, up)), lambda saved, dout: tuple(backward(*saved, dout)))
+    product.defvjp(lambda gate, up: (product(gate, up), (gate, up)), lambda saved, dout: backward(*saved, dout))
     return product(gate, up)
