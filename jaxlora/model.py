@@ -112,7 +112,7 @@ class MLP(TokenwiseModule):
         else:
             gate, up = linear_each([self.gate_proj, self.up_proj], x, keys[:2])
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        # What rounds h to float8 finds its scales first; XLA makes h twice for that and writes it never.
+        # Where h is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
         implementation = None if self.down_proj.matmul_dtype is None else "reference"
         h = kernels.gated(self.gate_multiplier * gate, up, self.hidden_act, implementation=implementation)
         return self.multiplier * self.down_proj(h, keys[2])
@@ -232,9 +232,9 @@ class Run(nnx.Module):
         """Layers."""
         return self.repeats * len(self.period)
 
-    def __call__(self, x, context: Context, policy: str, key=None, cache=None, per_layer_inputs=None, host_bytes=None):
+    def __call__(self, x, context: Context, policy: str, key=None, cache=None, per_layer_inputs=None):
         """x [B, T, D]; `cache` is the run's part of each list of a `KVCache`, or None; per_layer_inputs: None, or those
-        of all of the model's layers, [layers, B, T, P]; host_bytes: see `remat.scan`.
+        of all of the model's layers, [layers, B, T, P].
 
         Returns x, the cache, and an `Aside`, with the `RouterLoad` of all layers where `context.with_load` and there
         are experts.
@@ -269,7 +269,7 @@ class Run(nnx.Module):
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
         layers = (sliced, index, keys, self.inputs_of(per_layer_inputs))
-        room = None if context.host_bytes is None else context.host_bytes * self.repeats * len(self.period)
+        room = None if context.host_bytes is None else context.host_bytes * self.depth
         (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy, room)
         return x, cache, self.whole(aside)
 

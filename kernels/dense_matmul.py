@@ -74,13 +74,16 @@ class Config:
 
 
 def heuristics(tokens: int, rows: Sequence[int], columns: int) -> Config:
-    """The configuration for so many tokens and weights of `rows` rows each, of `columns` elements; not measured yet.
+    """The configuration for so many tokens and weights of `rows` rows each, of `columns` elements.
 
     All programs should run at once, on an H100: two an SM, or one. In the matrices of an 8B, of more than one token:
 
       * gate and up, 28672 rows: 224 tiles of 128.
       * q, k and v, 6144 rows: 192 of 32, or of many tokens 96 of 64, which is enough if each has 64 KB under way.
       * o and down, 4096 rows: 128 of 32, or of many tokens 32 of 128 whose k is divided among 8.
+
+    Of a copy's speed on an H100 (2026-11-26), q/k/v, o, gate/up, down: 85, 83, 101, 97% with one token, and with 64 84,
+    57, 90, 77%, the sums of parts included. 2 to 63 tokens were not measured.
     """
     tiles_of = lambda n: sum(-(-count // n) for count in rows)
     if tokens == 1:

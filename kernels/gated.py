@@ -6,8 +6,8 @@ An activation is computed in float32 and rounded once, as in torch; so are its d
 each operation of an exponential or a tanh would round.
 
 The trade. All of it is traffic: forward reads two arrays and writes one, backward reads three and writes two. XLA makes
-two to four kernels of the backward pass, which read and write a dozen, since each of its results goes to a product of
-its own. A step of an 8B spends as long on that as on dequantising its weights.
+two to four kernels of the backward pass, since each of its results goes to a product of its own: by their times, a tile
+of an MLP moved 17 arrays, where these move 8. A step of an 8B spends as long on that as on dequantising its weights.
 """
 
 import functools

@@ -26,7 +26,8 @@ first: 14336 x 4096 with 16 ranks 71.2 us (71%) and 57.1 (88%), with 32 ranks 81
 4096 x 4096 23.7 (61%) and 18.6 (77%), 1024 x 4096 7.8 (46%) and 6.9 (52%). Without an adapter this layout took 58.8 us,
 and `nf4_merge.py` 53.8 us (94%), which therefore has those. Dead ends: the next step's bytes by asynchronous copies
 into shared memory, 67.6 us with 16 ranks (66.5 us without any lookup), and 112.6 us with 64, for `nf4_merge.py`
-89.3 us; a program for every 16 rows, 152 us. 8 rows a step and 4 warps a program are within 0.5 us.
+89.3 us; a program for every 16 rows, 152 us. 8 rows a step or 4 warps a program are within 0.5 us with 16 ranks; with
+32 they took 61.9 and 59.3.
 
 Triton does the addresses, on tensors of one element a thread, as in `nf4_matmul.py`.
 """
