@@ -28,7 +28,8 @@ class Context:
     key_bias: None, or what is added to the scores of the keys, [B, N, T or S]. runs: the tokens'
     `mamba.segment_runs`, where there are mixers. with_load: whether layers with experts return their
     `moe.RouterLoad`. stored_kv: the keys and values [B, T or S, K, H] of layers that later ones attend to, by their
-    index. host_bytes: of pinned memory for what is offloaded of a layer, None for no bound."""
+    index. host_bytes: of pinned memory for what is offloaded of a layer, None for no bound. one_token: whether this is
+    one token of each row, which go on from a cache, so that launches are what a layer saves."""
 
     rotary: list[tuple[Any, Any]]
     query_segments: Array | None
@@ -40,6 +41,7 @@ class Context:
     with_load: bool = dataclasses.field(default=False, metadata=dict(static=True))
     stored_kv: dict[int, Any] = dataclasses.field(default_factory=dict)
     host_bytes: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    one_token: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @property
     def is_prefill(self) -> bool:
@@ -91,11 +93,12 @@ class Attention(nnx.Module):
     def _project(self, x, keys: list):
         """Queries [B, T, N H], or with gates [B, T, 2 N H], and keys and values [B, T, K H], or None."""
         if self.fused_qkv == "grouped":
-            qkv = self.qkv_proj(x, keys[0]).reshape(*x.shape[:2], self.kv_heads, -1, self.head_dim)
-            return [part.reshape(*x.shape[:2], -1) for part in (qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :])]
+            [qkv] = linear_each([self.qkv_proj], x, keys[:1])
+            qkv = qkv.reshape(*qkv.shape[:2], self.kv_heads, -1, self.head_dim)
+            return [part.reshape(*qkv.shape[:2], -1) for part in (qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :])]
         if self.fused_qkv == "concatenated":
             n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            return jnp.split(self.qkv_proj(x, keys[0]), [n, n + k], axis=-1)
+            return jnp.split(linear_each([self.qkv_proj], x, keys[:1])[0], [n, n + k], axis=-1)
         projections = [each for each in (self.q_proj, self.k_proj, self.v_proj) if each is not None]
         q, *rest = linear_each(projections, x, keys[: len(projections)])
         return (q, *rest, *rest) if len(rest) == 1 else (q, *(rest or (None, None)))
@@ -125,8 +128,13 @@ class Attention(nnx.Module):
     def __call__(self, x, context: Context, keys: list, cache=None):
         """x [B, T, D] -> [B, T, D]. `cache` is (keys, values, layer) of stacked caches [repeats, B, S, K, H], and
         returned with this call's tokens written at `context.offset`. Last comes what `Context.stored_kv` gets."""
-        b, t, _ = x.shape
+        mixed, cache, stored = self.mixed(x, context, keys, cache)
+        return self.o_proj(mixed, keys[3]), cache, stored
+
+    def mixed(self, x, context: Context, keys: list, cache=None):
+        """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`."""
         q, k, v = self._project(x, keys)
+        b, t, _ = q.shape
         gate = None
         if self.output_gate:
             q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
@@ -138,7 +146,7 @@ class Attention(nnx.Module):
             out, cache, stored = self._attend(q, k, v, cache, context)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o_proj(out.reshape(b, t, self.heads * self.head_dim), keys[3]), cache, stored
+        return out.reshape(b, t, self.heads * self.head_dim), cache, stored
 
     def _attend(self, q, k, v, cache, context: Context):
         """What many tokens take from each other and from the cache, [B, T, N, H], the cache with them, and what

@@ -5,7 +5,8 @@ The maths of LoRA is `Linear.__call__`: the frozen base, scaling * (x A^T) B^T, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
+from jaxlora.kernels.reference import InputNorm, Residual
 from jaxlora.offload import take_rows
 
 
@@ -220,6 +222,25 @@ class Linear(Adapted):
             return self.lora_A is None or not quant.is_merging_cheaper(tokens, weight.shape)
         return not isinstance(weight, quant.MergedArray)
 
+    def is_product(self, tokens: int) -> bool:
+        """Whether for so many tokens the result is x W^T and reads x for nothing else."""
+        return self.has_base_product(tokens) and self.lora_A is None and self.trained_weight is None
+
+    def adds_residual(self, x: Float[Array, "*batch d_in"] | jax.ShapeDtypeStruct) -> bool:
+        """Whether `onto` adds in the launch of the product. Of x only shape and dtype matter."""
+        tokens = math.prod(x.shape[:-1])
+        if not self.is_product(tokens) or self.bias is not None:
+            return False
+        return quant.adds_residual(jax.ShapeDtypeStruct((tokens, self.in_features), x.dtype), self.weight.get_value())
+
+    def onto(
+        self, stream: Float[Array, "*batch d_out"], x: Float[Array, "*batch d_in"], multiplier: float, key: Any = None
+    ) -> Float[Array, "*batch d_out"] | Unsummed:
+        """stream + multiplier * self(x), where a kernel adds while it multiplies (`adds_residual`); else `Unsummed`."""
+        if not self.adds_residual(x):
+            return Unsummed(stream, self(x, key))
+        return quant.matmul_each(x, [self.weight.get_value()], residual=Residual(stream, multiplier))[0]
+
     def stacked(self) -> Linear:
         """A copy whose weight, where it is dense and one of a stack, is to be read by index (`quant.StackedArray`)."""
         weight = self.weight.get_value()
@@ -289,14 +310,29 @@ class Linear(Adapted):
         return merged.astype(dtype)
 
 
-def linear_each(linears: list, x: Float[Array, "*batch d_in"], keys: list) -> list[Float[Array, "*batch _"]]:
+def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: list) -> list[Float[Array, "*batch _"]]:
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
-    `quant.matmul_each`."""
-    tokens = x.size // x.shape[-1]
-    bases: list[Array | None] = [None] * len(linears)
+    `quant.matmul_each`, and are normed in it if they are `Unnormed`."""
+    norm, read = None, cast(Any, x)
+    if isinstance(x, Unnormed):
+        norm = x.norm.of_products() if x.is_read_by_products(linears) else None
+        read = x.normed() if norm is None else x.x
+    tokens = math.prod(read.shape[:-1])
+    bases: list[Any] = [None] * len(linears)
     if all(linear.has_base_product(tokens) for linear in linears):
-        bases = [*quant.matmul_each(x, [linear.current_weight() for linear in linears])]
-    return [linear(x, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
+        bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm)
+    return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
+
+
+def gated_linear(
+    gate: Linear, up: Linear, x: Float[Array, "*batch d_in"] | Unnormed, act: str, keys: list
+) -> Float[Array, "*batch d_out"]:
+    """act(gate(x)) * up(x). Few tokens that are `Unnormed` take one launch for all of it, where there is a kernel."""
+    if isinstance(x, Unnormed) and x.is_read_by_products([gate, up]) and gate.bias is up.bias is None:
+        weights = [gate.weight.get_value(), up.weight.get_value()]
+        return quant.matmul_each(x.x, weights, norm=x.norm.of_products(), act=act)[0]
+    left, right = linear_each([gate, up], x, keys)
+    return kernels.gated(left, right, act)
 
 
 class PlainLinear(nnx.Module):
@@ -402,6 +438,10 @@ class Norm(Weighted):
         copy.index = nnx.data(index)
         return copy
 
+    def of_products(self) -> InputNorm:
+        """An rms_norm as the products that read its result take it (`quant.matmul_each`)."""
+        return InputNorm(self.current_weight(), self.index, self.eps, self.offset)
+
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         return self.after(x, None)[1]
 
@@ -493,6 +533,29 @@ class Unsummed(NamedTuple):
     y: Any
 
 
+class Unnormed(NamedTuple):
+    """What a norm makes of the residual stream x, [B, T, D], where it is left to the products that read it: few tokens
+    get both in one launch."""
+
+    x: Any
+    norm: Norm
+
+    def normed(self) -> Float[Array, "*batch d"]:
+        return self.norm(self.x)
+
+    def is_read_by_products(self, linears: list) -> bool:
+        """Whether nothing but products reads it, and they know such norms."""
+        tokens = self.x.size // self.x.shape[-1]
+        return self.norm.is_read_by_index and all(linear.is_product(tokens) for linear in linears)
+
+
 def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Array, Array]:
     """The residual stream, which may be `Unsummed`, and what the norm makes of it."""
     return norm.after(*x, multiplier) if isinstance(x, Unsummed) else (x, norm(x))
+
+
+def summed_and_unnormed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Any, Any]:
+    """The same, where `linear_each` or `gated_linear` reads the second, and norms it if the sum is there already."""
+    if isinstance(x, Unsummed) or isinstance(norm, Identity):
+        return summed_and_normed(x, norm, multiplier)
+    return x, Unnormed(x, norm)

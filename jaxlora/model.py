@@ -42,12 +42,15 @@ from jaxlora.layers import (
     Norm,
     PlainLinear,
     TokenwiseModule,
+    Unnormed,
     Unsummed,
     added,
     base_param,
+    gated_linear,
     linear_each,
     read_by_index,
     summed_and_normed,
+    summed_and_unnormed,
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
@@ -104,18 +107,30 @@ class MLP(TokenwiseModule):
         self.down_proj = make_linear(inner, width, ("embed", "mlp"), bias)
 
     def _forward(self, x, keys: list):
+        return self.multiplier * self.down_proj(self._inner(x, keys), keys[2])
+
+    def onto(self, stream, x, multiplier: float, keys: list):
+        """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`; `multiplier` of the MLP is
+        not of this."""
+        if isinstance(x, Unnormed) and self.gated and self.fused is None and self.gate_multiplier == 1.0:
+            h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2])
+        else:
+            h = self._inner(x, keys)
+        return self.down_proj.onto(stream, h, multiplier, keys[2])
+
+    def _inner(self, x, keys: list):
+        """What `down_proj` reads. x may be `Unnormed`."""
         if not self.gated:
-            up = checkpoint_name(self.up_proj(x, keys[1]), "up")
-            return self.down_proj(ACTIVATIONS[self.hidden_act](up), keys[2])
+            [up] = linear_each([self.up_proj], x, keys[1:2])
+            return ACTIVATIONS[self.hidden_act](checkpoint_name(up, "up"))
         if self.fused is not None:
-            gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
+            gate, up = jnp.split(linear_each([self.gate_up_proj], x, keys[:1])[0], 2, axis=-1)
         else:
             gate, up = linear_each([self.gate_proj, self.up_proj], x, keys[:2])
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         # Where h is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
         implementation = None if self.down_proj.matmul_dtype is None else "reference"
-        h = kernels.gated(self.gate_multiplier * gate, up, self.hidden_act, implementation=implementation)
-        return self.multiplier * self.down_proj(h, keys[2])
+        return kernels.gated(self.gate_multiplier * gate, up, self.hidden_act, implementation=implementation)
 
 
 class DecoderLayer(nnx.Module):
@@ -157,13 +172,27 @@ class DecoderLayer(nnx.Module):
             self.per_layer_projection = make.linear(inner, width, ("embed", "mlp"), False)
             self.post_per_layer_input_norm = norm(True)
         self.layer_scalar = make.buffer((1,)) if config.layer_scalar else None
+        multipliers = *self.attention_multipliers, self.mlp.multiplier if isinstance(self.mlp, MLP) else None
+        # x + attention(norm(x)), then x + mlp(norm(x)), and nothing else.
+        self.is_plain = (
+            self.self_attn is not None and mamba is None and multipliers == (1.0, 1.0, 1.0) and not beside
+            and config.pre_norm and not config.post_norm and not config.parallel_block
+            and not inner and not config.layer_scalar
+        )  # fmt: skip
+
+    def leaves_sum(self, x, context: Context) -> bool:
+        """Whether a call with the residual stream x returns `Unsummed`."""
+        if not context.one_token or self.per_layer_act is not None or self.layer_scalar is not None:
+            return False
+        return not (self.is_plain and self.mlp.down_proj.adds_residual(x))
 
     def __call__(self, x, context: Context, key=None, cache=None, per_layer_input=None):
-        """x [B, T, D] -> [B, T, D], or `Unsummed` -> `Unsummed`. `cache` is (keys, values, convolutions, states,
-        layer), and the first four are returned; then an `Aside`. per_layer_input: this layer's [B, T, P], where the
-        model has such."""
+        """x [B, T, D] -> [B, T, D], either perhaps `Unsummed`. `cache` is (keys, values, convolutions, states, layer),
+        and the first four are returned; then an `Aside`. per_layer_input: this layer's [B, T, P], where the model has
+        such."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
-        is_unsummed = isinstance(x, Unsummed)
+        if context.one_token and self.is_plain:
+            return self._one_token(x, context, keys, cache)
         x, normed = summed_and_normed(x, self.input_layernorm, self.multiplier)
         attended, cache, stored = self._mix(normed, context, keys[:4], key, cache)
         attended = self.post_self_attn_layernorm(attended)
@@ -181,7 +210,7 @@ class DecoderLayer(nnx.Module):
         if context.with_load and isinstance(sparse, SparseMLP):
             load = sparse.load(read, context.query_segments)
         out = self.post_mlp_layernorm(out)
-        if is_unsummed:
+        if self.leaves_sum(residual, context):
             return Unsummed(residual, out), cache, Aside(load, stored)
         x = residual + self.multiplier * out
         if self.per_layer_act is not None:
@@ -189,6 +218,17 @@ class DecoderLayer(nnx.Module):
         if self.layer_scalar is not None:
             x = x * self.layer_scalar.get_value().astype(x.dtype)
         return x, cache, Aside(load, stored)
+
+    def _one_token(self, x, context: Context, keys: list, cache):
+        """A call of a layer that `is_plain` with one token of each row: products norm what they read, and add to the
+        residual stream, where there are kernels that do."""
+        attention = cast(Attention, self.self_attn)
+        x, normed = summed_and_unnormed(x, self.input_layernorm, self.multiplier)
+        mixed, of_attention, stored = attention.mixed(normed, context, keys[:4], (*cache[:2], cache[-1]))
+        x = attention.o_proj.onto(x, mixed, self.multiplier, keys[3])
+        x, normed = summed_and_unnormed(x, self.post_attention_layernorm, self.multiplier)
+        x = self.mlp.onto(x, normed, self.multiplier, keys[4:])
+        return x, (*cast(tuple, of_attention)[:2], *cache[2:4]), Aside(None, stored)
 
     def _of_layer(self, x, per_layer_input, key):
         """The token's embedding for this layer, gated by x and projected: [B, T, P] -> [B, T, D]."""
@@ -249,6 +289,8 @@ class Run(nnx.Module):
                 return len(leaf.leading) == 1
             return isinstance(leaf, quant.StackedArray)
 
+        if context.one_token:
+            x = self._as_left(x, context)
         period = self.period if cache is None else read_by_index(self.period, jax.tree.leaves(x)[0])
         leaves, structure = jax.tree.flatten(period, is_leaf=is_stack)
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
@@ -269,9 +311,19 @@ class Run(nnx.Module):
         index = jnp.arange(self.repeats, dtype=jnp.int32)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index + self.start)
         layers = (sliced, index, keys, self.inputs_of(per_layer_inputs))
+        # Kernels that read by index are the same for all layers, and so are quickly compiled one after the other. Then
+        # the index is a constant, and counting no launch of its own.
+        unroll = context.one_token and all(part is None for part in sliced) and kernels.is_on_gpu()
         room = None if context.host_bytes is None else context.host_bytes * self.depth
-        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy, room)
+        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy, room, unroll=unroll)
         return x, cache, self.whole(aside)
+
+    def _as_left(self, x, context: Context):
+        """The residual stream, `Unsummed` or not as the last layer leaves it, so that a scan can carry it."""
+        stream = x.x if isinstance(x, Unsummed) else x
+        if self.period[-1].leaves_sum(stream, context):
+            return x if isinstance(x, Unsummed) else Unsummed(x, jnp.zeros_like(x))
+        return added(*x, self.period[-1].multiplier) if isinstance(x, Unsummed) else x
 
     def whole(self, each: Aside) -> Aside:
         """What all repeats give, of what each gave, stacked. A layer that stores keys and values has no like, and so
@@ -509,6 +561,8 @@ class CausalLM(nnx.Module):
             context = Context(rotary, segment_ids, filled, cache.length)
             if context.is_prefill:
                 context = dataclasses.replace(context, key_segments=segment_ids)
+            else:
+                context = dataclasses.replace(context, one_token=input_ids.shape[1] == 1)
         if self.config.alibi:
             keys_at = positions if filled is None or context.is_prefill else segment_positions(filled)
             scale = self.config.attention_scale(self.config.head_dim)
@@ -524,9 +578,6 @@ class CausalLM(nnx.Module):
 
         x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
         per_layer_inputs = self.model.per_layer_inputs(input_ids, x, key)
-        plain = per_layer_inputs is None and not self.config.layer_scalar
-        if cache is not None and not context.is_prefill and input_ids.shape[1] == 1 and plain:
-            x = Unsummed(x, jnp.zeros_like(x))
         parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
         loads = []
         for i, run in enumerate(self.model.layers):

@@ -7,6 +7,7 @@ a dense weight of a stack copied out of it (`StackedArray`).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float
 from jaxlora.config import QuantScheme
 from jaxlora.kernels import api, nf4_matmul, nf4_matmul_tiles, reference
 from jaxlora.kernels.lora import lora_delta, lora_gradients
-from jaxlora.kernels.reference import DenseFields, NF4Fields
+from jaxlora.kernels.reference import DenseFields, InputNorm, NF4Fields, Residual
 
 Implementation = Literal["triton", "reference"] | None
 
@@ -358,15 +359,79 @@ def _contract(x: Array, w: Array, dimension: int, dtype: Any = None) -> Array:
 
 
 def matmul_each(
-    x: Float[Array, "*batch in"], weights: Sequence[Float[Array, "_ in"] | QuantizedArray | StackedArray]
+    x: Float[Array, "*batch in"],
+    weights: Sequence[Float[Array, "_ in"] | QuantizedArray | StackedArray],
+    *,
+    norm: InputNorm | None = None,
+    act: str | None = None,
+    residual: Residual | None = None,
 ) -> list[Float[Array, "*batch _"]]:
-    """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks."""
+    """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks.
+
+    Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
+    * up, and adds one result to a residual stream. See `reference.matmul_nf4`.
+    """
+    if norm is not None or act is not None or residual is not None:
+        return _matmul_around(act, x, tuple(weights), norm, residual)
     is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul_tiles.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
         return _matmul_quantized(x, tuple(weights))
     if all(isinstance(w, StackedArray) for w in weights):
         return _matmul_stacked(x, tuple(weights))
     return [matmul(x, w) for w in weights]
+
+
+def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
+    """Whether a kernel multiplies x [tokens, in] by a weight and adds to a residual stream (`matmul_each`)."""
+    return isinstance(w, QuantizedArray) and w.scheme == "nf4" and api.adds_residual(x, [_fields(w)], shapes=[w.shape])
+
+
+def _fields(w: QuantizedArray) -> NF4Fields:
+    return NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul_around(act: str | None, x, weights: tuple, norm: InputNorm | None, residual: Residual | None):
+    """`matmul_each` with what stands around the products."""
+    if all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
+        flat = lambda array: array.reshape(-1, array.shape[-1])
+        options: dict[str, Any] = dict(norm=norm, act=act)
+        options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
+        fields, shapes = [*map(_fields, weights)], [w.shape for w in weights]
+        try:
+            ys = api.matmul_nf4(flat(x), fields, shapes=shapes, implementation="triton", **options)
+            return [y.reshape(*x.shape[:-1], -1) for y in ys]
+        except NotImplementedError:  # more tokens than it norms or is for, no GPU, float32
+            pass
+    if norm is not None:
+        return _matmul_around(act, _normed(x, norm), weights, None, residual)
+    return _around(act, matmul_each(x, weights), residual)
+
+
+def _normed(x, norm: InputNorm):
+    return api.residual_norm(x, None, norm.weight, norm.index, eps=norm.eps, offset=norm.offset)[1]
+
+
+def _around(act: str | None, ys: list, residual: Residual | None) -> list:
+    ys = ys if act is None else [api.gated(ys[0], ys[1], act)]
+    return ys if residual is None else [residual.x + residual.multiplier * ys[0]]
+
+
+def _matmul_around_backward(act, saved, dys):
+    x, weights, norm, residual = saved
+    with_array = lambda part, name, array: part and dataclasses.replace(part, **{name: array})
+
+    def step_by_step(x, gain, stream):
+        x = x if norm is None else _normed(x, with_array(norm, "weight", gain))
+        return _around(act, matmul_each(x, weights), with_array(residual, "x", stream))
+
+    _, pullback = jax.vjp(step_by_step, x, norm and norm.weight, residual and residual.x)
+    dx, dgain, dstream = pullback(dys)
+    dnorm = norm and dataclasses.replace(norm, weight=dgain, index=None)  # None: a zero, for what is constant
+    return dx, None, dnorm, with_array(residual, "x", dstream)
+
+
+_matmul_around.defvjp(lambda act, *args: (_matmul_around(act, *args), args), _matmul_around_backward)
 
 
 def _matmul_stacked(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch _"]]:
@@ -379,7 +444,7 @@ def _matmul_stacked(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[
 def _matmul_quantized(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch _"]]:
     rows = x.reshape(-1, x.shape[-1])
     if all(w.scheme == "nf4" for w in weights):
-        fields = [NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index) for w in weights]
+        fields = [*map(_fields, weights)]
         name = "triton" if rows.shape[0] <= nf4_matmul.MOST_TOKENS else "triton_tiles"
         try:
             ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], implementation=name)

@@ -115,11 +115,14 @@ def _keeps(policy: Policy) -> Callable:
     return keep
 
 
-def scan(body: Callable, x: Any, layers: Any, name: str, host_bytes: int | None = None) -> tuple[Any, Any]:
+def scan(
+    body: Callable, x: Any, layers: Any, name: str, host_bytes: int | None = None, unroll: bool = False
+) -> tuple[Any, Any]:
     """`jax.lax.scan(body, x, layers)` over layers, keeping for the backward pass what the policy of this name says.
 
     body: (x, layer) -> (x, out). It may close over what every layer reads. host_bytes: the most that may be kept in
     host memory, None for no bound; a policy that keeps more there keeps the rest, of the last layers, on the device.
+    unroll: write every layer out; only where the policy asks for no host memory.
 
     Raises:
         ValueError: there is no policy of that name.
@@ -133,7 +136,7 @@ def scan(body: Callable, x: Any, layers: Any, name: str, host_bytes: int | None 
             x, out = body(x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], layers))
             outs.append(out)
         return x, jax.tree.map(lambda *parts: jax.numpy.stack(parts), *outs)
-    return jax.lax.scan(_checkpointed(body, policy), x, layers)
+    return jax.lax.scan(_checkpointed(body, policy), x, layers, unroll=unroll or 1)
 
 
 def over_tiles(function: Callable, x: jax.Array, tile: int | None) -> jax.Array:

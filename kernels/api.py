@@ -64,14 +64,22 @@ def implementations_in(function: Callable, *args, **kwargs) -> set[str]:
     return {f"{op}.{name}" for op, names in _OPS.items() for name in names if re.search(rf"\b{op}\.{name}\b", program)}
 
 
+def _platform() -> str:
+    device = jax.config.jax_default_device  # a device, a platform's name, or None
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+
+def is_on_gpu() -> bool:
+    """Whether the default device is an NVIDIA GPU."""
+    return _platform() in ("gpu", "cuda")
+
+
 def on_gpu(function: Callable) -> Callable:
     """`function`, where the default device is an NVIDIA GPU; elsewhere it raises NotImplementedError."""
 
     def implementation(*args, **kwargs):
-        device = jax.config.jax_default_device  # a device, a platform's name, or None
-        platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-        if platform not in ("gpu", "cuda"):
-            raise NotImplementedError(f"it needs an NVIDIA GPU, and the default device is of platform {platform!r}")
+        if not is_on_gpu():
+            raise NotImplementedError(f"it needs an NVIDIA GPU, and the default device is of platform {_platform()!r}")
         return function(*args, **kwargs)
 
     return implementation
@@ -152,13 +160,28 @@ def matmul_nf4(
     weights: Sequence[reference.NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
+    norm: reference.InputNorm | None = None,
+    act: str | None = None,
+    residual: reference.Residual | None = None,
     implementation: Literal["triton", "triton_tiles", "reference"] | None = None,
 ) -> list[Float[Array, "m _"]]:
-    """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks. See `reference.matmul_nf4`.
+    """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks, and what stands around the products:
+    a norm of x before, act(gate) * up and a residual stream after. See `reference.matmul_nf4`.
 
-    Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`, "triton_tiles" `nf4_matmul_tiles.MOST_TOKENS`.
+    Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`, "triton_tiles" `nf4_matmul_tiles.MOST_TOKENS`,
+    and the products alone.
     """
-    return dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, shapes=shapes)
+    options = dict(shapes=shapes, norm=norm, act=act, residual=residual)
+    return dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options)
+
+
+def adds_residual(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether "triton" of `matmul_nf4` takes these here, x perhaps as a `jax.ShapeDtypeStruct`, with a residual."""
+    try:
+        on_gpu(nf4_matmul.check)(x, weights, shapes, nf4_matmul.MOST_TOKENS)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def matmul_dense(

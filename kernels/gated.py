@@ -47,8 +47,8 @@ def gated_reference(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], ac
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def _kernels():
-    """The Triton functions, (forward, backward). Built on first use: the library imports where Triton is missing."""
+def activation_kernel():
+    """The Triton function of an activation and its derivative. Built on first use, as `_kernels`."""
     import triton
     import triton.language as tl
 
@@ -66,6 +66,18 @@ def _kernels():
             return x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         positive = (x > 0.0).to(tl.float32)
         return x * positive, positive
+
+    return activation
+
+
+@functools.cache
+@no_type_check  # a type checker's wrapper around the function would hide its source from Triton
+def _kernels():
+    """The Triton functions, (forward, backward). Built on first use: the library imports where Triton is missing."""
+    import triton
+    import triton.language as tl
+
+    activation = activation_kernel()
 
     @triton.jit
     def places(count, BLOCK: tl.constexpr):

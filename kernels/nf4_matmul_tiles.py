@@ -35,9 +35,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.kernels import nf4_matmul, reference
-from jaxlora.kernels.nf4_matmul import FACTORS, MOST_WEIGHTS, PAIRS, SMS
-from jaxlora.kernels.reference import NF4Fields
+from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
+from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
+from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS, SMS
+from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
 MOST_TOKENS = 64
 ROWS_OF_WARP = 32
@@ -124,7 +125,7 @@ def _kernel(dtype: np.dtype, tokens: int):
     import triton
     import triton.language as tl
 
-    lookup_assembly = tl.constexpr(nf4_matmul._lookup_assembly())
+    lookup_assembly = tl.constexpr(nf4_lookup.lookup_assembly())
     lookup_operands = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 3))
     one_assembly = tl.constexpr(_products_assembly(dtype, 1))
     one_operands = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 40 + ["f"] * 12))
@@ -308,7 +309,7 @@ def _kernel(dtype: np.dtype, tokens: int):
     @triton.jit
     def matmul_nf4_tiles(
         x,  # [M, COLUMNS]
-        nf4,  # uint32 [256], `nf4_matmul.pairs`
+        nf4,  # uint32 [256], `nf4_lookup.pairs`
         dynamic_map,  # float32 [256]
         codes0,  # of the first weight: uint8 [stack, rows, COLUMNS / 2]
         absmax0,  # uint8 or float32 [stack, rows, COLUMNS / 64]
@@ -472,6 +473,9 @@ def matmul_nf4(
     weights: Sequence[NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
+    norm: InputNorm | None = None,
+    act: str | None = None,
+    residual: Residual | None = None,
     config: Config | None = None,
 ) -> list[jax.Array]:
     """`reference.matmul_nf4` as a Triton kernel: the same arguments; the results are nearer to the exact ones.
@@ -479,8 +483,11 @@ def matmul_nf4(
     Up to three weights are multiplied in one launch. It may be vmapped (which loops) and is not differentiable.
 
     Raises:
-      NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows.
+      NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows; or there is a norm, an
+        activation or a residual, which are launches of their own for so many tokens.
     """
+    if norm is not None or act is not None or residual is not None:
+        raise NotImplementedError("the kernel multiplies and nothing else")
     nf4_matmul.check(x, weights, shapes, MOST_TOKENS)
     import jax_triton
 
@@ -510,7 +517,7 @@ def matmul_nf4(
 
     @jax.custom_batching.sequential_vmap
     def run(x, weights):
-        constants = jnp.asarray(nf4_matmul.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
+        constants = jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
         ys = call(x, *constants, *(field for fields in weights for field in fields))[: len(rows)]
         if split == 1:
             return ys

@@ -3,6 +3,7 @@
 Raw arrays in, raw arrays out; no padding asked of the caller, no layout tricks, every function can be jitted.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Float32, Int, UInt8
+
+from jaxlora.kernels.gated import gated_reference
+from jaxlora.kernels.residual_norm import residual_norm_reference
 
 # ---------------------------------------------------------------------------------------------------------------------
 # NF4 with double quantisation
@@ -335,15 +339,54 @@ def factor_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype).itemsize == 1 else dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InputNorm:
+    """An RMS norm of what a product reads, as `residual_norm_reference` has it: weight [in], or with an index, int32
+    [], a stack of such."""
+
+    weight: Any
+    index: Any
+    eps: float = dataclasses.field(metadata=dict(static=True))
+    offset: float = dataclasses.field(default=0.0, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """What a product y [M, out] is added to, x + multiplier * y."""
+
+    x: Any
+    multiplier: float = dataclasses.field(default=1.0, metadata=dict(static=True))
+
+
 def matmul_nf4(
-    x: Float[Array, "m d_in"], weights: Sequence[NF4Fields], *, shapes: Sequence[tuple[int, int]]
+    x: Float[Array, "m d_in"],
+    weights: Sequence[NF4Fields],
+    *,
+    shapes: Sequence[tuple[int, int]],
+    norm: InputNorm | None = None,
+    act: str | None = None,
+    residual: Residual | None = None,
 ) -> list[Float[Array, "m _"]]:
     """x W^T for each of some NF4 weights: in x's dtype, the weights too, with sums in float32.
 
     Args:
       x: float32, bfloat16 or float16.
       weights, shapes: the fields of each, and its (out, in).
+      norm: of x, before it is multiplied; None for none.
+      act: a key of `gated.ACTIVATIONS`: the result is one, act(x W0^T) * x W1^T, for two weights; None for none.
+      residual: what the result, of one weight or with `act`, is added to; None for nothing.
     """
+    if norm is not None:
+        _, x = residual_norm_reference(x, None, norm.weight, norm.index, eps=norm.eps, offset=norm.offset)
+    ys = _matmul_nf4(x, weights, shapes)
+    if act is not None:
+        ys = [gated_reference(*ys, act)]
+    return ys if residual is None else [residual.x + residual.multiplier * ys[0]]
+
+
+def _matmul_nf4(x: Array, weights: Sequence[NF4Fields], shapes: Sequence[tuple[int, int]]) -> list[Array]:
     dense = [
         merge_nf4(*fields, None, None, shape=shape, dtype=x.dtype)
         for fields, shape in zip(weights, shapes, strict=True)

@@ -1,5 +1,6 @@
 """Generation against transformers, PEFT and the model's own logits, token for token in float32."""
 
+import collections
 import warnings
 
 import jax
@@ -23,11 +24,12 @@ from helpers import (
     smollm2_path,
 )
 
-from jaxlora import lora
+from jaxlora import lora, quant
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import SafetensorsSource, load_model
 from jaxlora.generate import Sampling, _decode, _positive, _prefill, filter_scores, generate
+from jaxlora.kernels import api
 from jaxlora.model import CausalLM
 
 LENGTHS = (3, 10, 6)  # of the prompts in a batch
@@ -149,6 +151,39 @@ def test_quantised_model_equals_its_own_teacher_forcing(tmp_path):
     np.testing.assert_array_equal(out[:, 7:], logits[:, 6:-1].argmax(-1))
     dense = generate(load_folder(tmp_path), ids, max_new_tokens=NEW, eos_token_id=[])
     assert (np.asarray(dense) != out).any()
+
+
+@pytest.mark.parametrize(
+    "name, launches",  # of a layer: that add to the stream, that norm what they read, that have a gate inside
+    [("llama", (2, 2, 1)), ("qwen2", (2, 2, 1)), ("phi3", (2, 2, 0)), ("gemma2", (0, 0, 0))],
+)
+def test_products_that_norm_and_add_decode_the_same(name, launches, tmp_path, monkeypatch):
+    """Kernels do it on a GPU. Here the path is walked step by step."""
+    make_checkpoint(name, tmp_path)
+    model = load_folder(tmp_path, quant_config=QuantConfig())
+    ids, mask = left_padded()
+    logits, cache = _prefill(model, ids, mask, places=64)
+    arguments = jnp.argmax(logits, axis=-1)[:, None], jnp.asarray(mask.sum(axis=1))[:, None]
+    wanted, _ = model.hidden_states(*arguments, cache=cache)
+
+    monkeypatch.setattr(api, "adds_residual", lambda *args, **kwargs: True)
+    monkeypatch.setattr(api, "is_on_gpu", lambda: True)
+    monkeypatch.setattr(api, "matmul_nf4", raises_not_implemented)
+    around = collections.Counter()
+    plain = quant.matmul_each
+
+    def counted(x, weights, **options):
+        around.update(key for key, option in options.items() if option is not None)
+        return plain(x, weights, **options)
+
+    monkeypatch.setattr(quant, "matmul_each", counted)
+    got, _ = model.hidden_states(*arguments, cache=cache)
+    assert tuple(around[key] for key in ("residual", "norm", "act")) == launches
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def raises_not_implemented(*args, **kwargs):
+    raise NotImplementedError
 
 
 def test_bfloat16_tokens_are_likely_by_teacher_forcing(tmp_path):
