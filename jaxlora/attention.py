@@ -90,8 +90,9 @@ class Attention(nnx.Module):
         if layer.reuses_kv is not None:
             self.k_norm = Identity()
 
-    def _project(self, x, keys: list):
-        """Queries [B, T, N H], or with gates [B, T, 2 N H], and keys and values [B, T, K H], or None."""
+    def _project(self, x, keys: list, parts: bool = False):
+        """Queries [B, T, N H], or with gates [B, T, 2 N H], and keys and values [B, T, K H], or None. With `parts` they
+        may be `Parts`."""
         if self.fused_qkv == "grouped":
             [qkv] = linear_each([self.qkv_proj], x, keys[:1])
             qkv = qkv.reshape(*qkv.shape[:2], self.kv_heads, -1, self.head_dim)
@@ -100,11 +101,11 @@ class Attention(nnx.Module):
             n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
             return jnp.split(linear_each([self.qkv_proj], x, keys[:1])[0], [n, n + k], axis=-1)
         projections = [each for each in (self.q_proj, self.k_proj, self.v_proj) if each is not None]
-        q, *rest = linear_each(projections, x, keys[: len(projections)])
+        q, *rest = linear_each(projections, x, keys[: len(projections)], parts)
         return (q, *rest, *rest) if len(rest) == 1 else (q, *(rest or (None, None)))
 
     def _normed(self, y, norm):
-        """Queries or keys [B, T, N H] -> [B, T, N, H]."""
+        """Queries or keys [B, T, N H] -> [B, T, N, H]. `Parts` stay such, where there is no norm."""
         y = norm(y) if self.qk_norm == "projection" else y
         y = y.reshape(*y.shape[:2], -1, self.head_dim)
         return y if self.qk_norm == "projection" else norm(y)
@@ -133,13 +134,14 @@ class Attention(nnx.Module):
 
     def mixed(self, x, context: Context, keys: list, cache=None):
         """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`."""
-        q, k, v = self._project(x, keys)
+        decodes = cache is not None and context.one_token and self._decodes(context)
+        q, k, v = self._project(x, keys, parts=decodes and self._leaves_as_projected)
         b, t, _ = q.shape
         gate = None
         if self.output_gate:
             q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
             q = q.reshape(b, t, -1)
-        if t == 1 and cache is not None and self._decodes(context):
+        if decodes:
             out, cache = self._decode(q, k, v, cache, context)
             stored = {}
         else:
@@ -178,14 +180,18 @@ class Attention(nnx.Module):
         """Whether one token of each row attends to a cache of this layer's own, and nothing else does."""
         return not context.is_prefill and self.reuses_kv is None and self.stores_kv is None
 
+    @property
+    def _leaves_as_projected(self) -> bool:
+        """Whether nothing but `decode_attention` reads the projections of one token."""
+        return self.qk_norm is None and self.v_norm_eps is None and not self.output_gate
+
     def _decode(self, q, k, v, cache, context: Context):
         """`_attend` for one token of each row, in one kernel where there is one."""
         assert context.key_segments is not None
         cos_and_sin = None if self.rope is None else context.rotary[self.rope]
+        each = self._normed(q, self.q_norm), self._normed(k, self.k_norm), self._values(v)
         out, *written = kernels.decode_attention(
-            self._normed(q, self.q_norm)[:, 0],
-            self._normed(k, self.k_norm)[:, 0],
-            self._values(v)[:, 0],
+            *(one.reshape(one.shape[0], -1, self.head_dim) for one in each),
             *cache,
             rotary=cos_and_sin and (cos_and_sin[0][:, 0], cos_and_sin[1][:, 0]),
             interleaved=self.interleaved,

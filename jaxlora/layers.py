@@ -20,6 +20,7 @@ from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
+from jaxlora.kernels.parts import Parts, summed
 from jaxlora.kernels.reference import InputNorm, Residual
 from jaxlora.offload import take_rows
 
@@ -238,7 +239,8 @@ class Linear(Adapted):
     ) -> Float[Array, "*batch d_out"] | Unsummed:
         """stream + multiplier * self(x), where a kernel adds while it multiplies (`adds_residual`); else `Unsummed`."""
         if not self.adds_residual(x):
-            return Unsummed(stream, self(x, key))
+            [y] = linear_each([self], x, [key], parts=True)
+            return Unsummed(stream, y)
         return quant.matmul_each(x, [self.weight.get_value()], residual=Residual(stream, multiplier))[0]
 
     def stacked(self) -> Linear:
@@ -310,9 +312,12 @@ class Linear(Adapted):
         return merged.astype(dtype)
 
 
-def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: list) -> list[Float[Array, "*batch _"]]:
+def linear_each(
+    linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: list, parts: bool = False
+) -> list[Float[Array, "*batch _"] | Parts]:
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
-    `quant.matmul_each`, and are normed in it if they are `Unnormed`."""
+    `quant.matmul_each`, and are normed in it if they are `Unnormed`. With `parts`, for those who add them up, results
+    that are products and nothing else may be `Parts`."""
     norm, read = None, cast(Any, x)
     if isinstance(x, Unnormed):
         norm = x.norm.of_products() if x.is_read_by_products(linears) else None
@@ -320,7 +325,10 @@ def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: 
     tokens = math.prod(read.shape[:-1])
     bases: list[Any] = [None] * len(linears)
     if all(linear.has_base_product(tokens) for linear in linears):
-        bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm)
+        parts = parts and norm is None and all(linear.is_product(tokens) and linear.bias is None for linear in linears)
+        bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=parts)
+        if parts:
+            return bases
     return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
 
 
@@ -446,7 +454,10 @@ class Norm(Weighted):
         return self.after(x, None)[1]
 
     def after(
-        self, x: Float[Array, "*batch features"], y: Float[Array, "*batch features"] | None, multiplier: float = 1.0
+        self,
+        x: Float[Array, "*batch features"],
+        y: Float[Array, "*batch features"] | Parts | None,
+        multiplier: float = 1.0,
     ) -> tuple[Float[Array, "*batch features"], Float[Array, "*batch features"]]:
         """(x + multiplier * y, the norm of that), where y is None (x, its norm). Few tokens take one launch for it."""
         if self._is_rms_norm:
@@ -464,9 +475,9 @@ class Norm(Weighted):
         return x, out.astype(x.dtype)
 
 
-def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"], multiplier: float) -> Float[Array, "*shape"]:
+def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"] | Parts, multiplier: float) -> Float[Array, "*shape"]:
     """The residual stream x with one more part, as checkpointing policies know it."""
-    return checkpoint_name(x + multiplier * y, "residual")
+    return checkpoint_name(x + multiplier * summed(y), "residual")
 
 
 def rms_normed(x: Float[Array, "*batch features"], eps: float) -> Float[Array, "*batch features"]:
@@ -527,7 +538,7 @@ class Identity(nnx.Module):
 
 class Unsummed(NamedTuple):
     """The residual stream x + multiplier * y, [B, T, D] each, where a layer leaves the sum to the norm that reads it
-    next: few tokens get both in one launch."""
+    next: few tokens get both in one launch. y may be `Parts`."""
 
     x: Any
     y: Any

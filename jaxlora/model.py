@@ -186,6 +186,14 @@ class DecoderLayer(nnx.Module):
             return False
         return not (self.is_plain and self.mlp.down_proj.adds_residual(x))
 
+    def left(self, x):
+        """What it then leaves to be added to x, `Unsummed.y`, as `jax.ShapeDtypeStruct`s; weights may be such, too."""
+        if not self.is_plain:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        down = self.mlp.down_proj
+        inner = jax.ShapeDtypeStruct((*x.shape[:-1], down.in_features), x.dtype)
+        return jax.eval_shape(lambda down, x, h: down.onto(x, h, self.multiplier).y, down, x, inner)
+
     def __call__(self, x, context: Context, key=None, cache=None, per_layer_input=None):
         """x [B, T, D] -> [B, T, D], either perhaps `Unsummed`. `cache` is (keys, values, convolutions, states, layer),
         and the first four are returned; then an `Aside`. per_layer_input: this layer's [B, T, P], where the model has
@@ -289,22 +297,26 @@ class Run(nnx.Module):
                 return len(leaf.leading) == 1
             return isinstance(leaf, quant.StackedArray)
 
-        if context.one_token:
-            x = self._as_left(x, context)
         period = self.period if cache is None else read_by_index(self.period, jax.tree.leaves(x)[0])
         leaves, structure = jax.tree.flatten(period, is_leaf=is_stack)
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
+
+        def at(index, slices):
+            return structure.unflatten(
+                [leaf.at(index) if is_stack(leaf) else part for leaf, part in zip(leaves, slices, strict=True)]
+            )
 
         def body(carry, layer):
             x, cache, counter = carry
             slices, index, key, inputs = layer
             index = index if counter is None else counter
-            period = structure.unflatten(
-                [leaf.at(index) if is_stack(leaf) else part for leaf, part in zip(leaves, slices, strict=True)]
-            )
+            period = at(index, slices)
             x, cache, aside = self.once(period, x, context, index, key, cache, inputs)
             return (x, cache, None if counter is None else counter + 1), aside
 
+        if context.one_token:
+            first = jax.eval_shape(lambda leaves: jax.tree.map(lambda leaf: leaf[0], leaves), sliced)
+            x = _as_left(x, at(jnp.int32(0), first)[-1], context)
         # With a cache the index is carried, which XLA makes the loop's own counter: one out of `layers` is copied at
         # each step for the kernels that read it. Without a cache a carry may be kept of each layer.
         counter = None if cache is None else jnp.int32(0)
@@ -317,13 +329,6 @@ class Run(nnx.Module):
         room = None if context.host_bytes is None else context.host_bytes * self.depth
         (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy, room, unroll=unroll)
         return x, cache, self.whole(aside)
-
-    def _as_left(self, x, context: Context):
-        """The residual stream, `Unsummed` or not as the last layer leaves it, so that a scan can carry it."""
-        stream = x.x if isinstance(x, Unsummed) else x
-        if self.period[-1].leaves_sum(stream, context):
-            return x if isinstance(x, Unsummed) else Unsummed(x, jnp.zeros_like(x))
-        return added(*x, self.period[-1].multiplier) if isinstance(x, Unsummed) else x
 
     def whole(self, each: Aside) -> Aside:
         """What all repeats give, of what each gave, stacked. A layer that stores keys and values has no like, and so
@@ -355,6 +360,18 @@ class Run(nnx.Module):
                 context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
             loads.append(aside.load)
         return x, cache, Aside(_total_load(loads), stored)
+
+
+def _as_left(x, last: DecoderLayer, context: Context):
+    """The residual stream, `Unsummed` or not as the last layer leaves it, so that a scan can carry it."""
+    stream = x.x if isinstance(x, Unsummed) else x
+    leaves_sum = last.leaves_sum(stream, context)
+    left = last.left(stream) if leaves_sum else None
+    if isinstance(x, Unsummed):
+        if leaves_sum and jax.eval_shape(lambda: x.y) == left:
+            return x
+        x = added(*x, last.multiplier)
+    return Unsummed(x, jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), left)) if leaves_sum else x
 
 
 def _total_load(loads: list[RouterLoad | None]) -> RouterLoad | None:

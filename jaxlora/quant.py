@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from jaxlora.config import QuantScheme
 from jaxlora.kernels import api, nf4_matmul, nf4_matmul_tiles, reference
 from jaxlora.kernels.lora import lora_delta, lora_gradients
+from jaxlora.kernels.parts import Parts, cotangent
 from jaxlora.kernels.reference import DenseFields, InputNorm, NF4Fields, Residual
 
 Implementation = Literal["triton", "reference"] | None
@@ -343,9 +344,9 @@ def matmul(
             return _matmul_merged(x, w, *adapter)
         return matmul(x, w) + lora_delta(x, *adapter)
     if isinstance(w, QuantizedArray):
-        return _matmul_quantized(x, (w,))[0]
+        return _matmul_quantized(False, x, (w,))[0]
     if isinstance(w, StackedArray):
-        return _matmul_stacked(x, (w,))[0]
+        return _matmul_stacked(False, x, (w,))[0]
     return _contract(x, w.astype(x.dtype), 1)
 
 
@@ -365,19 +366,21 @@ def matmul_each(
     norm: InputNorm | None = None,
     act: str | None = None,
     residual: Residual | None = None,
-) -> list[Float[Array, "*batch _"]]:
+    parts: bool = False,
+) -> list[Float[Array, "*batch _"] | Parts]:
     """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks.
 
     Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
-    * up, and adds one result to a residual stream. See `reference.matmul_nf4`.
+    * up, and adds one result to a residual stream. See `reference.matmul_nf4`. With `parts`, for those who add them up,
+    products alone may be `Parts`.
     """
     if norm is not None or act is not None or residual is not None:
         return _matmul_around(act, x, tuple(weights), norm, residual)
     is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul_tiles.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
-        return _matmul_quantized(x, tuple(weights))
+        return _matmul_quantized(parts, x, tuple(weights))
     if all(isinstance(w, StackedArray) for w in weights):
-        return _matmul_stacked(x, tuple(weights))
+        return _matmul_stacked(parts, x, tuple(weights))
     return [matmul(x, w) for w in weights]
 
 
@@ -434,33 +437,39 @@ def _matmul_around_backward(act, saved, dys):
 _matmul_around.defvjp(lambda act, *args: (_matmul_around(act, *args), args), _matmul_around_backward)
 
 
-def _matmul_stacked(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch _"]]:
+def _matmul_stacked(
+    parts: bool, x: Float[Array, "*batch in"], weights: tuple
+) -> list[Float[Array, "*batch _"] | Parts]:
     """x times each of some dense weights of stacks; three of them at most in one launch."""
     fields = [DenseFields(w.stack, w.index) for w in weights]
-    return [y.reshape(*x.shape[:-1], -1) for y in api.matmul_dense(x.reshape(-1, x.shape[-1]), fields)]
+    ys = api.matmul_dense(x.reshape(-1, x.shape[-1]), fields, parts=parts)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
-@jax.custom_vjp
-def _matmul_quantized(x: Float[Array, "*batch in"], weights: tuple) -> list[Float[Array, "*batch _"]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul_quantized(
+    parts: bool, x: Float[Array, "*batch in"], weights: tuple
+) -> list[Float[Array, "*batch _"] | Parts]:
     rows = x.reshape(-1, x.shape[-1])
     if all(w.scheme == "nf4" for w in weights):
         fields = [*map(_fields, weights)]
         name = "triton" if rows.shape[0] <= nf4_matmul.MOST_TOKENS else "triton_tiles"
         try:
-            ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], implementation=name)
+            ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], parts=parts, implementation=name)
             return [y.reshape(*x.shape[:-1], -1) for y in ys]
         except NotImplementedError:  # more tokens than it is for, no GPU, float32: as for any scheme
             pass
     return [_contract(x, dequantize(w, x.dtype), 1) for w in weights]
 
 
-def _matmul_forward(x, weights):
-    return _matmul_quantized(x, weights), weights
+def _matmul_forward(parts, x, weights):
+    return _matmul_quantized(parts, x, weights), weights
 
 
-def _matmul_backward(weights, dys):
-    parts = [_contract(dy, dequantize(w, dy.dtype), 0) for w, dy in zip(weights, dys, strict=True)]
-    return sum(parts[1:], parts[0]), None  # None: a zero for every field of the weights
+def _matmul_backward(parts, weights, dys):
+    each = zip(weights, map(cotangent, dys), strict=True)
+    terms = [_contract(dy, dequantize(w, dy.dtype), 0) for w, dy in each]
+    return sum(terms[1:], terms[0]), None  # None: a zero for every field of the weights
 
 
 _matmul_quantized.defvjp(_matmul_forward, _matmul_backward)

@@ -28,6 +28,7 @@ from jaxlora.kernels import (
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
+from jaxlora.kernels.parts import Parts
 
 
 def dispatch(op: str, implementations: Mapping[str, Callable], implementation: str | None, *args, **kwargs) -> Any:
@@ -85,6 +86,15 @@ def on_gpu(function: Callable) -> Callable:
     return implementation
 
 
+def undivided(product: Callable) -> Callable:
+    """A product that never leaves parts, asked for them or not."""
+
+    def implementation(*args, parts: bool = False, **kwargs):
+        return product(*args, **kwargs)
+
+    return implementation
+
+
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
     "merge_nf4": {
@@ -93,7 +103,7 @@ _OPS: dict[str, dict[str, Callable]] = {
         "reference": reference.merge_nf4,
     },
     "matmul_nf4": {
-        "triton": on_gpu(nf4_matmul.matmul_nf4),
+        "triton": on_gpu(undivided(nf4_matmul.matmul_nf4)),
         "triton_tiles": on_gpu(nf4_matmul_tiles.matmul_nf4),
         "reference": reference.matmul_nf4,
     },
@@ -163,16 +173,22 @@ def matmul_nf4(
     norm: reference.InputNorm | None = None,
     act: str | None = None,
     residual: reference.Residual | None = None,
+    parts: bool = False,
     implementation: Literal["triton", "triton_tiles", "reference"] | None = None,
-) -> list[Float[Array, "m _"]]:
+) -> list[Float[Array, "m _"] | Parts]:
     """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks, and what stands around the products:
     a norm of x before, act(gate) * up and a residual stream after. See `reference.matmul_nf4`.
 
     Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`, "triton_tiles" `nf4_matmul_tiles.MOST_TOKENS`,
-    and the products alone.
+    and the products alone. With `parts` those whose k it divides are `Parts`.
     """
-    options = dict(shapes=shapes, norm=norm, act=act, residual=residual)
-    return dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options)
+    options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts)
+    return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)
+
+
+def _in_parts(ys: list, dtype: Any) -> list:
+    """Products [M, out], or float32 [P, M, out] of which the parts are to be added up, as what says so."""
+    return [Parts(y, dtype) if y.ndim == 3 else y for y in ys]
 
 
 def adds_residual(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]]) -> bool:
@@ -188,18 +204,20 @@ def matmul_dense(
     x: Float[Array, "m d_in"],
     weights: Sequence[reference.DenseFields],
     *,
+    parts: bool = False,
     implementation: Literal["triton", "reference"] | None = None,
-) -> list[Float[Array, "m _"]]:
+) -> list[Float[Array, "m _"] | Parts]:
     """x [M, in] times each of some dense weights [out, in], perhaps ones of stacks. See `reference.matmul_dense`.
 
-    Made for few tokens: "triton" takes at most `dense_matmul.MOST_TOKENS`.
+    Made for few tokens: "triton" takes at most `dense_matmul.MOST_TOKENS`. With `parts` products whose k it divides are
+    `Parts`.
     """
-    return dispatch("matmul_dense", _OPS["matmul_dense"], implementation, x, weights)
+    return _in_parts(dispatch("matmul_dense", _OPS["matmul_dense"], implementation, x, weights, parts=parts), x.dtype)
 
 
 def residual_norm(
     x: Float[Array, "*batch d"],
-    y: Float[Array, "*batch d"] | None,
+    y: Float[Array, "*batch d"] | Parts | None,
     weight: Float[Array, "..."],
     index: Int[Array, ""] | None = None,
     *,
@@ -293,9 +311,9 @@ def attention(
 
 
 def decode_attention(
-    q: Float[Array, "b n h"],
-    k: Float[Array, "b kv h"],
-    v: Float[Array, "b kv h"],
+    q: Float[Array, "b n h"] | Parts,
+    k: Float[Array, "b kv h"] | Parts,
+    v: Float[Array, "b kv h"] | Parts,
     keys: Float[Array, "layers b s kv h"],
     values: Float[Array, "layers b s kv h"],
     layer: Int[Array, ""],

@@ -8,10 +8,11 @@ read, once, for all g query heads of a key head; no layer of the cache is copied
 written; and the cache is updated in place. A row and key head is the work of one program, or of `split` programs that
 divide the places and leave float32 parts, which XLA puts together: softmax over places is a sum with weights
 exp(max - largest max). The new key and value never come from memory: the first program has them in registers and is the
-only one to touch their place, so that no program waits for another.
+only one to touch their place, so that no program waits for another. q, k and v may be products that are not added up
+yet (`parts.Parts`): a program adds up what it reads of them, and rounds the sums before it turns them.
 
-Layout: q [B, N, H]; k, v [B, K, H]; keys, values [layers, B, S, K, H]; cos, sin float32 [B, pairs];
-segments [B, S], of which a place is seen whose id is that of the token's own place; offset int32 [] or [B].
+Layout: q [B, N, H]; k, v [B, K, H], or parts [P, B, ...] of each; keys, values [layers, B, S, K, H]; cos, sin float32
+[B, pairs]; segments [B, S], of which a place is seen whose id is that of the token's own place; offset int32 [] or [B].
 """
 
 import functools
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlora.kernels.attention import attention_reference
+from jaxlora.kernels.parts import Parts, summed
 from jaxlora.kernels.reference import apply_rope
 
 PLACES = 64  # of a tile
@@ -63,9 +65,9 @@ def rows_and_places(offset: Int[Array, " b"], tokens: int) -> tuple[Int[Array, "
 
 
 def decode_attention_reference(
-    q: Float[Array, "b n h"],
-    k: Float[Array, "b kv h"],
-    v: Float[Array, "b kv h"],
+    q: Float[Array, "b n h"] | Parts,
+    k: Float[Array, "b kv h"] | Parts,
+    v: Float[Array, "b kv h"] | Parts,
     keys: Float[Array, "layers b s kv h"],
     values: Float[Array, "layers b s kv h"],
     layer: Int[Array, ""],
@@ -81,8 +83,8 @@ def decode_attention_reference(
     segments: Int[Array, "b s"],
 ) -> Attended:
     """`apply_rope`, `write_cache` and `attention_reference` for one token a row: the result, and the stacks with the
-    token in them. Keys and values of another dtype are cast to q's."""
-    q, k, v = (each[:, None] for each in (q, k, v))
+    token in them. Keys and values of another dtype are cast to q's. Parts of q, k and v are added up first."""
+    q, k, v = (summed(each)[:, None] for each in (q, k, v))
     if rotary is not None:
         q, k = (apply_rope(each, *(part[:, None] for part in rotary), interleaved=interleaved) for each in (q, k))
     keys, values = write_cache(keys, k, layer, offset), write_cache(values, v, layer, offset)
@@ -103,10 +105,31 @@ def _kernel():
     import triton.language as tl
 
     @triton.jit
-    def turned(head, column, inside, cos, sin, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-        """The numbers of a head or some, turned by their row's position."""
-        x = tl.load(head + column, mask=inside, other=0.0)
-        if PAIRS > 0:
+    def asked(place, inside, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+        """Numbers of q, k or v, or those of each of their parts."""
+        each = (tl.load(place, mask=inside, other=0.0),)
+        for i in tl.static_range(1, PARTS):
+            each = each + (tl.load(place + i * STRIDE, mask=inside, other=0.0),)
+        return each
+
+    @triton.jit
+    def added(each, dtype: tl.constexpr):
+        """Their sum, rounded once, the first part first."""
+        x = each[0]
+        for i in tl.static_range(1, len(each)):
+            x += each[i]
+        return x.to(dtype)
+
+    @triton.jit
+    def asked_of_head(
+        head, column, inside, cos, sin,
+        PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+    ):  # fmt: skip
+        """What `turned` takes: the numbers of a head or some, those that they are turned with, cosines and sines."""
+        x = asked(head + column, inside, PARTS, STRIDE)
+        if PAIRS == 0:
+            return x, x, 1.0, 0.0
+        else:
             if INTERLEAVED:
                 pair, partner, is_first = column // 2, column ^ 1, column % 2 == 0
             else:
@@ -114,10 +137,17 @@ def _kernel():
                 pair = tl.where(is_first, column, column - PAIRS)
                 partner = tl.where(is_first, column + PAIRS, column - PAIRS)
             is_turned = column < 2 * PAIRS
-            other = tl.load(head + partner, mask=inside & is_turned, other=0.0).to(tl.float32)
+            other = asked(head + partner, inside & is_turned, PARTS, STRIDE)
             cosine = tl.load(cos + pair, mask=is_turned, other=1.0)
             sine = tl.load(sin + pair, mask=is_turned, other=0.0)
-            x = (x.to(tl.float32) * cosine + other * tl.where(is_first, -sine, sine)).to(x.dtype)
+            return x, other, cosine, tl.where(is_first, -sine, sine)
+
+    @triton.jit
+    def turned(x, other, cosine, sine, dtype: tl.constexpr, PAIRS: tl.constexpr):
+        """The numbers of a head or some, turned by their row's position."""
+        x = added(x, dtype)
+        if PAIRS > 0:
+            x = (x.to(tl.float32) * cosine + added(other, dtype).to(tl.float32) * sine).to(dtype)
         return x
 
     @triton.jit
@@ -132,8 +162,8 @@ def _kernel():
 
     @triton.jit
     def decode_attention(
-        q,  # [B, N, H]
-        k,  # [B, K, H]
+        q,  # [B, N, H], or float32 [PARTS, B, N, H]
+        k,  # [B, K, H], or parts
         v,
         keys,  # [layers, B, S, K, H]
         values,
@@ -158,6 +188,7 @@ def _kernel():
         SCALE: tl.constexpr,  # times log2(e)
         SOFTCAP: tl.constexpr,  # 0 for none
         WINDOW: tl.constexpr,  # 0 for none
+        PARTS: tl.constexpr,  # of q, k and v; 0 where they are added up already
         SPLIT: tl.constexpr,
         TILE: tl.constexpr,
         ROWS: tl.constexpr,  # query heads of a key head, and at least what a product wants
@@ -179,9 +210,21 @@ def _kernel():
         to_store = is_head[:, None] & is_column[None, :]
         cos += b * PAIRS
         sin += b * PAIRS
-        query = turned(q + heads[:, None] * H, column[None, :], to_store, cos, sin, PAIRS, INTERLEAVED)
-        own_key = turned(k + (b * K + head) * H, column, is_column, cos, sin, PAIRS, INTERLEAVED)
-        own_value = tl.load(v + (b * K + head) * H + column, mask=is_column, other=0.0)
+        # All are asked for before one is used.
+        dtype: tl.constexpr = keys.dtype.element_ty
+        of_queries: tl.constexpr = B * N * H
+        of_keys: tl.constexpr = B * K * H
+        from_query, from_key = q + heads[:, None] * H, k + (b * K + head) * H
+        x, other, cosine, sine = asked_of_head(
+            from_query, column[None, :], to_store, cos, sin, PAIRS, INTERLEAVED, PARTS, of_queries
+        )
+        key_x, key_other, key_cosine, key_sine = asked_of_head(
+            from_key, column, is_column, cos, sin, PAIRS, INTERLEAVED, PARTS, of_keys
+        )
+        value_x = asked(v + (b * K + head) * H + column, is_column, PARTS, of_keys)
+        query = turned(x, other, cosine, sine, dtype, PAIRS)
+        own_key = turned(key_x, key_other, key_cosine, key_sine, dtype, PAIRS)
+        own_value = added(value_x, dtype)
 
         # The token itself, which is the first program's. A place beyond the last is neither written nor seen.
         is_own = (part == 0) & (here < S)
@@ -244,9 +287,9 @@ def split_of(rows: int, places: int) -> int:
 
 
 def decode_attention(
-    q: Float[Array, "b n h"],
-    k: Float[Array, "b kv h"],
-    v: Float[Array, "b kv h"],
+    q: Float[Array, "b n h"] | Parts,
+    k: Float[Array, "b kv h"] | Parts,
+    v: Float[Array, "b kv h"] | Parts,
     keys: Float[Array, "layers b s kv h"],
     values: Float[Array, "layers b s kv h"],
     layer: Int[Array, ""],
@@ -280,6 +323,9 @@ def decode_attention(
     except ImportError as error:
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
+    if len({each.count if isinstance(each, Parts) else 0 for each in (q, k, v)}) > 1:
+        q, k, v = (summed(each) for each in (q, k, v))
+    parts = q.count if isinstance(q, Parts) else 0
     (batch, heads, _), (_, _, places, kv, _) = q.shape, keys.shape
     split, pairs = split_of(batch * kv, places), 0 if rotary is None else rotary[0].shape[-1]
     part = jax.ShapeDtypeStruct((split, batch, heads), jnp.float32)
@@ -293,14 +339,17 @@ def decode_attention(
         grid=(batch * kv, split),
         num_warps=4,
         num_stages=3,
-        **constants(q.shape, keys.shape, jnp.ndim(offset) == 0, pairs, interleaved, scale, softcap, window, split),
+        **constants(
+            q.shape, keys.shape, jnp.ndim(offset) == 0, pairs, interleaved, scale, softcap, window, split, parts
+        ),
     )
 
     @jax.custom_batching.sequential_vmap
     def run(q, k, v, keys, values, layer, cos, sin, offset, segments):
         out, largest, total, keys, values = call(q, k, v, keys, values, layer, cos, sin, offset, segments)
-        return out[0] if split == 1 else _together(out, largest, total).astype(q.dtype), keys, values
+        return out[0] if split == 1 else _together(out, largest, total).astype(keys.dtype), keys, values
 
+    q, k, v = (each.parts if isinstance(each, Parts) else each for each in (q, k, v))
     cos, sin = (q, q) if rotary is None else rotary
     return run(q, k, v, keys, values, layer, cos, sin, jnp.asarray(offset, jnp.int32), segments)
 
@@ -315,7 +364,7 @@ def _together(out: Array, largest: Array, total: Array) -> Array:
     return whole / jnp.where(weight > 0, weight, 1.0)
 
 
-def constants(q_shape, cache_shape, one_offset, pairs, interleaved, scale, softcap, window, split) -> dict:
+def constants(q_shape, cache_shape, one_offset, pairs, interleaved, scale, softcap, window, split, parts=0) -> dict:
     """The kernel's compile-time arguments."""
     (batch, heads, width), (_, _, places, kv, _) = q_shape, cache_shape
     at_least_16 = lambda n: max(16, 1 << (n - 1).bit_length())
@@ -323,5 +372,5 @@ def constants(q_shape, cache_shape, one_offset, pairs, interleaved, scale, softc
     return dict(
         B=batch, N=heads, S=places, K=kv, H=width, ONE_OFFSET=one_offset, PAIRS=pairs, INTERLEAVED=interleaved,
         SCALE=scale * 1.4426950408889634, SOFTCAP=softcap or 0.0, WINDOW=window or 0, SPLIT=split, TILE=tile,
-        ROWS=at_least_16(heads // kv), WIDTH=at_least_16(width),
+        PARTS=parts, ROWS=at_least_16(heads // kv), WIDTH=at_least_16(width),
     )  # fmt: skip

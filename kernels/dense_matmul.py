@@ -18,10 +18,10 @@ some steps' tiles of the weight and of x are in shared memory, or on their way t
 The trade. A copy of 2.95 TB/s with a latency of a microsecond wants 23 KB on their way to each of 132 SMs, and more as
 memory becomes busy: 64 KB is aimed at. Every program reads all of x again, out of L2, and M tokens are M / rows of the
 weight's bytes: 64 tokens want 64 rows at least, or L2 is busier than memory. Where that leaves too few programs,
-`split` of them share a tile and divide k. Each writes its part of the sum in float32, and XLA adds up the parts, always
-in one order: one more launch for each weight, and 4 * split * M / in of the weight's bytes more. Programs that run at
-once share the memory's speed, so it does not matter that some SMs have one more, as long as none waits for another to
-end.
+`split` of them share a tile and divide k. Each writes its part of the sum in float32. What reads the result next adds
+the parts up, where it can (`parts`); else XLA does, which is one more launch for each weight. They are 4 * split * M /
+in of the weight's bytes more. Programs that run at once share the memory's speed, so it does not matter that some SMs
+have one more, as long as none waits for another to end.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ import jax.numpy as jnp
 
 from jaxlora.kernels import reference
 from jaxlora.kernels.grouped_triton import ROOMY
+from jaxlora.kernels.parts import Parts, cotangent
 from jaxlora.kernels.reference import DenseFields
 
 MOST_TOKENS = 64
@@ -216,11 +217,13 @@ def _kernel():
     return dense_matmul
 
 
-def matmul_dense(x: jax.Array, weights: Sequence[DenseFields], *, config: Config | None = None) -> list[jax.Array]:
+def matmul_dense(
+    x: jax.Array, weights: Sequence[DenseFields], *, parts: bool = False, config: Config | None = None
+) -> list[jax.Array]:
     """`reference.matmul_dense` as a Triton kernel: the same arguments and, but for the order of sums, the same results.
 
     Up to three weights are multiplied in one launch. Under `jax.vmap` over x alone tokens are multiplied together; the
-    gradients are the reference's.
+    gradients are the reference's. With `parts` products whose k is split are float32 [split, M, out].
 
     Raises:
       NotImplementedError: jax-triton is not installed; x and the weights are not all bfloat16 or all float16; x has
@@ -279,7 +282,7 @@ def matmul_dense(x: jax.Array, weights: Sequence[DenseFields], *, config: Config
         some = [(w, jnp.int32(0) if index is None else index) for w, index in weights]
         some += [some[0]] * (MOST_WEIGHTS - len(some))
         outs = call(x, *(field for fields in some for field in fields))[: len(rows)]
-        return [jnp.sum(out, axis=0).astype(x.dtype) for out in outs] if is_split else outs
+        return outs if not is_split or parts else [Parts(out, x.dtype).sum() for out in outs]
 
     @run.def_vmap
     def _(axis_size, in_batched, x, weights):
@@ -291,6 +294,8 @@ def matmul_dense(x: jax.Array, weights: Sequence[DenseFields], *, config: Config
             together = x.reshape(-1, columns)
             product = matmul_dense if len(together) <= MOST_TOKENS else reference.matmul_dense
             ys = [y.reshape(axis_size, tokens, -1) for y in product(together, weights)]
+        if is_split and parts:  # of which one is all of it
+            ys = [jnp.pad(y.astype(dtype)[:, None], ((0, 0), (0, config.split - 1), (0, 0), (0, 0))) for y in ys]
         return ys, [True] * len(ys)
 
     @jax.custom_vjp
@@ -305,6 +310,8 @@ def matmul_dense(x: jax.Array, weights: Sequence[DenseFields], *, config: Config
             return reference.matmul_dense(x, [DenseFields(*pair) for pair in zip(stacks, indices, strict=True)])
 
         _, pullback = jax.vjp(product, x, [w for w, _ in weights])
+        if is_split and parts:
+            cotangents = [cotangent(Parts(dy, x.dtype)) for dy in cotangents]
         dx, stacks = pullback(cotangents)
         return dx, [DenseFields(dw, None) for dw in stacks]
 

@@ -22,8 +22,8 @@ The stream. x's next block is on its way, by asynchronous copies into a second b
 are the codes of the next block, in registers that were just looked up. Neither is far enough ahead for the device's
 memory, but enough for L2: there each warp asks for the lines of its codes some steps of 4 blocks before.
 
-Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32, and XLA adds them
-up. No atomics: a result never varies.
+Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32. What reads the
+result next adds them up, where it can (`parts`), and else XLA. No atomics: a result never varies.
 """
 
 import functools
@@ -38,6 +38,7 @@ import numpy as np
 from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS, SMS
+from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
 MOST_TOKENS = 64
@@ -476,11 +477,13 @@ def matmul_nf4(
     norm: InputNorm | None = None,
     act: str | None = None,
     residual: Residual | None = None,
+    parts: bool = False,
     config: Config | None = None,
 ) -> list[jax.Array]:
     """`reference.matmul_nf4` as a Triton kernel: the same arguments; the results are nearer to the exact ones.
 
-    Up to three weights are multiplied in one launch. It may be vmapped (which loops) and is not differentiable.
+    Up to three weights are multiplied in one launch. It may be vmapped (which loops) and is not differentiable. With
+    `parts` products whose k is split are float32 [split, M, out].
 
     Raises:
       NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows; or there is a norm, an
@@ -519,10 +522,7 @@ def matmul_nf4(
     def run(x, weights):
         constants = jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
         ys = call(x, *constants, *(field for fields in weights for field in fields))[: len(rows)]
-        if split == 1:
-            return ys
-        # Sums written out are loops, which XLA joins for several weights; a reduction is a kernel of its own for each.
-        return [functools.reduce(jnp.add, [y[i] for i in range(split)]).astype(x.dtype) for y in ys]
+        return ys if split == 1 or parts else [Parts(y, x.dtype).sum() for y in ys]
 
     some = [nf4_matmul.filled(*fields) for fields in weights]
     return run(x, [*some, *(some[0] for _ in padding)])

@@ -368,6 +368,7 @@ def matmul_nf4(
     norm: InputNorm | None = None,
     act: str | None = None,
     residual: Residual | None = None,
+    parts: bool = False,
 ) -> list[Float[Array, "m _"]]:
     """x W^T for each of some NF4 weights: in x's dtype, the weights too, with sums in float32.
 
@@ -377,6 +378,8 @@ def matmul_nf4(
       norm: of x, before it is multiplied; None for none.
       act: a key of `gated.ACTIVATIONS`: the result is one, act(x W0^T) * x W1^T, for two weights; None for none.
       residual: what the result, of one weight or with `act`, is added to; None for nothing.
+      parts: whether a product may be float32 [P, M, out], parts that are to be added up (`parts.Parts`), which a kernel
+        leaves that divides k. There are none here.
     """
     if norm is not None:
         _, x = residual_norm_reference(x, None, norm.weight, norm.index, eps=norm.eps, offset=norm.offset)
@@ -394,12 +397,15 @@ def _matmul_nf4(x: Array, weights: Sequence[NF4Fields], shapes: Sequence[tuple[i
     return [lax.dot_general(x, weight, (((1,), (1,)), ((), ()))) for weight in dense]
 
 
-def matmul_dense(x: Float[Array, "m d_in"], weights: Sequence[DenseFields]) -> list[Float[Array, "m _"]]:
+def matmul_dense(
+    x: Float[Array, "m d_in"], weights: Sequence[DenseFields], *, parts: bool = False
+) -> list[Float[Array, "m _"]]:
     """x W^T for each of some dense weights: in x's dtype, the weights too, with sums in float32.
 
     Args:
       x: float32, bfloat16 or float16.
       weights: each with its index, None for a single matrix.
+      parts: as in `matmul_nf4`.
     """
 
     def times(weight, index):

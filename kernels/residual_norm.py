@@ -7,7 +7,11 @@
 holds it in registers. A stack of gains is read by index. What XLA does in two or three kernels is little work, so that
 for few tokens launching them is what it costs.
 
-Layout: x, y [..., D]; weight [D], or [layers, D] with an index.
+y may be a product that is not added up yet (`parts.Parts`): the program adds up its row of the parts first. For 64
+tokens of 4096 features, 8 parts are 8 MB out of L2, 128 KB a program, which an SM reads in some 2000 cycles if some 40
+KB are on their way. ptxas asks for 5 parts before it adds, which with 1024 threads is 80 KB.
+
+Layout: x, y [..., D], or parts [P, ..., D] of y; weight [D], or [layers, D] with an index.
 """
 
 import functools
@@ -20,13 +24,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlora.kernels.parts import Parts, summed
+
 MOST_TOKENS = 64
 MOST_FEATURES = 16384
 
 
 def residual_norm_reference(
     x: Float[Array, "*batch d"],
-    y: Float[Array, "*batch d"] | None,
+    y: Float[Array, "*batch d"] | Parts | None,
     weight: Float[Array, "..."],
     index: Int[Array, ""] | None,
     *,
@@ -38,13 +44,13 @@ def residual_norm_reference(
 
     Args:
       x: the residual stream.
-      y: what is added to it; None for nothing.
+      y: what is added to it, perhaps still in parts; None for nothing.
       weight: of a shape that broadcasts with x; of a stack of such if `index` is given.
       eps: added to the mean square.
       offset: the gain is offset + weight, in float32; with 0 it is the weight, in x's dtype.
       multiplier: of y.
     """
-    total = x if y is None else checkpoint_name(x + multiplier * y, "residual")
+    total = x if y is None else checkpoint_name(x + multiplier * summed(y), "residual")
     wide = total.astype(jnp.float32)
     if index is not None:
         weight = jax.lax.dynamic_index_in_dim(weight, index, keepdims=False)
@@ -64,16 +70,18 @@ def _kernel():
     @triton.jit
     def residual_norm(
         x,  # [M, D]
-        y,  # [M, D]; unread without HAS_PART
+        y,  # [M, D], or float32 [PARTS, M, D]; unread without HAS_PART
         weight,  # [D], or [layers, D]
         index,  # int32 []; unread without STACKED
         total,  # [M, D]; unwritten without HAS_PART
         out,  # [M, D]
+        M: tl.constexpr,  # 0 without PARTS
         D: tl.constexpr,
         EPS: tl.constexpr,
         OFFSET: tl.constexpr,
         MULTIPLIER: tl.constexpr,
         HAS_PART: tl.constexpr,
+        PARTS: tl.constexpr,  # 0 where y is added up already
         STACKED: tl.constexpr,
         BLOCK: tl.constexpr,  # D, up to a power of two
     ):
@@ -85,8 +93,11 @@ def _kernel():
         gain = tl.load(weight + column, mask=inside, other=0.0)
         narrow = tl.load(x + at, mask=inside, other=0.0)
         if HAS_PART:
-            part = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) * MULTIPLIER
-            narrow = (narrow.to(tl.float32) + part).to(narrow.dtype)
+            part = tl.load(y + at, mask=inside, other=0.0)
+            for i in tl.static_range(1, PARTS):
+                part += tl.load(y + i * (M * D) + at, mask=inside, other=0.0)
+            part = part.to(narrow.dtype).to(tl.float32)
+            narrow = (narrow.to(tl.float32) + part * MULTIPLIER).to(narrow.dtype)
             tl.store(total + at, narrow, mask=inside)
         wide = narrow.to(tl.float32)
         normed = wide * tl.rsqrt(tl.sum(wide * wide) / D + EPS)
@@ -101,7 +112,7 @@ def _kernel():
 
 def residual_norm(
     x: Float[Array, "*batch d"],
-    y: Float[Array, "*batch d"] | None,
+    y: Float[Array, "*batch d"] | Parts | None,
     weight: Float[Array, "..."],
     index: Int[Array, ""] | None,
     *,
@@ -134,17 +145,19 @@ def residual_norm(
 
     options = dict(eps=eps, offset=offset, multiplier=multiplier)
     shapes = (1,) if y is None else x.shape, x.shape
+    parts = (y.count, tokens) if isinstance(y, Parts) else (0, 0)
     call = functools.partial(
         jax_triton.triton_call,
         kernel=_kernel(),
         out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes],
         grid=(tokens,),
-        **constants(features, x.dtype, y is not None, index is not None, **options),
+        **constants(features, x.dtype, y is not None, index is not None, **options, parts=parts),
     )
 
     @jax.custom_batching.sequential_vmap
     def run(x, y, weight, index):
-        total, out = call(x, x if y is None else y, weight, jnp.int32(0) if index is None else index)
+        added = y.parts if isinstance(y, Parts) else x if y is None else y
+        total, out = call(x, added, weight, jnp.int32(0) if index is None else index)
         return x if y is None else total, out
 
     @jax.custom_vjp
@@ -160,10 +173,12 @@ def residual_norm(
     return differentiable(x, y, weight, index)
 
 
-def constants(features, dtype, has_part, stacked, eps, offset, multiplier) -> dict:
-    """The kernel's compile-time arguments."""
+def constants(features, dtype, has_part, stacked, eps, offset, multiplier, parts=(0, 0)) -> dict:
+    """The kernel's compile-time arguments; parts: how many there are of y, each of so many tokens."""
     block = 1 << (features - 1).bit_length()
+    count, tokens = parts
+    num_warps = min(max(block // (128 if count else 256), 1), 32 if count else 16)
     return dict(
-        D=features, EPS=eps, OFFSET=offset, MULTIPLIER=float(np.asarray(multiplier, dtype)), HAS_PART=has_part,
-        STACKED=stacked, BLOCK=block, num_warps=min(max(block // 256, 1), 16),
+        M=tokens, D=features, EPS=eps, OFFSET=offset, MULTIPLIER=float(np.asarray(multiplier, dtype)),
+        HAS_PART=has_part, PARTS=count, STACKED=stacked, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
