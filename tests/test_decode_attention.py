@@ -10,6 +10,7 @@ import pytest
 
 from jaxlora.kernels import api, decode_attention
 from jaxlora.kernels.attention import attention_reference
+from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import apply_rope
 
 LAYERS, LAYER = 3, 1
@@ -148,6 +149,52 @@ def test_triton_equals_attention(key, options, batch, heads, kv, dim, places, of
         assert error < limit, (dtype, error)
         check_cache(arrays[3], keys, new_keys, offset, tolerance=float(jnp.finfo(dtype).eps))
         check_cache(arrays[4], values, arrays[2], offset)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 5, 8])
+@pytest.mark.parametrize(
+    "batch, heads, kv, dim, places, offset, pairs, interleaved",
+    [
+        (64, 32, 8, 128, 256, 190, 64, False),
+        (9, 9, 3, 64, 256, [255, 40, 3, 3, 3, 7, 200, 0, 256], 32, False),
+        (10, 8, 8, 80, 300, 299, 10, True),
+        (12, 8, 4, 48, 100, 60, 0, False),
+        (9, 8, 2, 64, 4096, 4000, 16, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_triton_adds_up_parts(key, dtype, batch, heads, kv, dim, places, offset, pairs, interleaved, count):
+    *_, keys, values, layer = operands(key, batch, heads, kv, dim, places, dtype)
+    keys_of = jax.random.split(jax.random.key(7), 3)
+    shapes = [(count, batch, n, dim) for n in (heads, kv, kv)]
+    parts = [Parts(jax.random.normal(k, shape), jnp.dtype(dtype)) for k, shape in zip(keys_of, shapes, strict=True)]
+    sums = [jnp.asarray(functools.reduce(np.add, np.asarray(each.parts)).astype(dtype)) for each in parts]
+    turns = dict(rotary=rotary_of(batch, pairs) if pairs else None, interleaved=interleaved)
+    is_past = jnp.arange(places) <= jnp.broadcast_to(jnp.asarray(offset), (batch,))[:, None]
+    options = dict(scale=dim**-0.5, offset=jnp.asarray(offset), segments=is_past.astype(jnp.int32), **turns)
+    run = functools.partial(api.decode_attention, **options)
+    assert api.implementations_in(run, *parts, keys, values, layer) == {"decode_attention.triton"}
+    got = jax.jit(run)(*parts, keys, values, layer)
+    for ours, theirs in zip(got, jax.jit(run)(*sums, keys, values, layer), strict=True):
+        np.testing.assert_array_equal(ours, theirs)  # one order of the sums, rounded before they are turned
+    wanted = jax.jit(functools.partial(run, implementation="reference"))(*sums, keys, values, layer)[0]
+    is_inside = np.broadcast_to(np.asarray(offset), (batch,)) < places
+    wanted, out = (np.asarray(x, np.float32)[is_inside] for x in (wanted, got[0]))
+    limit = {jnp.bfloat16: 1e-2, jnp.float16: 2e-3}[dtype]
+    assert np.linalg.norm(out - wanted) < limit * np.linalg.norm(wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", [(0,), (1, 2)])
+def test_parts_of_some_are_added_up_before(key, which):
+    q, k, v, keys, values, layer = operands(key, 9, 8, 2, 64, 128, jnp.bfloat16)
+    options = dict(scale=0.1, offset=jnp.int32(100), segments=segments_of(9, 128))
+    run = jax.jit(functools.partial(api.decode_attention, implementation="triton", **options))
+    halves = lambda x: Parts(jnp.stack([0.5 * x.astype(jnp.float32)] * 2), x.dtype)
+    mixed = [halves(x) if i in which else x for i, x in enumerate((q, k, v))]
+    for ours, theirs in zip(run(*mixed, keys, values, layer), run(q, k, v, keys, values, layer), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.gpu

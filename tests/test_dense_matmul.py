@@ -14,6 +14,7 @@ from jaxlora.config import LoraConfig, ModelConfig, RopeConfig
 from jaxlora.generate import generate
 from jaxlora.kernels import api, dense_matmul
 from jaxlora.kernels.dense_matmul import Config
+from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import DenseFields
 from jaxlora.model import CausalLM
 from jaxlora.quant import LowRank, StackedArray
@@ -260,6 +261,27 @@ def test_tokens_that_are_vmapped_meet_one_weight(key, batch, has_kernel):
     assert program.count("triton_kernel_call") == has_kernel and "while" not in program
     for y, x in zip(run(xs), xs, strict=True):
         assert relative_error(y, x, fields) < LIMITS[jnp.bfloat16]
+
+
+@pytest.mark.gpu
+def test_parts_are_what_is_added_up(key):
+    x, weights = operands(key, 16, (256,), 4096, jnp.bfloat16)
+    config = Config(rows=128, inner=64, split=4)
+    run = lambda x, **options: dense_matmul.matmul_dense(x, weights, config=config, **options)[0]
+    y = run(x, parts=True)
+    assert y.shape == (4, 16, 256) and y.dtype == jnp.float32
+    np.testing.assert_array_equal(Parts(y, x.dtype).sum(), run(x))
+    [y] = api.matmul_dense(jnp.tile(x, (4, 1)), weights, parts=True)  # divided by its own lights
+    assert isinstance(y, Parts) and y.shape == (64, 256)
+    assert relative_error(y.sum()[:16], x, weights[0]) < LIMITS[jnp.bfloat16]
+
+    loss = lambda y: jnp.sum(jnp.sin(y.astype(jnp.float32)))
+    gradient = jax.grad(lambda x: loss(Parts(run(x, parts=True), x.dtype).sum()))(x)
+    np.testing.assert_array_equal(gradient, jax.grad(lambda x: loss(run(x)))(x))
+    together = jax.vmap(lambda x: run(x, parts=True))(x.reshape(2, 8, -1))
+    assert together.shape == (2, 4, 8, 256)
+    for y, some in zip(together, x.reshape(2, 8, -1), strict=True):
+        assert relative_error(Parts(y, x.dtype).sum(), some, weights[0]) < LIMITS[jnp.bfloat16]
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The product of up to 64 tokens with an NF4 weight: its layout on the CPU, its values on a GPU."""
 
+import functools
 import re
 
 import jax
@@ -12,6 +13,7 @@ from test_nf4_matmul import LIMITS, fields_of, operands, relative_error
 from jaxlora import quant
 from jaxlora.kernels import api, nf4_matmul_tiles
 from jaxlora.kernels.nf4_matmul_tiles import Config
+from jaxlora.kernels.parts import Parts, summed
 
 DTYPES = [jnp.bfloat16, jnp.float16]
 
@@ -175,6 +177,21 @@ def test_weights_that_read_the_same_meet_in_one_launch(key, rows):
     assert run.lower(x, weights).as_text().count("triton_kernel_call") == 1
     for y, q in zip(run(x, weights), weights, strict=True):
         assert relative_error(y, x, q) < LIMITS[jnp.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [((1024, 256, 256), 1024), ((100,), 4864), ((14336, 14336), 512)])
+def test_parts_are_what_is_added_up(key, dtype, rows, columns):
+    x, _ = operands(key, 64, (16, columns), dtype)
+    weights = [operands(jax.random.fold_in(key, n), 1, (n, columns), dtype, is_stacked=True)[1] for n in rows]
+    run = functools.partial(api.matmul_nf4, shapes=[(n, columns) for n in rows])
+    run = functools.partial(run, implementation="triton_tiles")
+    fields = [fields_of(q) for q in weights]
+    is_split = nf4_matmul_tiles.heuristics(rows, columns).split > 1
+    for y, whole in zip(run(x, fields, parts=True), run(x, fields), strict=True):
+        assert isinstance(y, Parts) == is_split and y.shape == whole.shape and y.dtype == whole.dtype == dtype
+        np.testing.assert_array_equal(summed(y), whole)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlora.kernels import api, residual_norm
+from jaxlora.kernels.parts import Parts
 
 OPTIONS = [{}, {"offset": 1.0}, {"multiplier": 0.22}, {"offset": 1.0, "multiplier": 0.5}]
 
@@ -70,6 +71,24 @@ def test_triton_equals_the_reference(key, dtype, limit, tokens, features, option
         multiplier = float(np.asarray(options.get("multiplier", 1.0), dtype))
         exact = np.asarray(x, np.float64) + (0.0 if part is None else multiplier * np.asarray(part, np.float64))
         np.testing.assert_allclose(np.asarray(total, np.float64), exact, rtol=0.5001 * jnp.finfo(dtype).eps, atol=1e-6)
+        exact = wanted(total, 0 * x, weights[2], eps=1e-5, offset=options.get("offset", 0.0))[1]
+        assert out.dtype == dtype and relative(out, exact) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 5, 8])
+@pytest.mark.parametrize("tokens, features", [(64, 4096), (9, 576), (3, 80), (64, 5120), (10, 16384)])
+@pytest.mark.parametrize("dtype, limit", [(jnp.bfloat16, 4e-3), (jnp.float16, 5e-4)])
+def test_triton_adds_up_parts(key, dtype, limit, tokens, features, count):
+    x, _, weights = operands(key, tokens, features, dtype)
+    parts = Parts(jax.random.normal(key, (count, tokens, features)), jnp.dtype(dtype))
+    y = functools.reduce(np.add, np.asarray(parts.parts)).astype(dtype)
+    for options in OPTIONS:
+        run = functools.partial(api.residual_norm, eps=1e-5, **options)
+        assert api.implementations_in(run, x, parts, weights, jnp.int32(2)) == {"residual_norm.triton"}
+        total, out = jax.jit(run)(x, parts, weights, jnp.int32(2))
+        summed, _ = jax.jit(run)(x, jnp.asarray(y), weights, jnp.int32(2))
+        np.testing.assert_array_equal(total, summed)  # one order of the sum, rounded where a product is
         exact = wanted(total, 0 * x, weights[2], eps=1e-5, offset=options.get("offset", 0.0))[1]
         assert out.dtype == dtype and relative(out, exact) < limit
 
