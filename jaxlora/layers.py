@@ -312,9 +312,7 @@ class Linear(Adapted):
         return merged.astype(dtype)
 
 
-def linear_each(
-    linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: list, parts: bool = False
-) -> list[Float[Array, "*batch _"] | Parts]:
+def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: list, parts: bool = False) -> list[Any]:
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
     `quant.matmul_each`, and are normed in it if they are `Unnormed`. With `parts`, for those who add them up, results
     that are products and nothing else may be `Parts`."""

@@ -192,7 +192,7 @@ class DecoderLayer(nnx.Module):
             return jax.ShapeDtypeStruct(x.shape, x.dtype)
         down = self.mlp.down_proj
         inner = jax.ShapeDtypeStruct((*x.shape[:-1], down.in_features), x.dtype)
-        return jax.eval_shape(lambda down, x, h: down.onto(x, h, self.multiplier).y, down, x, inner)
+        return cast(Any, jax.eval_shape(lambda down, *args: down.onto(*args, self.multiplier), down, x, inner)).y
 
     def __call__(self, x, context: Context, key=None, cache=None, per_layer_input=None):
         """x [B, T, D] -> [B, T, D], either perhaps `Unsummed`. `cache` is (keys, values, convolutions, states, layer),
@@ -368,9 +368,10 @@ def _as_left(x, last: DecoderLayer, context: Context):
     leaves_sum = last.leaves_sum(stream, context)
     left = last.left(stream) if leaves_sum else None
     if isinstance(x, Unsummed):
-        if leaves_sum and jax.eval_shape(lambda: x.y) == left:
+        stream, part = x
+        if leaves_sum and jax.eval_shape(lambda: part) == left:
             return x
-        x = added(*x, last.multiplier)
+        x = added(stream, part, last.multiplier)
     return Unsummed(x, jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), left)) if leaves_sum else x
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jaxlora.config import QuantScheme
 from jaxlora.kernels import api, nf4_matmul, nf4_matmul_tiles, reference
 from jaxlora.kernels.lora import lora_delta, lora_gradients
-from jaxlora.kernels.parts import Parts, cotangent
+from jaxlora.kernels.parts import cotangent
 from jaxlora.kernels.reference import DenseFields, InputNorm, NF4Fields, Residual
 
 Implementation = Literal["triton", "reference"] | None
@@ -344,7 +344,7 @@ def matmul(
             return _matmul_merged(x, w, *adapter)
         return matmul(x, w) + lora_delta(x, *adapter)
     if isinstance(w, QuantizedArray):
-        return _matmul_quantized(False, x, (w,))[0]
+        return cast(list, _matmul_quantized(False, x, (w,)))[0]
     if isinstance(w, StackedArray):
         return _matmul_stacked(False, x, (w,))[0]
     return _contract(x, w.astype(x.dtype), 1)
@@ -367,7 +367,7 @@ def matmul_each(
     act: str | None = None,
     residual: Residual | None = None,
     parts: bool = False,
-) -> list[Float[Array, "*batch _"] | Parts]:
+) -> list[Any]:
     """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks.
 
     Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
@@ -378,7 +378,7 @@ def matmul_each(
         return _matmul_around(act, x, tuple(weights), norm, residual)
     is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul_tiles.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
-        return _matmul_quantized(parts, x, tuple(weights))
+        return cast(list, _matmul_quantized(parts, x, tuple(weights)))
     if all(isinstance(w, StackedArray) for w in weights):
         return _matmul_stacked(parts, x, tuple(weights))
     return [matmul(x, w) for w in weights]
@@ -437,9 +437,7 @@ def _matmul_around_backward(act, saved, dys):
 _matmul_around.defvjp(lambda act, *args: (_matmul_around(act, *args), args), _matmul_around_backward)
 
 
-def _matmul_stacked(
-    parts: bool, x: Float[Array, "*batch in"], weights: tuple
-) -> list[Float[Array, "*batch _"] | Parts]:
+def _matmul_stacked(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -> list[Any]:
     """x times each of some dense weights of stacks; three of them at most in one launch."""
     fields = [DenseFields(w.stack, w.index) for w in weights]
     ys = api.matmul_dense(x.reshape(-1, x.shape[-1]), fields, parts=parts)
@@ -447,9 +445,7 @@ def _matmul_stacked(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul_quantized(
-    parts: bool, x: Float[Array, "*batch in"], weights: tuple
-) -> list[Float[Array, "*batch _"] | Parts]:
+def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -> list[Any]:
     rows = x.reshape(-1, x.shape[-1])
     if all(w.scheme == "nf4" for w in weights):
         fields = [*map(_fields, weights)]

@@ -175,7 +175,7 @@ def matmul_nf4(
     residual: reference.Residual | None = None,
     parts: bool = False,
     implementation: Literal["triton", "triton_tiles", "reference"] | None = None,
-) -> list[Float[Array, "m _"] | Parts]:
+) -> list[Any]:
     """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks, and what stands around the products:
     a norm of x before, act(gate) * up and a residual stream after. See `reference.matmul_nf4`.
 
@@ -206,7 +206,7 @@ def matmul_dense(
     *,
     parts: bool = False,
     implementation: Literal["triton", "reference"] | None = None,
-) -> list[Float[Array, "m _"] | Parts]:
+) -> list[Any]:
     """x [M, in] times each of some dense weights [out, in], perhaps ones of stacks. See `reference.matmul_dense`.
 
     Made for few tokens: "triton" takes at most `dense_matmul.MOST_TOKENS`. With `parts` products whose k it divides are
