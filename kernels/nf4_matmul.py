@@ -174,11 +174,14 @@ def matmul_nf4(
     check(x, weights, shapes, MOST_TOKENS)
     import jax_triton
 
+    kept = config.num_warps * config.depth * tokens * 4 * reference.NF4_BLOCK  # of x by all warps in a turn
+    fits = shared_bytes(config.num_warps, tokens, kept) <= MOST_SHARED
+    is_staged = norm is None and tokens <= MOST_TOKENS_OF_FOUR_COLUMNS and fits
     padding = [0] * (MOST_WEIGHTS - len(rows))
     outputs = [*rows, *padding] if act is None else [rows[0], 0, 0]
     call = functools.partial(
         jax_triton.triton_call,
-        kernel=kernel(x.dtype, config.num_warps, tokens, 0 if norm is None else x.size),
+        kernel=kernel(x.dtype, config.num_warps, tokens, x.size if norm is not None else kept if is_staged else 0),
         out_shape=[jax.ShapeDtypeStruct((tokens, max(n, 1)), x.dtype) for n in outputs],
         grid=(min(config.programs, tiles if act is None else -(-rows[0] // 8)),),
         num_warps=config.num_warps,
@@ -192,6 +195,7 @@ def matmul_nf4(
         DEPTH=config.depth,
         PROGRAMS=config.programs,
         SPREAD=tokens <= MOST_TOKENS_OF_FOUR_COLUMNS,
+        STAGED=is_staged,
         **around(x.dtype, norm, act, residual),
     )
 
