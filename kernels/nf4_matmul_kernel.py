@@ -567,22 +567,21 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, kept: int = 0):
             rows = asked_rows(x, thread, M, COLUMNS, THREADS)
         # Before the first codes are asked for: the assembler waits for all that it has loaded at once.
         table = filled_table(nf4, dynamic_map, thread, THREADS)
+        if STAGED:
+            keep(x, table, 0, warp, lane, M, COLUMNS, WARPS, DEPTH)
         if NORM:
             if GAIN_STACKED:
                 gain += tl.load(gain_index).to(tl.int64) * COLUMNS
             copy_gain(gain.to(tl.pointer_type(tl.uint32)), table, thread, COLUMNS, THREADS)
             put_squares(rows, table, thread, M, (COLUMNS // 8 + THREADS - 1) // THREADS, WARPS)
-        table = barrier(table)
+            table = barrier(table)
         policy = tl.inline_asm_elementwise(policy_assembly, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
         start = tl.program_id(0)
         following = asked(
             start, 0, weights, group, t, warp,
             policy, TILES, WEIGHTS, BLOCKS, WARPS, DEPTH, NESTED, SPREAD, GATED,
         )  # fmt: skip
-        if NORM:
-            table = keep_normed(rows, table, thread, M, COLUMNS, WARPS, EPS, OFFSET)
-        if STAGED:
-            keep(x, table, 0, warp, lane, M, COLUMNS, WARPS, DEPTH)
+        table = keep_normed(rows, table, thread, M, COLUMNS, WARPS, EPS, OFFSET) if NORM else barrier(table)
         place = table + lane * 4
         zero = tl.zeros((THREADS,), tl.float32)
         for tile in range(start, TILES, PROGRAMS):
