@@ -178,19 +178,21 @@ def _decode(
         return (new < max_new_tokens) & ~jnp.all(finished)
 
     def step(state):
-        cache, tokens, token, position, finished, new = state
+        cache, tokens, token, finished, new = state
         new = new + unfinished(state).astype(jnp.int32)
-        hidden, cache = model.hidden_states(token[:, None], position[:, None], cache=cache)
+        # Told from the cache's length, and not counted beside it: on a GPU a sum of its own is a launch.
+        positions = position + (cache.length - start)
+        hidden, cache = model.hidden_states(token[:, None], positions[:, None], cache=cache)
         assert cache is not None
         token, finished = choose(model.head(hidden[:, 0]), cache.length - start, finished)
-        return cache, write(tokens, token, cache.length), token, position + 1, finished, new
+        return cache, write(tokens, token, cache.length), token, finished, new
 
     def steps(state):
         return jax.lax.fori_loop(0, at_once, lambda _, state: step(state), state)
 
     token, finished = choose(logits, jnp.int32(0), jnp.zeros(rows.shape, bool))
     tokens = write(jnp.zeros_like(cache.segment_ids), token, start)
-    state = (cache, tokens, token, position, finished, jnp.int32(1))
+    state = (cache, tokens, token, finished, jnp.int32(1))
     cache, tokens, *_, new = jax.lax.while_loop(unfinished, step if at_once == 1 else steps, state)
     return tokens, new, cache
 

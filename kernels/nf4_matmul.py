@@ -27,6 +27,11 @@ as many as an SM holds at once: each fills its table once and takes every n-th t
 step of the next tile before it adds up this one. The warps of a program share its rows and divide k. No atomics: a
 result never varies.
 
+x. Of one token (two where there is room) each warp copies what it multiplies by in a step, 512 bytes a token, into
+shared memory when it asks for the codes. Lanes that read it from global memory between their products waited for it
+four times a step: down of an 8B took 16.3 us on an H100, and takes 15.0. Programs ask for their first codes before they
+meet at the barrier behind the table.
+
 What stands around a product, in the same launch since one of its own takes 2 us:
 
   * `act`: of two weights of a shape, act(gate) * up. Rows g of a tile are gate's then, and rows g + 8 the same rows of
@@ -87,7 +92,8 @@ def heuristics(tokens: int, tiles: int, columns: int) -> Config:
     By its registers an SM holds two programs of 16 warps with 64 a thread, as one or two tokens take where rows are
     whole steps, or three of 8 warps with 80; of more tokens two of 8 warps. On an H100, at one token, q, k
     and v of an 8B (384 tiles) took 9.5 us with three programs and 10.3 with two, which some SMs must fill twice; o
-    (256) 7.8 and 7.4, gate and up (1792) 28.9 and 27.9, down 17.8 and 17.5.
+    (256) 7.8 and 7.4, gate and up (1792) 28.9 and 27.9, down 17.8 and 17.5; with norm and gate in the launch gate and
+    up took 24.1 and 24.6 (in a whole step not tried), q, k and v 9.3 and 11.3.
     """
     config = Config() if tokens <= MOST_TOKENS_OF_FOUR_COLUMNS else Config(num_warps=8)
     if config.programs < tiles <= 3 * SMS:
@@ -174,11 +180,14 @@ def matmul_nf4(
     check(x, weights, shapes, MOST_TOKENS)
     import jax_triton
 
+    kept = config.num_warps * config.depth * tokens * 4 * reference.NF4_BLOCK  # of x by all warps in a turn
+    fits = shared_bytes(config.num_warps, tokens, kept) <= MOST_SHARED
+    is_staged = norm is None and tokens <= MOST_TOKENS_OF_FOUR_COLUMNS and fits
     padding = [0] * (MOST_WEIGHTS - len(rows))
     outputs = [*rows, *padding] if act is None else [rows[0], 0, 0]
     call = functools.partial(
         jax_triton.triton_call,
-        kernel=kernel(x.dtype, config.num_warps, tokens, 0 if norm is None else x.size),
+        kernel=kernel(x.dtype, config.num_warps, tokens, x.size if norm is not None else kept if is_staged else 0),
         out_shape=[jax.ShapeDtypeStruct((tokens, max(n, 1)), x.dtype) for n in outputs],
         grid=(min(config.programs, tiles if act is None else -(-rows[0] // 8)),),
         num_warps=config.num_warps,
@@ -192,6 +201,7 @@ def matmul_nf4(
         DEPTH=config.depth,
         PROGRAMS=config.programs,
         SPREAD=tokens <= MOST_TOKENS_OF_FOUR_COLUMNS,
+        STAGED=is_staged,
         **around(x.dtype, norm, act, residual),
     )
 

@@ -10,8 +10,8 @@ from jaxlora.kernels.gated import activation_kernel
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS, lookup_assembly
 
 MOST_TOKENS_OF_FOUR_COLUMNS = 2
-# Shared memory, in bytes: the table of pairs, DYNAMIC_MAP behind it, what warps leave for each other, and x if it is
-# normed here.
+# Shared memory, in bytes: the table of pairs, DYNAMIC_MAP behind it, what warps leave for each other, and x: all of it
+# if it is normed here, or what each warp multiplies by in its turn.
 MAP = 256 * 4
 
 
@@ -20,9 +20,9 @@ def _warp_sums(tokens: int) -> int:
     return 32 * (4 if tokens <= MOST_TOKENS_OF_FOUR_COLUMNS else 16)
 
 
-def shared_bytes(num_warps: int, tokens: int, normed: int = 0) -> int:
-    """The shared memory of a program; normed: elements of x, all tokens, that it norms."""
-    return PAIRS + MAP + num_warps * _warp_sums(tokens) + 2 * normed
+def shared_bytes(num_warps: int, tokens: int, kept: int = 0) -> int:
+    """The shared memory of a program; kept: elements of x, all tokens, that are there at once."""
+    return PAIRS + MAP + num_warps * _warp_sums(tokens) + 2 * kept
 
 
 def _kept(tokens: int) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def _put_joined_assembly(tokens: int) -> str:
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
+def kernel(dtype: np.dtype, num_warps: int, tokens: int, kept: int = 0):
     """The Triton function. Built on first use, since the library imports where Triton is not installed."""
     import triton
     import triton.language as tl
@@ -103,7 +103,7 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
     SUMS_AT = tl.constexpr(PAIRS + MAP)
     X_AT = tl.constexpr(shared_bytes(num_warps, tokens))
     table_assembly = tl.constexpr(
-        f"{{ .shared .align 128 .b8 table[{shared_bytes(num_warps, tokens, normed)}];"
+        f"{{ .shared .align 128 .b8 table[{shared_bytes(num_warps, tokens, kept)}];"
         " mov.u32 $0, table; add.u32 $0, $0, $1; }"
     )
     fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
@@ -139,6 +139,8 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
     )
     # Nothing is read from memory across a barrier: else the assembler asks for half of the codes when x is normed.
     copied_assembly = tl.constexpr("bar.warp.sync 0xffffffff; cp.async.wait_all; mov.b32 $0, $1;")
+    # All lanes see what any of a warp has copied, and have read what was there before.
+    copied_by_warp_assembly = tl.constexpr("cp.async.wait_all; bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
     put_joined_assembly = tl.constexpr(_put_joined_assembly(tokens))
     put_joined_operands = tl.constexpr(",".join(["=r", "r", *["f"] * SUMS, "r"]))
     put_assembly = tl.constexpr("bar.sync 0; st.shared.v4.f32 [$1], {$2, $3, $4, $5}; bar.sync 0; mov.b32 $0, $1;")
@@ -327,13 +329,34 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
         )
 
     @triton.jit
-    def operand(x, table, at, is_read, NORM: tl.constexpr):
-        """32 bytes of x from word `at` on as 8 words, or zeros."""
+    def operand(x, table, at, is_read, KEPT: tl.constexpr):
+        """32 bytes of x from word `at` on, of all or of what is kept, as 8 words, or zeros."""
         is_read = is_read.to(tl.int32)
-        if NORM:
+        if KEPT:
             place = table + (X_AT + 4 * at)
             return shared_x(place, is_read) + shared_x(place + 16, is_read)
         return asked_x(x + at, is_read) + asked_x(x + (at + 4), is_read)
+
+    @triton.jit
+    def keep(
+        x, table, turn, warp, lane, M: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr
+    ):
+        """Begin to copy what a warp multiplies by in a turn: of each step and token 512 bytes, 16 a lane."""
+        for i in tl.static_range(DEPTH):
+            vector = 32 * (warp + WARPS * (DEPTH * turn + i)) + lane  # of 8 elements
+            for m in tl.static_range(M):
+                tl.inline_asm_elementwise(
+                    copy_assembly,
+                    "=r,r,l,r",
+                    [
+                        table + (X_AT + 512 * ((warp * DEPTH + i) * M + m) + 16 * lane),
+                        x + (m * (COLUMNS // 2) + 4 * vector),
+                        (vector < COLUMNS // 8).to(tl.int32),
+                    ],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
 
     @triton.jit
     def numbers(word):
@@ -502,6 +525,7 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
         DEPTH: tl.constexpr,  # steps that a warp takes in one turn
         PROGRAMS: tl.constexpr,
         SPREAD: tl.constexpr,  # a token is four columns of a product
+        STAGED: tl.constexpr,  # each warp keeps what it multiplies by in its turn
         NORM: tl.constexpr,  # x is normed first
         EPS: tl.constexpr,
         OFFSET: tl.constexpr,
@@ -543,20 +567,21 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
             rows = asked_rows(x, thread, M, COLUMNS, THREADS)
         # Before the first codes are asked for: the assembler waits for all that it has loaded at once.
         table = filled_table(nf4, dynamic_map, thread, THREADS)
+        if STAGED:
+            keep(x, table, 0, warp, lane, M, COLUMNS, WARPS, DEPTH)
         if NORM:
             if GAIN_STACKED:
                 gain += tl.load(gain_index).to(tl.int64) * COLUMNS
             copy_gain(gain.to(tl.pointer_type(tl.uint32)), table, thread, COLUMNS, THREADS)
             put_squares(rows, table, thread, M, (COLUMNS // 8 + THREADS - 1) // THREADS, WARPS)
-        table = barrier(table)
+            table = barrier(table)
         policy = tl.inline_asm_elementwise(policy_assembly, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
         start = tl.program_id(0)
         following = asked(
             start, 0, weights, group, t, warp,
             policy, TILES, WEIGHTS, BLOCKS, WARPS, DEPTH, NESTED, SPREAD, GATED,
         )  # fmt: skip
-        if NORM:
-            table = keep_normed(rows, table, thread, M, COLUMNS, WARPS, EPS, OFFSET)
+        table = keep_normed(rows, table, thread, M, COLUMNS, WARPS, EPS, OFFSET) if NORM else barrier(table)
         place = table + lane * 4
         zero = tl.zeros((THREADS,), tl.float32)
         for tile in range(start, TILES, PROGRAMS):
@@ -564,7 +589,17 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
             total = zero, zero
             if M > 1:
                 total = total + total
+            befores = ()
+            if HAS_RESIDUAL:
+                for i in tl.static_range((OF_WARP + THREADS - 1) // THREADS):
+                    number = (i * THREADS + thread) % OF_WARP
+                    m, n, is_own = owned(number, thread, row, lower_row, above[5], M, SPREAD, GATED)
+                    befores = befores + (tl.load(residual + (m * ROWS0 + n), mask=is_own, other=0.0),)
             for turn in range(TURNS):
+                if STAGED:
+                    table = tl.inline_asm_elementwise(
+                        copied_by_warp_assembly, "=r,r", [table], dtype=tl.int32, is_pure=False, pack=1
+                    )
                 for depth in tl.static_range(DEPTH):
                     upper, lower, upper_statistics, lower_statistics = following[depth]
                     first = 4 * (warp + WARPS * (DEPTH * turn + depth))
@@ -575,9 +610,11 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
                         if SPREAD:  # column g is token g % 2 in block g / 2
                             block = first + group // 2
                             is_read = (group // 2 == i // 2 * 2 + t // 2) & (group % 2 < M) & (block < BLOCKS)
-                            at = block * 32 + (t % 2 * 16 + i % 2 * 8)
-                            if M > 1:
-                                at += group % 2 * (COLUMNS // 2)
+                            at = t % 2 * 16 + i % 2 * 8
+                            if STAGED:
+                                at += 128 * ((warp * DEPTH + depth) * M + group % 2) + group // 2 * 32
+                            else:
+                                at += group % 2 * (COLUMNS // 2) + block * 32
                             scales = upper_scale, lower_scale
                         else:
                             block = first + i
@@ -585,19 +622,15 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, normed: int = 0):
                             at = group * (COLUMNS // 2) + block * 32 + t * 8
                             lane_i = tl.full((THREADS,), i, tl.int32)
                             scales = from_lane(upper_scale, lane_i), from_lane(lower_scale, lane_i)
-                        b = operand(x, table, at, is_read, NORM)
+                        b = operand(x, table, at, is_read, NORM or STAGED)
                         total = product(upper_elements, lower_elements, b, *scales, total)
                 is_last = turn == TURNS - 1
+                if STAGED and TURNS > 1:
+                    keep(x, table, tl.where(is_last, 0, turn + 1), warp, lane, M, COLUMNS, WARPS, DEPTH)
                 following = asked(
                     tl.where(is_last, tile + PROGRAMS, tile), tl.where(is_last, 0, turn + 1), weights, group, t, warp,
                     policy, TILES, WEIGHTS, BLOCKS, WARPS, DEPTH, NESTED, SPREAD, GATED,
                 )  # fmt: skip
-            befores = ()
-            if HAS_RESIDUAL:  # asked for before the barriers, over which the assembler moves no load
-                for i in tl.static_range((OF_WARP + THREADS - 1) // THREADS):
-                    number = (i * THREADS + thread) % OF_WARP
-                    m, n, is_own = owned(number, thread, row, lower_row, above[5], M, SPREAD, GATED)
-                    befores = befores + (tl.load(residual + (m * ROWS0 + n), mask=is_own, other=0.0),)
             if SPREAD:
                 tl.inline_asm_elementwise(
                     put_joined_assembly,
