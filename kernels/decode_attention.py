@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlora.kernels.attention import attention_reference
+from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.parts import Parts, summed
 from jaxlora.kernels.reference import apply_rope
 
 PLACES = 64  # of a tile
-SMS = 132  # of an H100
 WHOLE = 512  # places up to which they are not divided, since putting parts together is one more kernel
 
 Rotary = tuple[Float[Array, "b pairs"], Float[Array, "b pairs"]]

@@ -35,12 +35,12 @@ import jax.numpy as jnp
 
 from jaxlora.kernels import reference
 from jaxlora.kernels.grouped_triton import ROOMY
+from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.parts import Parts, cotangent
 from jaxlora.kernels.reference import DenseFields
 
 MOST_TOKENS = 64
 MOST_WEIGHTS = 3
-SMS = 132  # of an H100; elsewhere some have a program more to do than others
 SHARED = 225 << 10  # bytes of an SM of an H100
 MOST_STAGES = 6
 MOST_PARTS = 8

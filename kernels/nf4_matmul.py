@@ -55,12 +55,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels import nf4_lookup, reference
+from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_matmul_kernel import MOST_TOKENS_OF_FOUR_COLUMNS, kernel, shared_bytes
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
 MOST_TOKENS = 8  # more are `nf4_matmul_tiles`', since here every 16 rows read all of x again
 MOST_WEIGHTS = 3
-SMS = 132  # of an H100; elsewhere some have a program more to do than others
 MOST_SHARED = 48 << 10  # bytes of shared memory that need no asking for
 
 
@@ -102,6 +102,13 @@ def heuristics(tokens: int, tiles: int, columns: int) -> Config:
     while num_warps > steps:
         num_warps //= 2
     return dataclasses.replace(config, num_warps=num_warps)
+
+
+def staged(tokens: int, config: Config) -> int:
+    """Elements of x, all tokens, that the warps of a program copy for a step together; 0 where they do not."""
+    kept = config.num_warps * config.depth * tokens * 4 * reference.NF4_BLOCK
+    fits = shared_bytes(config.num_warps, tokens, kept) <= MOST_SHARED
+    return kept if tokens <= MOST_TOKENS_OF_FOUR_COLUMNS and fits else 0
 
 
 def check(x: Any, weights: Sequence[NF4Fields], shapes: Sequence[tuple[int, int]], most_tokens: int) -> None:
@@ -180,14 +187,12 @@ def matmul_nf4(
     check(x, weights, shapes, MOST_TOKENS)
     import jax_triton
 
-    kept = config.num_warps * config.depth * tokens * 4 * reference.NF4_BLOCK  # of x by all warps in a turn
-    fits = shared_bytes(config.num_warps, tokens, kept) <= MOST_SHARED
-    is_staged = norm is None and tokens <= MOST_TOKENS_OF_FOUR_COLUMNS and fits
+    kept = x.size if norm is not None else staged(tokens, config)
     padding = [0] * (MOST_WEIGHTS - len(rows))
     outputs = [*rows, *padding] if act is None else [rows[0], 0, 0]
     call = functools.partial(
         jax_triton.triton_call,
-        kernel=kernel(x.dtype, config.num_warps, tokens, x.size if norm is not None else kept if is_staged else 0),
+        kernel=kernel(x.dtype, config.num_warps, tokens, kept),
         out_shape=[jax.ShapeDtypeStruct((tokens, max(n, 1)), x.dtype) for n in outputs],
         grid=(min(config.programs, tiles if act is None else -(-rows[0] // 8)),),
         num_warps=config.num_warps,
@@ -201,7 +206,7 @@ def matmul_nf4(
         DEPTH=config.depth,
         PROGRAMS=config.programs,
         SPREAD=tokens <= MOST_TOKENS_OF_FOUR_COLUMNS,
-        STAGED=is_staged,
+        STAGED=norm is None and kept > 0,
         **around(x.dtype, norm, act, residual),
     )
 

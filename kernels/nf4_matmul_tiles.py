@@ -36,8 +36,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
+from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
-from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS, SMS
+from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 

@@ -41,9 +41,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels import reference
+from jaxlora.kernels.h100 import SMS
 
 MOST_RANKS = 32
-SMS = 132  # of an H100
 MAP_AT = 128  # where DYNAMIC_MAP is in shared memory, behind NF4
 
 

@@ -122,6 +122,15 @@ def test_the_shared_memory_needs_no_asking_for(num_warps, tokens, normed):
     assert shared_bytes(num_warps, tokens, normed) <= nf4_matmul.MOST_SHARED
 
 
+@pytest.mark.parametrize(
+    "tokens, num_warps, depth, kept",
+    [(1, 16, 1, 4096), (1, 8, 2, 4096), (2, 8, 1, 4096), (1, 16, 2, 0), (2, 16, 1, 0), (3, 8, 1, 0)],
+)
+def test_x_is_staged_where_there_is_room(tokens, num_warps, depth, kept):
+    """16,384 bytes are too many beside the table of 16 warps, and three tokens fill columns of their own."""
+    assert nf4_matmul.staged(tokens, nf4_matmul.Config(num_warps=num_warps, depth=depth)) == kept
+
+
 # --- what stands around a product ---
 
 
