@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
+from jaxlora.kernels.gated import activation_kernel
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS, SMS
-from jaxlora.kernels.reference import NF4Fields
+from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
 MOST_TOKENS = 64
 ROWS_OF_WARP = 16
@@ -42,11 +43,16 @@ class Config:
       num_warps: warps of a program, each with 16 rows of its tile: 4, 8 or 16: whole warpgroups.
       split: programs among which k is divided.
       ahead: steps, of 256 elements of k, that codes are fetched into L2 before they are read; 0 for not at all.
+      permutes: whether x is permuted while it is copied, by words of 4 bytes; else by a launch before.
+      rounds: whether scales are rounded to x's dtype before elements are multiplied by them, which makes the error 2.5e-3
+        in bfloat16, where it is 1.9e-3.
     """
 
     num_warps: int = 16
     split: int = 1
     ahead: int = 2
+    permutes: bool = True
+    rounds: bool = False
 
     def __post_init__(self):
         if self.num_warps not in (4, 8, 16):
@@ -57,7 +63,7 @@ class Config:
             raise ValueError(f"ahead must be 0 or more, not {self.ahead}")
 
 
-def heuristics(tokens: int, rows: Sequence[int], columns: int) -> Config:
+def heuristics(tokens: int, rows: Sequence[int], columns: int, is_gated: bool = False) -> Config:
     """The configuration for weights of so many rows each: the split with which the last SM is done first.
 
     An SM holds 16 warps with up to 128 registers: two programs of 8, which wait for x each on its own. More than 32
@@ -74,7 +80,7 @@ def heuristics(tokens: int, rows: Sequence[int], columns: int) -> Config:
         adding = 0 if split == 1 else 1 + split * sum(rows) / 24000
         return -(-tiles * split // slots) * (-(-steps // split) + 1) + adding
 
-    return Config(num_warps=num_warps, split=min(range(1, min(steps, 16) + 1), key=cost))
+    return Config(num_warps=num_warps, split=1 if is_gated else min(range(1, min(steps, 16) + 1), key=cost))
 
 
 def tiles_of(rows: Sequence[int], num_warps: int) -> int:
@@ -87,54 +93,83 @@ def shared_bytes(tokens: int) -> int:
     return PAIRS + 2 * -(-tokens // 8) * 8 * 128
 
 
-def _products_assembly(dtype: np.dtype, tiles: int) -> str:
-    """PTX for a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens: totals, 4 a tile, two of row g and two
-    of g + 8; the elements of those rows, 8 words each; where the block of x is; 2 scales; the totals so far."""
+def _lookup_lines(dtype: np.dtype, rounds: bool, outputs: int, codes: int, place: int) -> list[str]:
+    """PTX for 32 elements of a lane, 16 of each of its rows: words ${outputs} and on, from the four words of codes
+    ${codes} and on, two a row, and a lane's place in the table. Behind the place are the scales of both rows, each twice
+    in a word, and unless they are rounded what rounding took from them."""
+    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    scales, lines = place + 1, []
+    for i in range(16):
+        lines += [f"dp4a.u32.u32 at, ${codes + i // 4}, {128 << 8 * (i % 4):#x}, ${place};", f"ld.shared.b32 w{i}, [at];"]
+    for i in range(16):
+        output, scale = f"${outputs + i}", scales + i // 8
+        if rounds:
+            lines.append(f"mul.rn.{kind} {output}, w{i}, ${scale};")
+        else:
+            lines += [f"mul.rn.{kind} {output}, w{i}, ${scale + 2};", f"fma.rn.{kind} {output}, w{i}, ${scale}, {output};"]
+    return lines
+
+
+def _lookup_assembly(dtype: np.dtype, rounds: bool) -> str:
+    """PTX for the elements of a block, $0..$15, from 4 words of codes, a place in the table, and the scales."""
+    return "\n".join(["{", ".reg .b32 at, w<16>;", *_lookup_lines(dtype, rounds, 0, 16, 20), "}"])
+
+
+def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
+    """PTX for a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens, and the elements of the next block.
+
+    Results: the totals, 4 a tile, two of row g and two of g + 8; 16 words of the next block. Arguments: the totals so
+    far; the 16 words of this one; where its x is; and what `_lookup_lines` takes for the next one. The tensor cores
+    multiply while the lanes look up, and are waited for before the end, so that nothing outside has to know of them.
+    """
     kind = "bf16" if dtype == jnp.bfloat16 else "f16"
     sums = 4 * tiles
-    x, scales, before = sums + 16, sums + 17, sums + 19
-    d = ", ".join(f"d{i}" for i in range(sums))
+    before = sums + 16
+    words, x = before + sums, before + sums + 16
+    d = ", ".join(f"${i}" for i in range(sums))
     lines = [
-        f".reg .f32 d<{sums}>;",
-        ".reg .b64 x, at;",
-        ".reg .b32 low;",
-        ".reg .pred add;",
+        ".reg .b64 x, at64;",
+        ".reg .b32 low, at, w<16>;",
         # The descriptor: the address, 1024 bytes between groups of 8 tokens, the swizzle of 128 bytes; all in units of
         # 16 bytes. The distance at bit 16 is not used with that swizzle.
         f"bfe.u32 low, ${x}, 4, 14;",
         "cvt.u64.u32 x, low;",
         f"or.b64 x, x, {1 << 62 | 1024 // 16 << 32 | 1 << 16:#x};",
-        *(f"mov.f32 d{i}, 0f00000000;" for i in range(sums)),
+        *(f"mov.f32 ${i}, ${before + i};" for i in range(sums)),
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(4):
-        a = ", ".join(f"${sums + i + 2 * step}" for i in (0, 8, 1, 9))
+        a = ", ".join(f"${words + i + 2 * step}" for i in (0, 8, 1, 9))
         lines += [
-            f"add.u64 at, x, {2 * step};",  # 16 elements are 32 bytes
-            f"setp.ne.b32 add, {int(step > 0)}, 0;",
-            f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, at, add, 1, 1, 0;",
+            f"add.u64 at64, x, {2 * step};",  # 16 elements are 32 bytes
+            f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, at64, 1, 1, 1, 0;",
         ]
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
-    lines += [f"fma.rn.f32 ${i}, d{i}, ${scales + i % 4 // 2}, ${before + i};" for i in range(sums)]
-    return "{\n" + "\n".join(lines) + "\n}"
+    lines += ["wgmma.commit_group.sync.aligned;", *_lookup_lines(dtype, rounds, sums, x + 1, x + 5)]
+    return "\n".join(["{", *lines, "wgmma.wait_group.sync.aligned 0;", "}"])
 
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def _kernel(dtype: np.dtype, tokens: int):
+def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
     """The Triton function. Built on first use, since the library imports where Triton is not installed."""
     import triton
     import triton.language as tl
 
-    lookup_assembly = tl.constexpr(nf4_lookup.lookup_assembly())
-    lookup_operands = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 3))
+    narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
+    activation = activation_kernel()
+    scales = 2 if rounds else 4
+    ROUNDS = tl.constexpr(rounds)
+    lookup_assembly = tl.constexpr(_lookup_assembly(dtype, rounds))
+    lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * (5 + scales)))
     tiles = -(-tokens // 8)
-    products_assembly = tl.constexpr(_products_assembly(dtype, tiles))
-    products_operands = tl.constexpr(",".join(["=&f"] * (4 * tiles) + ["r"] * 17 + ["f"] * (2 + 4 * tiles)))
-    products_dtypes = tl.constexpr((tl.float32,) * (4 * tiles))
+    sums = 4 * tiles
+    products_assembly = tl.constexpr(_products_assembly(dtype, tiles, rounds))
+    products_operands = tl.constexpr(
+        ",".join(["=&f"] * sums + ["=&r"] * 16 + ["f"] * sums + ["r"] * (16 + 1 + 5 + scales))
+    )
+    products_dtypes = tl.constexpr((tl.float32,) * sums + (tl.uint32,) * 16)
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
     X_AT = tl.constexpr(PAIRS)
-    LANE_ROWS = tl.constexpr(ROWS_OF_WARP // 8)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
     table_assembly = tl.constexpr(
         f"{{ .shared .align 1024 .b8 table[{shared_bytes(tokens)}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
@@ -143,8 +178,8 @@ def _kernel(dtype: np.dtype, tokens: int):
     # Codes are read once, and must not drive out of the cache what is read by every program or every layer.
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
     ask_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $4, 0; mov.b32 $0, 0; mov.b32 $1, 0;"
-        " @p ld.global.L2::cache_hint.v2.b32 {$0, $1}, [$2], $3; }"
+        "{ .reg .pred p; setp.ne.b32 p, $6, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
+        " @p ld.global.L2::cache_hint.v4.b32 {$0, $1, $2, $3}, [$4], $5; }"
     )
     prefetch_assembly = tl.constexpr(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }"
@@ -153,7 +188,11 @@ def _kernel(dtype: np.dtype, tokens: int):
     copy_assembly = tl.constexpr(
         "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, $1; }"
     )
+    permute_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p cp.async.ca.shared.global [$1], [$2], 4, $3; mov.b32 $0, $1; }"
+    )
     commit_assembly = tl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
+    filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
     # All warps have the block of x that was copied last, and are done with the one before.
     arrived_assembly = tl.constexpr("cp.async.wait_group 0; fence.proxy.async.shared::cta; bar.sync 0; mov.b32 $0, $1;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
@@ -193,40 +232,53 @@ def _kernel(dtype: np.dtype, tokens: int):
         return codes, absmax, nested_absmax, value, out, ROWS, before
 
     @triton.jit
-    def weight_at(tile, weights, WEIGHTS: tl.constexpr):
-        """(codes, absmax, nested absmax, mean, out, rows) of the weight that a tile is of, and its number in it."""
-        codes, absmax, nested_absmax, mean, out, rows, before = weights[0]
+    def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
+        """The weight (as `one_of_stack`) that rows g of a tile are of, and that of rows g + 8; the tile's first row,
+        and the distance of rows g + 8."""
+        if GATED:
+            return weights[0], weights[1], ROWS // 2 * tile
+        weight = weights[0]
         for i in tl.static_range(1, WEIGHTS):
             is_later = tile >= weights[i][6]
-            codes = tl.where(is_later, weights[i][0], codes)
-            absmax = tl.where(is_later, weights[i][1], absmax)
-            nested_absmax = tl.where(is_later, weights[i][2], nested_absmax)
-            mean = tl.where(is_later, weights[i][3], mean)
-            out = tl.where(is_later, weights[i][4], out)
-            rows = tl.where(is_later, weights[i][5], rows)
-            before = tl.where(is_later, weights[i][6], before)
-        return (codes, absmax, nested_absmax, mean, out, rows), tile - before
+            chosen = ()
+            for j in tl.static_range(7):
+                chosen = chosen + (tl.where(is_later, weights[i][j], weight[j]),)
+            weight = chosen
+        return weight, weight, ROWS * (tile - weight[6])
 
     @triton.jit
-    def copy(x, block, buffer, thread, M: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr):
-        """Begin to copy a block of x, [tokens, 64], with zeros for tokens and blocks that there are not."""
+    def copy(
+        x, block, buffer, thread, M: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr, PERMUTES: tl.constexpr
+    ):
+        """Begin to copy a block of x, [tokens, 64], with zeros for tokens and elements that there are not."""
         TOKENS: tl.constexpr = (M + 7) // 8 * 8
-        from_x = x + tl.minimum(block, BLOCKS - 1) * 32
-        for i in tl.static_range((8 * TOKENS + THREADS - 1) // THREADS):
-            piece = i * THREADS + thread  # of 16 bytes
-            token, place = piece // 8, piece % 8
-            target = buffer + (token * 128 + (place ^ token % 8) * 16)
-            is_written = token < TOKENS
-            if M < TOKENS or 8 * TOKENS % THREADS:
-                is_there = token < M
-                token = tl.minimum(token, M - 1)
+        PIECES: tl.constexpr = 32 if PERMUTES else 8  # of a token: words, or 16 bytes
+        STRIDE: tl.constexpr = THREADS // PIECES  # tokens
+        ROW: tl.constexpr = (BLOCKS if PERMUTES else (BLOCKS + 1) // 2 * 2) * 32  # words
+        first_token, piece = thread // PIECES, thread % PIECES
+        if PERMUTES:
+            is_there = block // 2 * 2 + piece // 16 < BLOCKS
+            x += block // 2 * 64 + block % 2 * 8 + (piece // 8 * 16 + piece % 8)
+            buffer += piece // 8 * 4
+        else:
+            is_there = piece * 0 + block < (BLOCKS + 1) // 2 * 2
+            x += block * 32 + piece * 4
+        is_there = tl.where(is_there, 128 // PIECES, 0)
+        for i in tl.static_range((TOKENS + STRIDE - 1) // STRIDE):
+            token = first_token + i * STRIDE
+            if STRIDE % 8:
+                target = buffer + (token * 128 + (piece % 8 ^ token % 8) * 16)
             else:
-                is_there = token >= 0
-            source = from_x + (token * (BLOCKS * 32) + place * 4)
+                target = buffer + (first_token * 128 + (piece % 8 ^ first_token % 8) * 16) + i * STRIDE * 128
+            size, is_written = is_there, token < TOKENS
+            if M < (i + 1) * STRIDE:
+                size = tl.where(token < M, is_there, 0)
+            # What is not there is not read, whatever its address.
+            source = x + first_token * ROW + i * STRIDE * ROW
             tl.inline_asm_elementwise(
-                copy_assembly,
+                permute_assembly if PERMUTES else copy_assembly,
                 "=r,r,l,r,r",
-                [target, source, tl.where(is_there & (block < BLOCKS), 16, 0), is_written.to(tl.int32)],
+                [target, source, size, is_written.to(tl.int32)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
@@ -234,64 +286,95 @@ def _kernel(dtype: np.dtype, tokens: int):
         tl.inline_asm_elementwise(commit_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
-    def asked_codes(lane_codes, below, block, policy, BLOCKS: tl.constexpr):
-        """Begin to load a lane's 8 bytes of a block of one of its rows; zeros beyond the last one."""
-        return tl.inline_asm_elementwise(
-            ask_assembly,
-            "=&r,=&r,l,l,r",
-            [lane_codes + block * 32 + below * (BLOCKS * 32), policy, tl.where(policy * 0 + block < BLOCKS, 1, 0)],
-            dtype=(tl.uint32,) * 2,
-            is_pure=False,
-            pack=1,
-        )
+    def asked_codes(upper, lower, unit, t, policy, BLOCKS: tl.constexpr):
+        """Begin to load a lane's 16 bytes of two blocks of each of its rows; zeros beyond the last one."""
+        words = ()
+        for i in tl.static_range(2):
+            row = lower if i else upper
+            words = words + (
+                tl.inline_asm_elementwise(
+                    ask_assembly,
+                    "=&r,=&r,=&r,=&r,l,l,r",
+                    [row + unit * 64, policy, (2 * unit + t // 2 < BLOCKS).to(tl.int32)],
+                    dtype=(tl.uint32,) * 4,
+                    is_pure=False,
+                    pack=1,
+                ),
+            )
+        return words
 
     @triton.jit
-    def asked_statistics(absmax, nested_absmax, first, below, block, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
-        """Begin to load absmax, and nested absmax, of a block of each of a lane's rows."""
-        statistics = ()
-        for i in tl.static_range(LANE_ROWS):
-            at = first * BLOCKS + tl.minimum(block, BLOCKS - 1) + below[i] * BLOCKS
-            nested = 0.0
-            if NESTED:
-                nested = tl.load(nested_absmax + (at >> 8))
-            statistics = statistics + ((tl.load(absmax + at), nested),)
-        return statistics
+    def asked_statistics(half, row, block, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
+        """Begin to load absmax, and nested absmax, of a block of a row."""
+        at = row * BLOCKS + tl.minimum(block, BLOCKS - 1)
+        nested = 0.0
+        if NESTED:
+            nested = tl.load(half[2] + (at >> 8))
+        return tl.load(half[1] + at), nested
 
     @triton.jit
-    def scales_of(statistics, block, mean, dynamic_map, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
-        """The scales of a block of each of a lane's rows."""
-        scales = ()
-        for i in tl.static_range(LANE_ROWS):
-            scale, nested = statistics[i]
-            if NESTED:
-                scale = tl.load(dynamic_map + scale.to(tl.int32)) * nested + mean
-            scales = scales + (tl.where(block < BLOCKS, scale, 0.0),)
+    def mapped(statistics, dynamic_map, NESTED: tl.constexpr):
+        value, nested = statistics
+        if NESTED:
+            value = tl.load(dynamic_map + value.to(tl.int32))
+        return value, nested
+
+    @triton.jit
+    def twice(value):
+        return value.to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
+
+    @triton.jit
+    def scale_of(statistics, block, mean, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
+        """The scale of a block of a row over the table's factor, in x's dtype, twice in a word; and what that lacks."""
+        scale = statistics[0]
+        if NESTED:
+            scale = scale * statistics[1] + mean
+        scale = tl.where(block < BLOCKS, scale * unit, 0.0)
+        rounded = scale.to(narrow)
+        return twice(rounded), twice((scale - rounded.to(tl.float32)).to(narrow))
+
+    @triton.jit
+    def from_lane(above, below, lane):
+        """The scales of both rows that a lane of four has, as `elements` takes them."""
+        values, scales = (above[0], below[0], above[1], below[1]), ()
+        for i in tl.static_range(2 if ROUNDS else 4):
+            scale = tl.inline_asm_elementwise(
+                from_lane_assembly, "=r,r,r", [values[i], lane], dtype=tl.uint32, is_pure=True, pack=1
+            )
+            scales = scales + (scale,)
         return scales
 
     @triton.jit
-    def from_lane(value, lane):
-        return tl.inline_asm_elementwise(
-            from_lane_assembly, "=f,f,r", [value, lane], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-    @triton.jit
-    def elements(words, place):
-        """The 16 elements whose codes are in two words, as 8 words."""
-        return tl.inline_asm_elementwise(
-            lookup_assembly,
-            lookup_operands,
-            [words[0], words[1], place],
-            dtype=(tl.uint32,) * 8,
+    def prefetch(row, step, end, t):
+        """Bring a line of a row's codes into L2; each of four lanes asks for a sector, 32 bytes, since one brings one."""
+        tl.inline_asm_elementwise(
+            prefetch_assembly,
+            "=r,l,r",
+            [row + step * 128, (t * 0 + step < end).to(tl.int32)],
+            dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
 
     @triton.jit
-    def products(rows, x, scales, totals):
+    def elements(codes, place, scales):
+        """The elements of a lane's two rows of a block, 16 words."""
+        return tl.inline_asm_elementwise(
+            lookup_assembly,
+            lookup_operands,
+            codes + (place,) + scales,
+            dtype=(tl.uint32,) * 16,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def products(totals, words, x, codes, place, scales):
+        """The totals with a block's products, and the elements of the next block."""
         return tl.inline_asm_elementwise(
             products_assembly,
             products_operands,
-            rows + (x,) + scales + totals,
+            totals + words + (x,) + codes + (place,) + scales,
             dtype=products_dtypes,
             is_pure=False,
             pack=1,
@@ -331,14 +414,17 @@ def _kernel(dtype: np.dtype, tokens: int):
         WARPS: tl.constexpr,
         SPLIT: tl.constexpr,
         AHEAD: tl.constexpr,
+        PERMUTES: tl.constexpr,  # x is as it was given, not permuted
+        ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
     ):
         THREADS: tl.constexpr = 32 * WARPS
-        ROWS: tl.constexpr = 8 * LANE_ROWS * WARPS  # of a tile
+        ROWS: tl.constexpr = 16 * WARPS  # of a tile
         BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
         STEPS: tl.constexpr = (BLOCKS + BLOCKS_OF_STEP - 1) // BLOCKS_OF_STEP
         FIRST: tl.constexpr = (ROWS0 + ROWS - 1) // ROWS  # tiles before those of the second weight
         SECOND: tl.constexpr = FIRST + (ROWS1 + ROWS - 1) // ROWS
-        TILES: tl.constexpr = SECOND + (ROWS2 + ROWS - 1) // ROWS
+        GATED: tl.constexpr = ACT != ""
+        TILES: tl.constexpr = (2 * ROWS0 + ROWS - 1) // ROWS if GATED else SECOND + (ROWS2 + ROWS - 1) // ROWS
         TOKEN_TILES: tl.constexpr = (M + 7) // 8
         WHOLE: tl.constexpr = TILES * ROWS == ROWS0 + ROWS1 + ROWS2
         BUFFER: tl.constexpr = TOKEN_TILES * 1024
@@ -363,87 +449,98 @@ def _kernel(dtype: np.dtype, tokens: int):
             )
         policy = tl.inline_asm_elementwise(policy_assembly, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
         part = tl.program_id(0) // TILES
-        weight, tile = weight_at(tl.program_id(0) % TILES, weights, WEIGHTS)
-        codes, absmax, nested_absmax, mean, out, row_count = weight
-        first_row = ROWS * tile + 8 * LANE_ROWS * warp + group
-        # A lane's rows: its upper one, and how far the others are below it.
-        upper_row = first_row
+        upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
+        row_count, out = upper[5], upper[4]
+        first_row += (8 if GATED else 16) * warp + group
+        second_row = first_row + (0 if GATED else 8)
+        upper_row, lower_row = first_row, second_row  # that are read
         if not WHOLE:
-            upper_row = tl.minimum(first_row, row_count - 1)
-        below = ()
-        for i in tl.static_range(LANE_ROWS):
-            if WHOLE:
-                below = below + (8 * i,)
-            else:
-                below = below + (tl.minimum(first_row + 8 * i, row_count - 1) - upper_row,)
-        lane_codes = codes + (upper_row * (BLOCKS * 32) + t * 8)
-        # Lanes 0 and 1 of a group fetch its two rows, a line for each step.
-        fetched_row = codes + tl.minimum(first_row + 8 * (t % 2), row_count - 1) * (BLOCKS * 32)
+            upper_row, lower_row = tl.minimum(upper_row, row_count - 1), tl.minimum(lower_row, row_count - 1)
+        upper_codes = upper[0] + (upper_row * (BLOCKS * 32) + t * 16)
+        lower_codes = lower[0] + (lower_row * (BLOCKS * 32) + t * 16)
         start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
         x = x.to(tl.pointer_type(tl.uint32))
 
         table = table_at(thread)
-        copy(x, BLOCKS_OF_STEP * start, table + X_AT, thread, M, BLOCKS, THREADS)
-        asked = ()
-        for i in tl.static_range(LANE_ROWS):
-            asked = asked + (asked_codes(lane_codes, below[i], BLOCKS_OF_STEP * start, policy, BLOCKS),)
+        copy(x, BLOCKS_OF_STEP * start, table + X_AT, thread, M, BLOCKS, THREADS, PERMUTES)
+        units = (
+            asked_codes(upper_codes, lower_codes, 2 * start, t, policy, BLOCKS),
+            asked_codes(upper_codes, lower_codes, 2 * start + 1, t, policy, BLOCKS),
+        )
         first = BLOCKS_OF_STEP * start + t
-        statistics = asked_statistics(absmax, nested_absmax, upper_row, below, first, BLOCKS, NESTED)
-        for i in tl.static_range(AHEAD):
-            tl.inline_asm_elementwise(
-                prefetch_assembly,
-                "=r,l,r",
-                [fetched_row + (start + i) * 128, ((t < 2) & (start + i < end)).to(tl.int32)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+        above = asked_statistics(upper, upper_row, first, BLOCKS, NESTED)
+        below = asked_statistics(lower, lower_row, first, BLOCKS, NESTED)
+        for i in tl.static_range(1, AHEAD):
+            prefetch(upper_codes + t * 16, start + i, end, t)
+            prefetch(lower_codes + t * 16, start + i, end, t)
         fill(table, nf4, thread, THREADS)
-        scales = scales_of(statistics, first, mean, dynamic_map, BLOCKS, NESTED)
+        above, below = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
+        scales = (
+            scale_of(above, first, upper[3], BLOCKS, NESTED),
+            scale_of(below, first, lower[3], BLOCKS, NESTED),
+        )
+        above = asked_statistics(upper, upper_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+        below = asked_statistics(lower, lower_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+        tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
 
         place = table + lane * 4
-        zero = tl.zeros((THREADS,), tl.float32)
-        totals = (zero,) * (4 * TOKEN_TILES)
+        pair = t // 2  # which of two blocks a lane has elements of; it has the scales of block t of a step
+        codes = units[0][0][0], units[0][0][1], units[0][1][0], units[0][1][1]
+        words = elements(codes, place, from_lane(scales[0], scales[1], pair))
+        totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
         for step in range(start, end):
             for i in tl.static_range(BLOCKS_OF_STEP):
                 block = BLOCKS_OF_STEP * step + i
                 tl.inline_asm_elementwise(arrived_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
-                copy(x, block + 1, table + (X_AT + (i + 1) % 2 * BUFFER), thread, M, BLOCKS, THREADS)
+                copy(x, block + 1, table + (X_AT + (i + 1) % 2 * BUFFER), thread, M, BLOCKS, THREADS, PERMUTES)
+                # Asked for here, long before the fence: that waits for all loads.
+                if i == 1:
+                    units = asked_codes(upper_codes, lower_codes, 2 * step + 2, t, policy, BLOCKS), units[1]
+                if i == 3:
+                    units = units[0], asked_codes(upper_codes, lower_codes, 2 * step + 3, t, policy, BLOCKS)
                 if i == 0 and AHEAD > 0:
-                    tl.inline_asm_elementwise(
-                        prefetch_assembly,
-                        "=r,l,r",
-                        [fetched_row + (step + AHEAD) * 128, ((t < 2) & (step + AHEAD < end)).to(tl.int32)],
-                        dtype=tl.int32,
-                        is_pure=False,
-                        pack=1,
-                    )
-                if i == BLOCKS_OF_STEP - 2:
-                    first = block + 2 + t  # of the next step
-                    statistics = asked_statistics(absmax, nested_absmax, upper_row, below, first, BLOCKS, NESTED)
-                lane_i = tl.full((THREADS,), i, tl.int32)
+                    prefetch(upper_codes + t * 16, step + AHEAD, end, t)
+                    prefetch(lower_codes + t * 16, step + AHEAD, end, t)
+                first = BLOCKS_OF_STEP * (step + 1) + t
+                if i == 1:  # of the next step, and of the one after it
+                    above_now, below_now = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
+                    above = asked_statistics(upper, upper_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+                    below = asked_statistics(lower, lower_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
                 if i == BLOCKS_OF_STEP - 1:
-                    next_scales = scales_of(statistics, first, mean, dynamic_map, BLOCKS, NESTED)
-                of_block = ()
-                for n in tl.static_range(LANE_ROWS):
-                    of_block = of_block + (from_lane(scales[n], lane_i),)
-                looked_up, words = (), asked
-                asked = ()
-                for n in tl.static_range(LANE_ROWS):
-                    looked_up = looked_up + elements(words[n], place)
-                    asked = asked + (asked_codes(lane_codes, below[n], block + 1, policy, BLOCKS),)
-                totals = products(looked_up, place * 0 + (table + (X_AT + i % 2 * BUFFER)), of_block, totals)
-            scales = next_scales
+                    scales = (
+                        scale_of(above_now, first, upper[3], BLOCKS, NESTED),
+                        scale_of(below_now, first, lower[3], BLOCKS, NESTED),
+                    )
+                # The next block is looked up: its second one of two, or the first of the next two.
+                from_pair = pair + (i + 1) % 4 // 2 * 2
+                of_next = from_lane(scales[0], scales[1], from_pair)
+                above_codes, below_codes = units[(i + 1) % 4 // 2]
+                codes = (
+                    above_codes[(i + 1) % 2 * 2],
+                    above_codes[(i + 1) % 2 * 2 + 1],
+                    below_codes[(i + 1) % 2 * 2],
+                    below_codes[(i + 1) % 2 * 2 + 1],
+                )
+                from_x = place * 0 + (table + (X_AT + i % 2 * BUFFER))
+                result = products(totals, words, from_x, codes, place, of_next)
+                totals, words = (), ()
+                for n in tl.static_range(4 * TOKEN_TILES):
+                    totals = totals + (result[n],)
+                for n in tl.static_range(16):
+                    words = words + (result[4 * TOKEN_TILES + n],)
         # No program ends before the copies that it began.
         tl.inline_asm_elementwise(arrived_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
 
         out += part * M * row_count
         for j in tl.static_range(TOKEN_TILES):
-            for i in tl.static_range(4):
+            for i in tl.static_range(2 if GATED else 4):
                 total = totals[4 * j + i]
-                n, m = first_row + i // 2 * 8, 8 * j + 2 * t + i % 2
+                n, m = (second_row if i >= 2 else first_row), 8 * j + 2 * t + i % 2
+                if GATED:
+                    gate, up = total.to(narrow).to(tl.float32), totals[4 * j + i + 2].to(narrow).to(tl.float32)
+                    total = activation(gate, ACT)[0].to(narrow).to(tl.float32) * up
                 target = out + (m * row_count + n)
-                tl.store(target, (total * unit).to(target.dtype.element_ty), mask=(m < M) & (n < row_count))
+                tl.store(target, total.to(target.dtype.element_ty), mask=(m < M) & (n < row_count))
 
     return matmul_nf4_wgmma
 
@@ -453,30 +550,43 @@ def matmul_nf4(
     weights: Sequence[NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
+    norm: InputNorm | None = None,
+    act: str | None = None,
+    residual: Residual | None = None,
+    parts: bool = False,
     config: Config | None = None,
 ) -> list[jax.Array]:
-    """`reference.matmul_nf4` as a Triton kernel: the same arguments; the results are nearer to the exact ones.
+    """`reference.matmul_nf4` as a Triton kernel: the same arguments.
 
     Up to three weights are multiplied in one launch. It may be vmapped (which loops) and is not differentiable.
 
+    Args:
+      parts: of products whose k is split, return the float32 sums of each part, [split, M, out], for what follows to
+        add up; a product that is not split is [M, out] in x's dtype all the same.
+
     Raises:
-      NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows.
+      NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows; or there is a norm or a
+        residual, which are launches of their own for so many tokens.
     """
+    if norm is not None or residual is not None:
+        raise NotImplementedError("the kernel neither norms nor adds")
     nf4_matmul.check(x, weights, shapes, MOST_TOKENS)
     import jax_triton
 
     tokens, columns = x.shape
     rows = [rows for rows, _ in shapes]
-    config = heuristics(tokens, rows, columns) if config is None else config
-    split = min(config.split, -(-columns // (STEP * reference.NF4_BLOCK)))
+    config = heuristics(tokens, rows, columns, is_gated=act is not None) if config is None else config
+    split = 1 if act is not None else min(config.split, -(-columns // (STEP * reference.NF4_BLOCK)))
     leading, dtype = ((), x.dtype) if split == 1 else ((split,), jnp.dtype(jnp.float32))
     padding = [0] * (MOST_WEIGHTS - len(rows))
+    outputs = rows if act is None else rows[:1]
+    tiles = tiles_of(rows if act is None else [2 * rows[0]], config.num_warps)
     call = functools.partial(
         jax_triton.triton_call,
-        kernel=_kernel(x.dtype, tokens),
-        out_shape=[jax.ShapeDtypeStruct((*leading, tokens, n), dtype) for n in rows]
-        + [jax.ShapeDtypeStruct((1,), dtype) for _ in padding],
-        grid=(split * tiles_of(rows, config.num_warps),),
+        kernel=_kernel(x.dtype, tokens, config.rounds),
+        out_shape=[jax.ShapeDtypeStruct((*leading, tokens, n), dtype) for n in outputs]
+        + [jax.ShapeDtypeStruct((1,), dtype)] * (MOST_WEIGHTS - len(outputs)),
+        grid=(split * tiles,),
         num_warps=config.num_warps,
         M=tokens,
         **{f"ROWS{i}": n for i, n in enumerate([*rows, *padding])},
@@ -487,18 +597,26 @@ def matmul_nf4(
         WARPS=config.num_warps,
         SPLIT=split,
         AHEAD=config.ahead,
+        PERMUTES=config.permutes,
+        ACT=act or "",
     )
 
     @jax.custom_batching.sequential_vmap
     def run(x, weights):
-        # Of each block the element 16 t + 4 s + 2 u + h comes to 16 s + 8 u + 2 t + h.
-        x = x.reshape(tokens, -1, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(x.shape)
         constants = jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
-        ys = call(x, *constants, *(field for fields in weights for field in fields))[: len(rows)]
-        if split == 1:
+        x = x if config.permutes else permuted(x)
+        ys = call(x, *constants, *(field for fields in weights for field in fields))[: len(outputs)]
+        if split == 1 or parts:
             return ys
         # Sums written out are loops, which XLA joins for several weights; a reduction is a kernel of its own for each.
         return [functools.reduce(jnp.add, [y[i] for i in range(split)]).astype(x.dtype) for y in ys]
 
     some = [nf4_matmul.filled(*fields) for fields in weights]
     return run(x, [*some, *(some[0] for _ in padding)])
+
+
+def permuted(x: jax.Array) -> jax.Array:
+    """x [M, K] with K made a multiple of 128 and element 32 t + 16 c + 4 s + 2 u + h of each 128 at place 64 c + 16 s +
+    8 u + 2 t + h."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % (2 * reference.NF4_BLOCK))))
+    return x.reshape(len(x), -1, 4, 2, 4, 2, 2).transpose(0, 1, 3, 4, 5, 2, 6).reshape(x.shape)
