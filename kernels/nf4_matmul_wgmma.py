@@ -1,17 +1,34 @@
-"""`nf4_matmul_tiles` with `wgmma`, for cards of compute capability 9.0: the same maths, lookup and split of k.
+"""Products of 9 to 64 tokens with NF4 weights by `wgmma`, for cards of compute capability 9.0, in one Triton kernel.
 
-What differs. A warpgroup, 4 warps, multiplies 64 rows with all tokens by `wgmma.m64nNk16`, whose left operand is the
+The maths. As dequantising does, and unlike `nf4_matmul`, elements are multiplied by their block's scale and rounded to
+x's dtype before the product, so that the tensor cores sum all of k by themselves, float32, and nothing is done to what
+they sum before the end. A scale is two numbers of that dtype, so that an element is rounded once: w * high + w * low.
+With the table's own rounding the error of a weight is 1.85e-3 in bfloat16, relative, and 2.2e-4 in float16.
+
+The layout. A warpgroup, 4 warps, multiplies 64 rows with all tokens by `wgmma.m64nNk16`, whose left operand is the
 elements as they were looked up, in registers, and whose right one the tensor cores read out of shared memory by
-themselves. So no lane holds x, a lane has 4 sums a tile of 8 tokens, and 16 warps fit an SM: while some wait for their
-products, others look up.
+themselves. So no lane holds x, and a lane has 4 sums a tile of 8 tokens.
 
-The layout. Of rows g and g + 8 of its warp's 16, lane 4 g + t takes elements 16 t .. 16 t + 15 of a block, word 2 s + u
-of which is an operand of product s, at its elements 8 u + 2 t and the next. So element 16 t + 4 s + 2 u + h of each
-block of x comes to place 16 s + 8 u + 2 t + h, before the kernel. A block of x is [tokens, 64], 128 bytes a token; its
-pieces of 16 bytes are where `wgmma`'s swizzle of 128 bytes looks for them: piece p of token m at place p ^ (m % 8).
+Lane 4 g + t loads 16 bytes of rows g and g + 8 of its warp's 16 at once: elements 32 t .. 32 t + 31 of 128. The first
+half of each lane's are one block of the product, the second half the next, and word 2 s + u of a half is an operand of
+product s, at its elements 8 u + 2 t and the next. So element 32 t + 16 c + 4 s + 2 u + h of 128 of x comes to place
+16 s + 8 u + 2 t + h of block c. `copy` puts it there, by words, or a launch before. A block of x is [tokens, 64], 128
+bytes a token; its pieces of 16 bytes are where the swizzle of 128 bytes looks for them: piece p of token m at place
+p ^ (m % 8). What a copy writes must be made visible to the asynchronous proxy, in which `wgmma` reads, by each thread
+before the barrier.
 
-A program's block of x comes by asynchronous copies while the one before is multiplied. What they write must be made
-visible to the asynchronous proxy, in which `wgmma` reads, by each thread before the barrier.
+The overlap. While the tensor cores multiply one block, the lanes look up the next, all in one statement of assembly,
+which ends when both are done: the assembler sees no register of a product in flight change hands.
+
+The stream. Codes are asked for two blocks before they are looked up, 16 KB an SM, behind the barrier, since the fence
+before the next one may wait for whatever was asked for. For memory's latency that is too late, so they are brought into
+L2 some steps of 4 blocks before, each sector of 32 bytes by a lane of its own: a prefetch brings one.
+
+What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, 256
+for x's reading and 64 for its writing (more by words); some 140 instructions a warp, 560 cycles. 800 a block would be
+30 us for gate and up of an 8B.
+
+Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 """
 
 import functools
@@ -44,8 +61,8 @@ class Config:
       split: programs among which k is divided.
       ahead: steps, of 256 elements of k, that codes are fetched into L2 before they are read; 0 for not at all.
       permutes: whether x is permuted while it is copied, by words of 4 bytes; else by a launch before.
-      rounds: whether scales are rounded to x's dtype before elements are multiplied by them, which makes the error 2.5e-3
-        in bfloat16, where it is 1.9e-3.
+      rounds: whether scales are rounded to x's dtype, one number and not two: a third less to compute, and the error of
+        a weight is 2.5e-3 in bfloat16.
     """
 
     num_warps: int = 16
@@ -66,9 +83,9 @@ class Config:
 def heuristics(tokens: int, rows: Sequence[int], columns: int, is_gated: bool = False) -> Config:
     """The configuration for weights of so many rows each: the split with which the last SM is done first.
 
-    An SM holds 16 warps with up to 128 registers: two programs of 8, which wait for x each on its own. More than 32
-    tokens take 135 to 144 registers, with which one program of 8 would be alone; one of 16 is given 128, and does with
-    a few loads from the stack a step. The costs are those of `nf4_matmul_tiles.heuristics`, not measured here.
+    An SM holds 16 warps with up to 128 registers: two programs of 8, which wait for x each on its own, but both copy
+    it. More than 32 tokens take more registers than that, of which a program of 16 warps is given 128, and no more
+    stack. The costs are those of `nf4_matmul_tiles.heuristics`, not measured here.
     """
     num_warps = 8 if tokens <= MOST_TOKENS_OF_TWO_PROGRAMS else 16
     slots = SMS * 16 // num_warps
@@ -95,18 +112,24 @@ def shared_bytes(tokens: int) -> int:
 
 def _lookup_lines(dtype: np.dtype, rounds: bool, outputs: int, codes: int, place: int) -> list[str]:
     """PTX for 32 elements of a lane, 16 of each of its rows: words ${outputs} and on, from the four words of codes
-    ${codes} and on, two a row, and a lane's place in the table. Behind the place are the scales of both rows, each twice
-    in a word, and unless they are rounded what rounding took from them."""
+    ${codes} and on, two a row, and a lane's place in the table. Behind the place are the scales of both rows, each
+    twice in a word, and unless they are rounded what rounding took from them."""
     kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
     scales, lines = place + 1, []
     for i in range(16):
-        lines += [f"dp4a.u32.u32 at, ${codes + i // 4}, {128 << 8 * (i % 4):#x}, ${place};", f"ld.shared.b32 w{i}, [at];"]
+        lines += [
+            f"dp4a.u32.u32 at, ${codes + i // 4}, {128 << 8 * (i % 4):#x}, ${place};",
+            f"ld.shared.b32 w{i}, [at];",
+        ]
     for i in range(16):
         output, scale = f"${outputs + i}", scales + i // 8
         if rounds:
             lines.append(f"mul.rn.{kind} {output}, w{i}, ${scale};")
         else:
-            lines += [f"mul.rn.{kind} {output}, w{i}, ${scale + 2};", f"fma.rn.{kind} {output}, w{i}, ${scale}, {output};"]
+            lines += [
+                f"mul.rn.{kind} {output}, w{i}, ${scale + 2};",
+                f"fma.rn.{kind} {output}, w{i}, ${scale}, {output};",
+            ]
     return lines
 
 
@@ -346,7 +369,7 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
 
     @triton.jit
     def prefetch(row, step, end, t):
-        """Bring a line of a row's codes into L2; each of four lanes asks for a sector, 32 bytes, since one brings one."""
+        """Bring a line of a row's codes into L2; each of four lanes asks for its sector of 32 bytes."""
         tl.inline_asm_elementwise(
             prefetch_assembly,
             "=r,l,r",
@@ -570,6 +593,10 @@ def matmul_nf4(
     """
     if norm is not None or residual is not None:
         raise NotImplementedError("the kernel neither norms nor adds")
+    if act is not None and (len(shapes) != 2 or shapes[0] != shapes[1]):
+        raise NotImplementedError(
+            f"the kernel gates one weight's products by another's of its shape, not {list(shapes)}"
+        )
     nf4_matmul.check(x, weights, shapes, MOST_TOKENS)
     import jax_triton
 
