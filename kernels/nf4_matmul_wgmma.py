@@ -50,6 +50,7 @@ MOST_TOKENS = 64
 ROWS_OF_WARP = 16
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
 STEP = 4  # blocks, a line of 128 bytes of codes
+STAGES = 4  # steps of x in shared memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,6 @@ class Config:
       num_warps: warps of a program, each with 16 rows of its tile: 4, 8 or 16: whole warpgroups.
       split: programs among which k is divided.
       ahead: steps, of 256 elements of k, that codes are fetched into L2 before they are read; 0 for not at all.
-      permutes: whether x is permuted while it is copied, by words of 4 bytes; else by a launch before.
       rounds: whether scales are rounded to x's dtype, one number and not two: a third less to compute, and the error of
         a weight is 2.5e-3 in bfloat16.
     """
@@ -68,7 +68,6 @@ class Config:
     num_warps: int = 16
     split: int = 1
     ahead: int = 2
-    permutes: bool = True
     rounds: bool = False
 
     def __post_init__(self):
@@ -105,9 +104,9 @@ def tiles_of(rows: Sequence[int], num_warps: int) -> int:
     return sum(-(-n // (ROWS_OF_WARP * num_warps)) for n in rows)
 
 
-def shared_bytes(tokens: int) -> int:
-    """The shared memory of a program: the table of pairs, and two blocks of x. What needs no asking for is 48 KB."""
-    return PAIRS + 2 * -(-tokens // 8) * 8 * 128
+def step_bytes(tokens: int) -> int:
+    """Bytes of a step of x, STEP blocks of [tokens, 64], with tokens made a multiple of 8."""
+    return STEP * -(-tokens // 8) * 8 * 128
 
 
 def _lookup_lines(dtype: np.dtype, rounds: bool, outputs: int, codes: int, place: int) -> list[str]:
@@ -153,18 +152,18 @@ def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
     lines = [
         ".reg .b64 x, at64;",
         ".reg .b32 low, at, w<16>;",
-        # The descriptor: the address, 1024 bytes between groups of 8 tokens, the swizzle of 128 bytes; all in units of
-        # 16 bytes. The distance at bit 16 is not used with that swizzle.
+        # The descriptor, in units of 16 bytes: the address, what lies between 8 elements of k and the next 8, and between
+        # 8 tokens and the next 8. No swizzle.
         f"bfe.u32 low, ${x}, 4, 14;",
         "cvt.u64.u32 x, low;",
-        f"or.b64 x, x, {1 << 62 | 1024 // 16 << 32 | 1 << 16:#x};",
+        f"or.b64 x, x, {8 << 32 | 8 * tiles << 16:#x};",
         *(f"mov.f32 ${i}, ${before + i};" for i in range(sums)),
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(4):
         a = ", ".join(f"${words + i + 2 * step}" for i in (0, 8, 1, 9))
         lines += [
-            f"add.u64 at64, x, {2 * step};",  # 16 elements are 32 bytes
+            f"add.u64 at64, x, {2 * 8 * tiles * step};",
             f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, at64, 1, 1, 1, 0;",
         ]
     lines += ["wgmma.commit_group.sync.aligned;", *_lookup_lines(dtype, rounds, sums, x + 1, x + 5)]
@@ -192,11 +191,17 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
     )
     products_dtypes = tl.constexpr((tl.float32,) * sums + (tl.uint32,) * 16)
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
-    X_AT = tl.constexpr(PAIRS)
+    BARRIERS_AT = tl.constexpr(PAIRS)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
+    STEPS_OF_RING = tl.constexpr(STAGES)
+    BLOCK_BYTES = tl.constexpr(tiles * 1024)
+    RING = tl.constexpr(1 << (STAGES * step_bytes(tokens) // 4 - 1).bit_length())  # words, a power of two
+    # What comes before the ring is a multiple of 128 bytes, since the ring begins where it ends.
     table_assembly = tl.constexpr(
-        f"{{ .shared .align 1024 .b8 table[{shared_bytes(tokens)}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
+        f"{{ .shared .align 128 .b8 table[{PAIRS + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
     )
+    ring_assembly = tl.constexpr("mov.u32 $0, global_smem; add.u32 $0, $0, $1;")
+    kept_assembly = tl.constexpr("mov.b32 $0, $1;")
     fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
     # Codes are read once, and must not drive out of the cache what is read by every program or every layer.
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
@@ -207,23 +212,49 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
     prefetch_assembly = tl.constexpr(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }"
     )
-    # A source of 0 bytes fills with zeros.
+    begin_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
+        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * i}], 1;\n" for i in range(STAGES))
+        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * (STAGES + i)}], $3;\n" for i in range(STAGES))
+        + "@p fence.mbarrier_init.release.cluster; mov.b32 $0, $1; }"
+    )
+    # Waits until the place is free, if it was ever used, and begins to copy.
     copy_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, $1; }"
+        "{ .reg .pred p, q, done; setp.ne.b32 p, $5, 0; setp.ne.b32 q, $6, 0;\n"
+        "@!q bra FREE;\n"
+        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{8 * STAGES}], $4;\n"
+        "@!done bra WAIT;\n"
+        "FREE:\n"
+        f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes(tokens)};\n"
+        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+        f" [$2], [$3], {step_bytes(tokens)}, [$1];\n"
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
-    permute_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p cp.async.ca.shared.global [$1], [$2], 4, $3; mov.b32 $0, $1; }"
+    arrived_assembly = tl.constexpr(
+        "{ .reg .pred done;\n"
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;\n"
+        "@!done bra WAIT;\n"
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
-    commit_assembly = tl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
+    done_assembly = tl.constexpr(
+        f"{{ .reg .pred p; setp.eq.b32 p, $2, 0; @p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STAGES}]; mov.b32 $0, $1; }}"
+    )
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
-    # All warps have the block of x that was copied last, and are done with the one before.
-    arrived_assembly = tl.constexpr("cp.async.wait_group 0; fence.proxy.async.shared::cta; bar.sync 0; mov.b32 $0, $1;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
 
     @triton.jit
     def table_at(thread):
         """Where the shared memory of the program begins."""
         return tl.inline_asm_elementwise(table_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def ring_at(thread):
+        """Where the steps of x are in shared memory. More than 48 KB must be asked for, and Triton asks for what its own
+        operations need: this one, of a second row of programs, which there is not."""
+        if tl.num_programs(1) > 1:
+            words = tl.gather(tl.arange(0, RING), thread * 8, 0)
+            tl.inline_asm_elementwise(kept_assembly, "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(ring_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
     def fill(table, nf4, thread, THREADS: tl.constexpr):
@@ -270,43 +301,26 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         return weight, weight, ROWS * (tile - weight[6])
 
     @triton.jit
-    def copy(
-        x, block, buffer, thread, M: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr, PERMUTES: tl.constexpr
-    ):
-        """Begin to copy a block of x, [tokens, 64], with zeros for tokens and elements that there are not."""
-        TOKENS: tl.constexpr = (M + 7) // 8 * 8
-        PIECES: tl.constexpr = 32 if PERMUTES else 8  # of a token: words, or 16 bytes
-        STRIDE: tl.constexpr = THREADS // PIECES  # tokens
-        ROW: tl.constexpr = (BLOCKS if PERMUTES else (BLOCKS + 1) // 2 * 2) * 32  # words
-        first_token, piece = thread // PIECES, thread % PIECES
-        if PERMUTES:
-            is_there = block // 2 * 2 + piece // 16 < BLOCKS
-            x += block // 2 * 64 + block % 2 * 8 + (piece // 8 * 16 + piece % 8)
-            buffer += piece // 8 * 4
-        else:
-            is_there = piece * 0 + block < (BLOCKS + 1) // 2 * 2
-            x += block * 32 + piece * 4
-        is_there = tl.where(is_there, 128 // PIECES, 0)
-        for i in tl.static_range((TOKENS + STRIDE - 1) // STRIDE):
-            token = first_token + i * STRIDE
-            if STRIDE % 8:
-                target = buffer + (token * 128 + (piece % 8 ^ token % 8) * 16)
-            else:
-                target = buffer + (first_token * 128 + (piece % 8 ^ first_token % 8) * 16) + i * STRIDE * 128
-            size, is_written = is_there, token < TOKENS
-            if M < (i + 1) * STRIDE:
-                size = tl.where(token < M, is_there, 0)
-            # What is not there is not read, whatever its address.
-            source = x + first_token * ROW + i * STRIDE * ROW
-            tl.inline_asm_elementwise(
-                permute_assembly if PERMUTES else copy_assembly,
-                "=r,r,l,r,r",
-                [target, source, size, is_written.to(tl.int32)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        tl.inline_asm_elementwise(commit_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+    def copy(x, step, start, end, barriers, ring, thread):
+        """Begin to copy a step of x into its place of the ring, when all warps are done with what was there."""
+        turn = step - start
+        place = turn % STEPS_OF_RING
+        is_mine = tl.where(step < end, (thread == 0).to(tl.int32), 0)
+        tl.inline_asm_elementwise(
+            copy_assembly,
+            "=r,r,r,l,r,r,r",
+            [
+                barriers + 8 * place,
+                ring + place * (BLOCKS_OF_STEP * BLOCK_BYTES),
+                x + step * (BLOCKS_OF_STEP * BLOCK_BYTES // 4),
+                thread * 0 + (turn // STEPS_OF_RING + 1) % 2,
+                is_mine,
+                tl.where(turn >= STEPS_OF_RING, is_mine, 0),
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
     @triton.jit
     def asked_codes(upper, lower, unit, t, policy, BLOCKS: tl.constexpr):
@@ -405,7 +419,7 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
 
     @triton.jit
     def matmul_nf4_wgmma(
-        x,  # [M, COLUMNS]
+        x,  # `image` of x
         nf4,  # uint32 [256], `nf4_lookup.pairs`
         dynamic_map,  # float32 [256]
         codes0,  # of the first weight: uint8 [stack, rows, COLUMNS / 2]
@@ -437,7 +451,6 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         WARPS: tl.constexpr,
         SPLIT: tl.constexpr,
         AHEAD: tl.constexpr,
-        PERMUTES: tl.constexpr,  # x is as it was given, not permuted
         ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
     ):
         THREADS: tl.constexpr = 32 * WARPS
@@ -450,7 +463,6 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         TILES: tl.constexpr = (2 * ROWS0 + ROWS - 1) // ROWS if GATED else SECOND + (ROWS2 + ROWS - 1) // ROWS
         TOKEN_TILES: tl.constexpr = (M + 7) // 8
         WHOLE: tl.constexpr = TILES * ROWS == ROWS0 + ROWS1 + ROWS2
-        BUFFER: tl.constexpr = TOKEN_TILES * 1024
 
         thread = tl.arange(0, THREADS)
         warp, lane = thread // 32, thread % 32
@@ -484,8 +496,13 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
         x = x.to(tl.pointer_type(tl.uint32))
 
-        table = table_at(thread)
-        copy(x, BLOCKS_OF_STEP * start, table + X_AT, thread, M, BLOCKS, THREADS, PERMUTES)
+        table, ring = table_at(thread), ring_at(thread)
+        barriers = table + BARRIERS_AT
+        tl.inline_asm_elementwise(
+            begin_assembly, "=r,r,r,r", [barriers, thread, thread * 0 + WARPS], dtype=tl.int32, is_pure=False, pack=1
+        )
+        copy(x, start, start, end, barriers, ring, thread)
+        copy(x, start + 1, start, end, barriers, ring, thread)
         units = (
             asked_codes(upper_codes, lower_codes, 2 * start, t, policy, BLOCKS),
             asked_codes(upper_codes, lower_codes, 2 * start + 1, t, policy, BLOCKS),
@@ -512,12 +529,19 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         words = elements(codes, place, from_lane(scales[0], scales[1], pair))
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
         for step in range(start, end):
+            turn = step - start
+            stage = turn % STEPS_OF_RING
+            tl.inline_asm_elementwise(
+                arrived_assembly,
+                "=r,r,r",
+                [barriers + 8 * stage, thread * 0 + turn // STEPS_OF_RING % 2],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
             for i in tl.static_range(BLOCKS_OF_STEP):
-                block = BLOCKS_OF_STEP * step + i
-                tl.inline_asm_elementwise(arrived_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
-                copy(x, block + 1, table + (X_AT + (i + 1) % 2 * BUFFER), thread, M, BLOCKS, THREADS, PERMUTES)
-                # Asked for here, long before the fence: that waits for all loads.
                 if i == 1:
+                    copy(x, step + 2, start, end, barriers, ring, thread)
                     units = asked_codes(upper_codes, lower_codes, 2 * step + 2, t, policy, BLOCKS), units[1]
                 if i == 3:
                     units = units[0], asked_codes(upper_codes, lower_codes, 2 * step + 3, t, policy, BLOCKS)
@@ -544,15 +568,16 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
                     below_codes[(i + 1) % 2 * 2],
                     below_codes[(i + 1) % 2 * 2 + 1],
                 )
-                from_x = place * 0 + (table + (X_AT + i % 2 * BUFFER))
+                from_x = ring + (stage * BLOCKS_OF_STEP + i) * BLOCK_BYTES
                 result = products(totals, words, from_x, codes, place, of_next)
                 totals, words = (), ()
                 for n in tl.static_range(4 * TOKEN_TILES):
                     totals = totals + (result[n],)
                 for n in tl.static_range(16):
                     words = words + (result[4 * TOKEN_TILES + n],)
-        # No program ends before the copies that it began.
-        tl.inline_asm_elementwise(arrived_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+            tl.inline_asm_elementwise(
+                done_assembly, "=r,r,r", [barriers + 8 * stage, lane], dtype=tl.int32, is_pure=False, pack=1
+            )
 
         out += part * M * row_count
         for j in tl.static_range(TOKEN_TILES):
@@ -624,15 +649,13 @@ def matmul_nf4(
         WARPS=config.num_warps,
         SPLIT=split,
         AHEAD=config.ahead,
-        PERMUTES=config.permutes,
         ACT=act or "",
     )
 
     @jax.custom_batching.sequential_vmap
     def run(x, weights):
         constants = jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
-        x = x if config.permutes else permuted(x)
-        ys = call(x, *constants, *(field for fields in weights for field in fields))[: len(outputs)]
+        ys = call(image(x), *constants, *(field for fields in weights for field in fields))[: len(outputs)]
         if split == 1 or parts:
             return ys
         # Sums written out are loops, which XLA joins for several weights; a reduction is a kernel of its own for each.
@@ -642,8 +665,12 @@ def matmul_nf4(
     return run(x, [*some, *(some[0] for _ in padding)])
 
 
-def permuted(x: jax.Array) -> jax.Array:
-    """x [M, K] with K made a multiple of 128 and element 32 t + 16 c + 4 s + 2 u + h of each 128 at place 64 c + 16 s +
-    8 u + 2 t + h."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % (2 * reference.NF4_BLOCK))))
-    return x.reshape(len(x), -1, 4, 2, 4, 2, 2).transpose(0, 1, 3, 4, 5, 2, 6).reshape(x.shape)
+def image(x: jax.Array) -> jax.Array:
+    """x [M, K] in the order of shared memory: [steps, 4 blocks, 8 parts of k, tiles of tokens, 8 tokens, 8 elements],
+    with zeros for tokens and elements that there are not.
+
+    Element 32 t + 16 c + 4 s + 2 u + h of each 128 of k is element 2 t + h of part 2 s + u of block c of two."""
+    tokens, columns = x.shape
+    x = jnp.pad(x, ((0, -tokens % 8), (0, -columns % (STEP * reference.NF4_BLOCK))))
+    x = x.reshape(-1, 8, x.shape[1] // 128, 4, 2, 4, 2, 2)  # m // 8, m % 8, two blocks, t, c, s, u, h
+    return x.transpose(2, 4, 5, 6, 0, 1, 3, 7).reshape(-1, STEP, 8, x.shape[0], 8, 8)
