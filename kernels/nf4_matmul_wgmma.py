@@ -50,7 +50,8 @@ MOST_TOKENS = 64
 ROWS_OF_WARP = 16
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
 STEP = 4  # blocks, a line of 128 bytes of codes
-STAGES = 4  # steps of x in shared memory
+UNIT = 2  # blocks that are copied at once
+STAGES = 4  # units in shared memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +61,12 @@ class Config:
     Attributes:
       num_warps: warps of a program, each with 16 rows of its tile: 4, 8 or 16: whole warpgroups.
       split: programs among which k is divided.
-      ahead: steps, of 256 elements of k, that codes are fetched into L2 before they are read; 0 for not at all.
       rounds: whether scales are rounded to x's dtype, one number and not two: a third less to compute, and the error of
         a weight is 2.5e-3 in bfloat16.
     """
 
     num_warps: int = 16
     split: int = 1
-    ahead: int = 2
     rounds: bool = False
 
     def __post_init__(self):
@@ -75,8 +74,6 @@ class Config:
             raise ValueError(f"num_warps must be 4, 8 or 16, not {self.num_warps}")
         if self.split < 1:
             raise ValueError(f"split must be 1 or more, not {self.split}")
-        if self.ahead < 0:
-            raise ValueError(f"ahead must be 0 or more, not {self.ahead}")
 
 
 def heuristics(tokens: int, rows: Sequence[int], columns: int, is_gated: bool = False) -> Config:
@@ -104,9 +101,10 @@ def tiles_of(rows: Sequence[int], num_warps: int) -> int:
     return sum(-(-n // (ROWS_OF_WARP * num_warps)) for n in rows)
 
 
-def step_bytes(tokens: int) -> int:
-    """Bytes of a step of x, STEP blocks of [tokens, 64], with tokens made a multiple of 8."""
-    return STEP * -(-tokens // 8) * 8 * 128
+def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
+    """The shared memory of a program besides the table of pairs and the barriers: that of x, and all of it."""
+    of_x = STAGES * UNIT * -(-tokens // 8) * 8 * 128
+    return of_x, of_x + STAGES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
 
 
 def _lookup_lines(dtype: np.dtype, rounds: bool, outputs: int, codes: int, place: int) -> list[str]:
@@ -152,8 +150,8 @@ def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
     lines = [
         ".reg .b64 x, at64;",
         ".reg .b32 low, at, w<16>;",
-        # The descriptor, in units of 16 bytes: the address, what lies between 8 elements of k and the next 8, and between
-        # 8 tokens and the next 8. No swizzle.
+        # The descriptor, in units of 16 bytes: the address, and how far it is from 8 elements of k to the next 8, and
+        # from 8 tokens to the next 8. No swizzle.
         f"bfe.u32 low, ${x}, 4, 14;",
         "cvt.u64.u32 x, low;",
         f"or.b64 x, x, {8 << 32 | 8 * tiles << 16:#x};",
@@ -172,7 +170,7 @@ def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
+def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     """The Triton function. Built on first use, since the library imports where Triton is not installed."""
     import triton
     import triton.language as tl
@@ -193,9 +191,11 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
     BARRIERS_AT = tl.constexpr(PAIRS)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
-    STEPS_OF_RING = tl.constexpr(STAGES)
-    BLOCK_BYTES = tl.constexpr(tiles * 1024)
-    RING = tl.constexpr(1 << (STAGES * step_bytes(tokens) // 4 - 1).bit_length())  # words, a power of two
+    UNITS_OF_RING = tl.constexpr(STAGES)
+    UNIT_BYTES = tl.constexpr(UNIT * tiles * 1024)  # of x
+    of_x, of_all = shared_bytes(tokens, num_warps)
+    CODES_AT = tl.constexpr(of_x)  # in the ring
+    RING = tl.constexpr(1 << (of_all // 4 - 1).bit_length())  # words, a power of two
     # What comes before the ring is a multiple of 128 bytes, since the ring begins where it ends.
     table_assembly = tl.constexpr(
         f"{{ .shared .align 128 .b8 table[{PAIRS + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
@@ -206,11 +206,15 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
     # Codes are read once, and must not drive out of the cache what is read by every program or every layer.
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
     ask_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $6, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
-        " @p ld.global.L2::cache_hint.v4.b32 {$0, $1, $2, $3}, [$4], $5; }"
+        "{ .reg .pred p; setp.ne.b32 p, $6, 0;\n"
+        "@p cp.async.cg.shared.global.L2::cache_hint [$1], [$2], 16, $4;\n"
+        f"@p cp.async.cg.shared.global.L2::cache_hint [$1+{16 * 32 * num_warps}], [$3], 16, $4;\n"
+        "cp.async.commit_group; mov.b32 $0, $5; }"
     )
-    prefetch_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }"
+    take_assembly = tl.constexpr(
+        f"cp.async.wait_group {STAGES - 1};\n"
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
+        f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{16 * 32 * num_warps}];"
     )
     begin_assembly = tl.constexpr(
         "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
@@ -225,9 +229,9 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{8 * STAGES}], $4;\n"
         "@!done bra WAIT;\n"
         "FREE:\n"
-        f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes(tokens)};\n"
+        f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {UNIT * tiles * 1024};\n"
         "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-        f" [$2], [$3], {step_bytes(tokens)}, [$1];\n"
+        f" [$2], [$3], {UNIT * tiles * 1024}, [$1];\n"
         "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
     arrived_assembly = tl.constexpr(
@@ -237,7 +241,8 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
     done_assembly = tl.constexpr(
-        f"{{ .reg .pred p; setp.eq.b32 p, $2, 0; @p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STAGES}]; mov.b32 $0, $1; }}"
+        "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
+        f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STAGES}]; mov.b32 $0, $1; }}"
     )
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
@@ -249,7 +254,7 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
 
     @triton.jit
     def ring_at(thread):
-        """Where the steps of x are in shared memory. More than 48 KB must be asked for, and Triton asks for what its own
+        """Where x and codes are in shared memory. More than 48 KB must be asked for, and Triton asks for what its own
         operations need: this one, of a second row of programs, which there is not."""
         if tl.num_programs(1) > 1:
             words = tl.gather(tl.arange(0, RING), thread * 8, 0)
@@ -301,21 +306,21 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         return weight, weight, ROWS * (tile - weight[6])
 
     @triton.jit
-    def copy(x, step, start, end, barriers, ring, thread):
-        """Begin to copy a step of x into its place of the ring, when all warps are done with what was there."""
-        turn = step - start
-        place = turn % STEPS_OF_RING
-        is_mine = tl.where(step < end, (thread == 0).to(tl.int32), 0)
+    def copy(x, unit, start, end, barriers, ring, thread):
+        """Begin to copy a unit of x into its place of the ring, when all warps are done with what was there."""
+        turn = unit - start
+        place = turn % UNITS_OF_RING
+        is_mine = tl.where(unit < end, (thread == 0).to(tl.int32), 0)
         tl.inline_asm_elementwise(
             copy_assembly,
             "=r,r,r,l,r,r,r",
             [
                 barriers + 8 * place,
-                ring + place * (BLOCKS_OF_STEP * BLOCK_BYTES),
-                x + step * (BLOCKS_OF_STEP * BLOCK_BYTES // 4),
-                thread * 0 + (turn // STEPS_OF_RING + 1) % 2,
+                ring + place * UNIT_BYTES,
+                x + unit * (UNIT_BYTES // 4),
+                thread * 0 + (turn // UNITS_OF_RING + 1) % 2,
                 is_mine,
-                tl.where(turn >= STEPS_OF_RING, is_mine, 0),
+                tl.where(turn >= UNITS_OF_RING, is_mine, 0),
             ],
             dtype=tl.int32,
             is_pure=False,
@@ -323,22 +328,36 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         )
 
     @triton.jit
-    def asked_codes(upper, lower, unit, t, policy, BLOCKS: tl.constexpr):
-        """Begin to load a lane's 16 bytes of two blocks of each of its rows; zeros beyond the last one."""
-        words = ()
-        for i in tl.static_range(2):
-            row = lower if i else upper
-            words = words + (
-                tl.inline_asm_elementwise(
-                    ask_assembly,
-                    "=&r,=&r,=&r,=&r,l,l,r",
-                    [row + unit * 64, policy, (2 * unit + t // 2 < BLOCKS).to(tl.int32)],
-                    dtype=(tl.uint32,) * 4,
-                    is_pure=False,
-                    pack=1,
-                ),
-            )
-        return words
+    def ask(upper, lower, unit, start, end, codes, t, policy, BLOCKS: tl.constexpr, THREADS: tl.constexpr):
+        """Begin to copy a lane's 16 bytes of a unit of each of its rows to its own place, `codes` in the first unit of
+        the ring. What lies beyond the last block may be anything: its scale is zero."""
+        tl.inline_asm_elementwise(
+            ask_assembly,
+            "=r,r,l,l,l,r,r",
+            [
+                codes + (unit - start) % UNITS_OF_RING * (32 * THREADS),
+                upper + unit * 64,
+                lower + unit * 64,
+                policy,
+                t,
+                tl.where(unit < end, (2 * unit + t // 2 < BLOCKS).to(tl.int32), 0),
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def take(codes):
+        """A lane's codes of the unit that was asked for longest ago: 4 words of its upper row, and 4 of the lower."""
+        return tl.inline_asm_elementwise(
+            take_assembly,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [codes],
+            dtype=(tl.uint32,) * 8,
+            is_pure=False,
+            pack=1,
+        )
 
     @triton.jit
     def asked_statistics(half, row, block, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
@@ -380,18 +399,6 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
             )
             scales = scales + (scale,)
         return scales
-
-    @triton.jit
-    def prefetch(row, step, end, t):
-        """Bring a line of a row's codes into L2; each of four lanes asks for its sector of 32 bytes."""
-        tl.inline_asm_elementwise(
-            prefetch_assembly,
-            "=r,l,r",
-            [row + step * 128, (t * 0 + step < end).to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
     @triton.jit
     def elements(codes, place, scales):
@@ -450,7 +457,6 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         STACKED: tl.constexpr,
         WARPS: tl.constexpr,
         SPLIT: tl.constexpr,
-        AHEAD: tl.constexpr,
         ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
     ):
         THREADS: tl.constexpr = 32 * WARPS
@@ -501,18 +507,16 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
         tl.inline_asm_elementwise(
             begin_assembly, "=r,r,r,r", [barriers, thread, thread * 0 + WARPS], dtype=tl.int32, is_pure=False, pack=1
         )
-        copy(x, start, start, end, barriers, ring, thread)
-        copy(x, start + 1, start, end, barriers, ring, thread)
-        units = (
-            asked_codes(upper_codes, lower_codes, 2 * start, t, policy, BLOCKS),
-            asked_codes(upper_codes, lower_codes, 2 * start + 1, t, policy, BLOCKS),
-        )
+        # From here on in units.
+        codes_at = ring + (CODES_AT + 16 * thread)
+        first_unit, last_unit = 2 * start, 2 * end
+        for i in tl.static_range(2):
+            copy(x, first_unit + i, first_unit, last_unit, barriers, ring, thread)
+        for i in tl.static_range(UNITS_OF_RING):
+            ask(upper_codes, lower_codes, first_unit + i, first_unit, last_unit, codes_at, t, policy, BLOCKS, THREADS)
         first = BLOCKS_OF_STEP * start + t
         above = asked_statistics(upper, upper_row, first, BLOCKS, NESTED)
         below = asked_statistics(lower, lower_row, first, BLOCKS, NESTED)
-        for i in tl.static_range(1, AHEAD):
-            prefetch(upper_codes + t * 16, start + i, end, t)
-            prefetch(lower_codes + t * 16, start + i, end, t)
         fill(table, nf4, thread, THREADS)
         above, below = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
         scales = (
@@ -525,31 +529,31 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
 
         place = table + lane * 4
         pair = t // 2  # which of two blocks a lane has elements of; it has the scales of block t of a step
-        codes = units[0][0][0], units[0][0][1], units[0][1][0], units[0][1][1]
+        unit = take(codes_at)
+        codes = unit[0], unit[1], unit[4], unit[5]
         words = elements(codes, place, from_lane(scales[0], scales[1], pair))
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
         for step in range(start, end):
-            turn = step - start
-            stage = turn % STEPS_OF_RING
-            tl.inline_asm_elementwise(
-                arrived_assembly,
-                "=r,r,r",
-                [barriers + 8 * stage, thread * 0 + turn // STEPS_OF_RING % 2],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
             for i in tl.static_range(BLOCKS_OF_STEP):
-                if i == 1:
-                    copy(x, step + 2, start, end, barriers, ring, thread)
-                    units = asked_codes(upper_codes, lower_codes, 2 * step + 2, t, policy, BLOCKS), units[1]
-                if i == 3:
-                    units = units[0], asked_codes(upper_codes, lower_codes, 2 * step + 3, t, policy, BLOCKS)
-                if i == 0 and AHEAD > 0:
-                    prefetch(upper_codes + t * 16, step + AHEAD, end, t)
-                    prefetch(lower_codes + t * 16, step + AHEAD, end, t)
+                turn = 2 * (step - start) + i // 2  # the unit's
+                stage = turn % UNITS_OF_RING
+                if i % 2 == 0:
+                    tl.inline_asm_elementwise(
+                        arrived_assembly,
+                        "=r,r,r",
+                        [barriers + 8 * stage, thread * 0 + turn // UNITS_OF_RING % 2],
+                        dtype=tl.int32,
+                        is_pure=False,
+                        pack=1,
+                    )
+                    copy(x, first_unit + turn + 2, first_unit, last_unit, barriers, ring, thread)
+                else:
+                    # All of the unit whose place this one takes is in registers.
+                    later = first_unit + turn + UNITS_OF_RING
+                    ask(upper_codes, lower_codes, later, first_unit, last_unit, codes_at, t, policy, BLOCKS, THREADS)
+                    next_unit = take(codes_at + (turn + 1) % UNITS_OF_RING * (32 * THREADS))
                 first = BLOCKS_OF_STEP * (step + 1) + t
-                if i == 1:  # of the next step, and of the one after it
+                if i == 0:  # of the next step, and of the one after it
                     above_now, below_now = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
                     above = asked_statistics(upper, upper_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
                     below = asked_statistics(lower, lower_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
@@ -561,23 +565,22 @@ def _kernel(dtype: np.dtype, tokens: int, rounds: bool):
                 # The next block is looked up: its second one of two, or the first of the next two.
                 from_pair = pair + (i + 1) % 4 // 2 * 2
                 of_next = from_lane(scales[0], scales[1], from_pair)
-                above_codes, below_codes = units[(i + 1) % 4 // 2]
-                codes = (
-                    above_codes[(i + 1) % 2 * 2],
-                    above_codes[(i + 1) % 2 * 2 + 1],
-                    below_codes[(i + 1) % 2 * 2],
-                    below_codes[(i + 1) % 2 * 2 + 1],
-                )
-                from_x = ring + (stage * BLOCKS_OF_STEP + i) * BLOCK_BYTES
+                if i % 2 == 0:
+                    codes = unit[2], unit[3], unit[6], unit[7]
+                else:
+                    unit = next_unit
+                    codes = unit[0], unit[1], unit[4], unit[5]
+                from_x = ring + (2 * stage + i % 2) * (UNIT_BYTES // 2)
                 result = products(totals, words, from_x, codes, place, of_next)
                 totals, words = (), ()
                 for n in tl.static_range(4 * TOKEN_TILES):
                     totals = totals + (result[n],)
                 for n in tl.static_range(16):
                     words = words + (result[4 * TOKEN_TILES + n],)
-            tl.inline_asm_elementwise(
-                done_assembly, "=r,r,r", [barriers + 8 * stage, lane], dtype=tl.int32, is_pure=False, pack=1
-            )
+                if i % 2:
+                    tl.inline_asm_elementwise(
+                        done_assembly, "=r,r,r", [barriers + 8 * stage, lane], dtype=tl.int32, is_pure=False, pack=1
+                    )
 
         out += part * M * row_count
         for j in tl.static_range(TOKEN_TILES):
@@ -635,7 +638,7 @@ def matmul_nf4(
     tiles = tiles_of(rows if act is None else [2 * rows[0]], config.num_warps)
     call = functools.partial(
         jax_triton.triton_call,
-        kernel=_kernel(x.dtype, tokens, config.rounds),
+        kernel=_kernel(x.dtype, tokens, config.num_warps, config.rounds),
         out_shape=[jax.ShapeDtypeStruct((*leading, tokens, n), dtype) for n in outputs]
         + [jax.ShapeDtypeStruct((1,), dtype)] * (MOST_WEIGHTS - len(outputs)),
         grid=(split * tiles,),
@@ -648,7 +651,6 @@ def matmul_nf4(
         STACKED=weights[0][4] is not None,
         WARPS=config.num_warps,
         SPLIT=split,
-        AHEAD=config.ahead,
         ACT=act or "",
     )
 
