@@ -192,7 +192,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     BARRIERS_AT = tl.constexpr(PAIRS)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
     UNITS_OF_RING = tl.constexpr(STAGES)
-    UNIT_BYTES = tl.constexpr(UNIT * tiles * 1024)  # of x
+    unit_bytes = UNIT * tiles * 1024  # of x
+    UNIT_BYTES = tl.constexpr(unit_bytes)
     of_x, of_all = shared_bytes(tokens, num_warps)
     CODES_AT = tl.constexpr(of_x)  # in the ring
     RING = tl.constexpr(1 << (of_all // 4 - 1).bit_length())  # words, a power of two
@@ -222,17 +223,30 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * (STAGES + i)}], $3;\n" for i in range(STAGES))
         + "@p fence.mbarrier_init.release.cluster; mov.b32 $0, $1; }"
     )
-    # Waits until the place is free, if it was ever used, and begins to copy.
+    # One lane waits until the place of unit $4 of $5 is free, if it was ever used, and begins to copy; the other warps
+    # jump over it.
     copy_assembly = tl.constexpr(
-        "{ .reg .pred p, q, done; setp.ne.b32 p, $5, 0; setp.ne.b32 q, $6, 0;\n"
-        "@!q bra FREE;\n"
-        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{8 * STAGES}], $4;\n"
+        "{ .reg .pred p, done; .reg .b32 turn, bar, to; .reg .b64 from;\n"
+        "setp.ne.b32 p, $6, 0;\n"
+        "@p bra END;\n"
+        "setp.ge.s32 p, $4, $5;\n"
+        "@p bra END;\n"
+        f"shr.u32 turn, $4, {STAGES.bit_length() - 1};\n"
+        f"and.b32 to, $4, {STAGES - 1};\n"
+        "mad.lo.u32 bar, to, 8, $1;\n"
+        f"mad.lo.u32 to, to, {unit_bytes}, $2;\n"
+        "setp.eq.u32 p, turn, 0;\n"
+        "@p bra FREE;\n"
+        "add.u32 turn, turn, 1;\n"
+        "and.b32 turn, turn, 1;\n"
+        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [bar+{8 * STAGES}], turn;\n"
         "@!done bra WAIT;\n"
         "FREE:\n"
-        f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {UNIT * tiles * 1024};\n"
-        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-        f" [$2], [$3], {UNIT * tiles * 1024}, [$1];\n"
-        "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {unit_bytes};\n"
+        f"mul.wide.u32 from, $4, {unit_bytes};\n"
+        "add.u64 from, from, $3;\n"
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [to], [from], {unit_bytes}, [bar];\n"
+        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
     arrived_assembly = tl.constexpr(
         "{ .reg .pred done;\n"
@@ -306,42 +320,25 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         return weight, weight, ROWS * (tile - weight[6])
 
     @triton.jit
-    def copy(x, unit, start, end, barriers, ring, thread):
+    def copy(x, turn, units, barriers, ring, thread):
         """Begin to copy a unit of x into its place of the ring, when all warps are done with what was there."""
-        turn = unit - start
-        place = turn % UNITS_OF_RING
-        is_mine = tl.where(unit < end, (thread == 0).to(tl.int32), 0)
         tl.inline_asm_elementwise(
             copy_assembly,
             "=r,r,r,l,r,r,r",
-            [
-                barriers + 8 * place,
-                ring + place * UNIT_BYTES,
-                x + unit * (UNIT_BYTES // 4),
-                thread * 0 + (turn // UNITS_OF_RING + 1) % 2,
-                is_mine,
-                tl.where(turn >= UNITS_OF_RING, is_mine, 0),
-            ],
+            [barriers, ring, x, thread * 0 + turn, thread * 0 + units, thread],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
 
     @triton.jit
-    def ask(upper, lower, unit, start, end, codes, t, policy, BLOCKS: tl.constexpr, THREADS: tl.constexpr):
-        """Begin to copy a lane's 16 bytes of a unit of each of its rows to its own place, `codes` in the first unit of
-        the ring. What lies beyond the last block may be anything: its scale is zero."""
+    def ask(upper, lower, unit, end, codes, t, policy):
+        """Begin to copy a lane's 16 bytes of a unit of each of its rows to its own place. What lies beyond the last
+        block may be anything: its scale is zero."""
         tl.inline_asm_elementwise(
             ask_assembly,
             "=r,r,l,l,l,r,r",
-            [
-                codes + (unit - start) % UNITS_OF_RING * (32 * THREADS),
-                upper + unit * 64,
-                lower + unit * 64,
-                policy,
-                t,
-                tl.where(unit < end, (2 * unit + t // 2 < BLOCKS).to(tl.int32), 0),
-            ],
+            [codes, upper + unit * 64, lower + unit * 64, policy, t, (2 * unit + t // 2 < end).to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -507,13 +504,15 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         tl.inline_asm_elementwise(
             begin_assembly, "=r,r,r,r", [barriers, thread, thread * 0 + WARPS], dtype=tl.int32, is_pure=False, pack=1
         )
-        # From here on in units.
         codes_at = ring + (CODES_AT + 16 * thread)
-        first_unit, last_unit = 2 * start, 2 * end
+        first_unit, units = 2 * start, 2 * (end - start)
+        last_block = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end)
+        x += first_unit * (UNIT_BYTES // 4)
         for i in tl.static_range(2):
-            copy(x, first_unit + i, first_unit, last_unit, barriers, ring, thread)
+            copy(x, i, units, barriers, ring, thread)
         for i in tl.static_range(UNITS_OF_RING):
-            ask(upper_codes, lower_codes, first_unit + i, first_unit, last_unit, codes_at, t, policy, BLOCKS, THREADS)
+            to = codes_at + i * (32 * THREADS)
+            ask(upper_codes, lower_codes, first_unit + i, last_block, to, t, policy)
         first = BLOCKS_OF_STEP * start + t
         above = asked_statistics(upper, upper_row, first, BLOCKS, NESTED)
         below = asked_statistics(lower, lower_row, first, BLOCKS, NESTED)
@@ -546,11 +545,11 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
                         is_pure=False,
                         pack=1,
                     )
-                    copy(x, first_unit + turn + 2, first_unit, last_unit, barriers, ring, thread)
+                    copy(x, turn + 2, units, barriers, ring, thread)
                 else:
                     # All of the unit whose place this one takes is in registers.
-                    later = first_unit + turn + UNITS_OF_RING
-                    ask(upper_codes, lower_codes, later, first_unit, last_unit, codes_at, t, policy, BLOCKS, THREADS)
+                    to = codes_at + stage * (32 * THREADS)
+                    ask(upper_codes, lower_codes, first_unit + turn + UNITS_OF_RING, last_block, to, t, policy)
                     next_unit = take(codes_at + (turn + 1) % UNITS_OF_RING * (32 * THREADS))
                 first = BLOCKS_OF_STEP * (step + 1) + t
                 if i == 0:  # of the next step, and of the one after it
