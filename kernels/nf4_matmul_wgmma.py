@@ -51,7 +51,8 @@ ROWS_OF_WARP = 16
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
 STEP = 4  # blocks, a line of 128 bytes of codes
 UNIT = 2  # blocks that are copied at once
-STAGES = 4  # units in shared memory
+UNITS_OF_X = 6  # that shared memory has places for
+UNITS_OF_CODES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ def tiles_of(rows: Sequence[int], num_warps: int) -> int:
 
 def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
     """The shared memory of a program besides the table of pairs and the barriers: that of x, and all of it."""
-    of_x = STAGES * UNIT * -(-tokens // 8) * 8 * 128
-    return of_x, of_x + STAGES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
+    of_x = UNITS_OF_X * UNIT * -(-tokens // 8) * 8 * 128
+    return of_x, of_x + UNITS_OF_CODES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
 
 
 def _lookup_lines(dtype: np.dtype, rounds: bool, outputs: int, codes: int, place: int) -> list[str]:
@@ -191,7 +192,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
     BARRIERS_AT = tl.constexpr(PAIRS)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
-    UNITS_OF_RING = tl.constexpr(STAGES)
+    PLACES = tl.constexpr(UNITS_OF_X)
+    CODE_PLACES = tl.constexpr(UNITS_OF_CODES)
     unit_bytes = UNIT * tiles * 1024  # of x
     UNIT_BYTES = tl.constexpr(unit_bytes)
     of_x, of_all = shared_bytes(tokens, num_warps)
@@ -213,14 +215,17 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         "cp.async.commit_group; mov.b32 $0, $5; }"
     )
     take_assembly = tl.constexpr(
-        f"cp.async.wait_group {STAGES - 1};\n"
+        f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
         f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{16 * 32 * num_warps}];"
     )
+    prefetch_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }"
+    )
     begin_assembly = tl.constexpr(
         "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
-        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * i}], 1;\n" for i in range(STAGES))
-        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * (STAGES + i)}], $3;\n" for i in range(STAGES))
+        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * i}], 1;\n" for i in range(UNITS_OF_X))
+        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * (UNITS_OF_X + i)}], $3;\n" for i in range(UNITS_OF_X))
         + "@p fence.mbarrier_init.release.cluster; mov.b32 $0, $1; }"
     )
     # One lane waits until the place of unit $4 of $5 is free, if it was ever used, and begins to copy; the other warps
@@ -231,15 +236,15 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         "@p bra END;\n"
         "setp.ge.s32 p, $4, $5;\n"
         "@p bra END;\n"
-        f"shr.u32 turn, $4, {STAGES.bit_length() - 1};\n"
-        f"and.b32 to, $4, {STAGES - 1};\n"
+        f"div.u32 turn, $4, {UNITS_OF_X};\n"
+        f"rem.u32 to, $4, {UNITS_OF_X};\n"
         "mad.lo.u32 bar, to, 8, $1;\n"
         f"mad.lo.u32 to, to, {unit_bytes}, $2;\n"
         "setp.eq.u32 p, turn, 0;\n"
         "@p bra FREE;\n"
         "add.u32 turn, turn, 1;\n"
         "and.b32 turn, turn, 1;\n"
-        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [bar+{8 * STAGES}], turn;\n"
+        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [bar+{8 * UNITS_OF_X}], turn;\n"
         "@!done bra WAIT;\n"
         "FREE:\n"
         f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {unit_bytes};\n"
@@ -256,7 +261,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     )
     done_assembly = tl.constexpr(
         "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
-        f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STAGES}]; mov.b32 $0, $1; }}"
+        f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * UNITS_OF_X}]; mov.b32 $0, $1; }}"
     )
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
@@ -398,6 +403,15 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         return scales
 
     @triton.jit
+    def prefetch_statistics(upper, lower, upper_row, lower_row, step, t, BLOCKS: tl.constexpr):
+        """Bring the scales of a step into L2: those of two lanes' rows."""
+        at = tl.minimum(step * BLOCKS_OF_STEP, BLOCKS - 1)
+        row = tl.where(t == 0, upper[1] + (upper_row * BLOCKS + at), lower[1] + (lower_row * BLOCKS + at))
+        tl.inline_asm_elementwise(
+            prefetch_assembly, "=r,l,r", [row, (t < 2).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
     def elements(codes, place, scales):
         """The elements of a lane's two rows of a block, 16 words."""
         return tl.inline_asm_elementwise(
@@ -508,9 +522,9 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         first_unit, units = 2 * start, 2 * (end - start)
         last_block = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end)
         x += first_unit * (UNIT_BYTES // 4)
-        for i in tl.static_range(2):
+        for i in tl.static_range(PLACES - 2):
             copy(x, i, units, barriers, ring, thread)
-        for i in tl.static_range(UNITS_OF_RING):
+        for i in tl.static_range(CODE_PLACES):
             to = codes_at + i * (32 * THREADS)
             ask(upper_codes, lower_codes, first_unit + i, last_block, to, t, policy)
         first = BLOCKS_OF_STEP * start + t
@@ -529,33 +543,36 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         place = table + lane * 4
         pair = t // 2  # which of two blocks a lane has elements of; it has the scales of block t of a step
         unit = take(codes_at)
+        ask(upper_codes, lower_codes, first_unit + CODE_PLACES, last_block, codes_at, t, policy)
         codes = unit[0], unit[1], unit[4], unit[5]
         words = elements(codes, place, from_lane(scales[0], scales[1], pair))
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
         for step in range(start, end):
             for i in tl.static_range(BLOCKS_OF_STEP):
                 turn = 2 * (step - start) + i // 2  # the unit's
-                stage = turn % UNITS_OF_RING
+                stage = turn % PLACES
                 if i % 2 == 0:
                     tl.inline_asm_elementwise(
                         arrived_assembly,
                         "=r,r,r",
-                        [barriers + 8 * stage, thread * 0 + turn // UNITS_OF_RING % 2],
+                        [barriers + 8 * stage, thread * 0 + turn // PLACES % 2],
                         dtype=tl.int32,
                         is_pure=False,
                         pack=1,
                     )
-                    copy(x, turn + 2, units, barriers, ring, thread)
+                    copy(x, turn + PLACES - 2, units, barriers, ring, thread)
                 else:
-                    # All of the unit whose place this one takes is in registers.
-                    to = codes_at + stage * (32 * THREADS)
-                    ask(upper_codes, lower_codes, first_unit + turn + UNITS_OF_RING, last_block, to, t, policy)
-                    next_unit = take(codes_at + (turn + 1) % UNITS_OF_RING * (32 * THREADS))
+                    of_next = codes_at + (1 - i // 2) * (32 * THREADS)
+                    next_unit = take(of_next)
+                    later = first_unit + turn + CODE_PLACES + 1
+                    ask(upper_codes, lower_codes, later, last_block, of_next, t, policy)
                 first = BLOCKS_OF_STEP * (step + 1) + t
                 if i == 0:  # of the next step, and of the one after it
                     above_now, below_now = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
                     above = asked_statistics(upper, upper_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
                     below = asked_statistics(lower, lower_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+                if i == 1:
+                    prefetch_statistics(upper, lower, upper_row, lower_row, step + 4, t, BLOCKS)
                 if i == BLOCKS_OF_STEP - 1:
                     scales = (
                         scale_of(above_now, first, upper[3], BLOCKS, NESTED),
