@@ -316,7 +316,7 @@ def matmul(
     one is a constant: its gradient is zero, and what the backward pass keeps of it is its packed form and nothing else.
     So dx = dy @ dequantize(w) dequantises a second time; keeping the result would take all the memory that
     quantisation saved. Few 16-bit tokens are multiplied by an NF4 weight in one kernel on a GPU (`kernels.nf4_matmul`,
-    `kernels.nf4_matmul_tiles`), whose result is nearer to the exact one, since it rounds no weight.
+    `kernels.nf4_matmul_tiles`, `kernels.nf4_matmul_wgmma`), the first two of which round no weight.
 
     With an adapter, a dense weight is multiplied by itself and the adapter's product is added: what b a adds to a
     16-bit weight is mostly less than half of its last place, and would be rounded away. A quantised weight lies
@@ -401,11 +401,12 @@ def _matmul_around(act: str | None, x, weights: tuple, norm: InputNorm | None, r
         options: dict[str, Any] = dict(norm=norm, act=act)
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
         fields, shapes = [*map(_fields, weights)], [w.shape for w in weights]
-        try:
-            ys = api.matmul_nf4(flat(x), fields, shapes=shapes, implementation="triton", **options)
-            return [y.reshape(*x.shape[:-1], -1) for y in ys]
-        except NotImplementedError:  # more tokens than it norms or is for, no GPU, float32
-            pass
+        for name in ("triton", "triton_wgmma"):
+            try:
+                ys = api.matmul_nf4(flat(x), fields, shapes=shapes, implementation=name, **options)
+                return [y.reshape(*x.shape[:-1], -1) for y in ys]
+            except NotImplementedError:  # more tokens than it norms or is for, no GPU, float32
+                pass
     if norm is not None:
         return _matmul_around(act, _normed(x, norm), weights, None, residual)
     return _around(act, matmul_each(x, weights), residual)
@@ -449,12 +450,13 @@ def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"], weights: tuple)
     rows = x.reshape(-1, x.shape[-1])
     if all(w.scheme == "nf4" for w in weights):
         fields = [*map(_fields, weights)]
-        name = "triton" if rows.shape[0] <= nf4_matmul.MOST_TOKENS else "triton_tiles"
-        try:
-            ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], parts=parts, implementation=name)
-            return [y.reshape(*x.shape[:-1], -1) for y in ys]
-        except NotImplementedError:  # more tokens than it is for, no GPU, float32: as for any scheme
-            pass
+        is_few = rows.shape[0] <= nf4_matmul.MOST_TOKENS
+        for name in ("triton",) if is_few else ("triton_wgmma", "triton_tiles"):
+            try:
+                ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], parts=parts, implementation=name)
+                return [y.reshape(*x.shape[:-1], -1) for y in ys]
+            except NotImplementedError:  # more tokens than it is for, no such GPU, float32: as for any scheme
+                pass
     return [_contract(x, dequantize(w, x.dtype), 1) for w in weights]
 
 

@@ -21,6 +21,7 @@ from jaxlora.kernels import (
     nf4,
     nf4_matmul,
     nf4_matmul_tiles,
+    nf4_matmul_wgmma,
     nf4_merge,
     nf4_merge16,
     reference,
@@ -86,6 +87,25 @@ def on_gpu(function: Callable) -> Callable:
     return implementation
 
 
+def compute_capability() -> str | None:
+    """Of the default device, as "9.0"; None where it is no NVIDIA GPU."""
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return getattr(device, "compute_capability", None)
+
+
+def on_gpu_of(capability: str, function: Callable) -> Callable:
+    """`on_gpu(function)`, for devices of one compute capability alone."""
+
+    def implementation(*args, **kwargs):
+        if compute_capability() != capability:
+            raise NotImplementedError(f"it is for compute capability {capability}, not {compute_capability()}")
+        return function(*args, **kwargs)
+
+    return on_gpu(implementation)
+
+
 def undivided(product: Callable) -> Callable:
     """A product that never leaves parts, asked for them or not."""
 
@@ -104,6 +124,7 @@ _OPS: dict[str, dict[str, Callable]] = {
     },
     "matmul_nf4": {
         "triton": on_gpu(undivided(nf4_matmul.matmul_nf4)),
+        "triton_wgmma": on_gpu_of("9.0", nf4_matmul_wgmma.matmul_nf4),
         "triton_tiles": on_gpu(nf4_matmul_tiles.matmul_nf4),
         "reference": reference.matmul_nf4,
     },
@@ -174,13 +195,14 @@ def matmul_nf4(
     act: str | None = None,
     residual: reference.Residual | None = None,
     parts: bool = False,
-    implementation: Literal["triton", "triton_tiles", "reference"] | None = None,
+    implementation: Literal["triton", "triton_wgmma", "triton_tiles", "reference"] | None = None,
 ) -> list[Any]:
     """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks, and what stands around the products:
     a norm of x before, act(gate) * up and a residual stream after. See `reference.matmul_nf4`.
 
     Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`, "triton_tiles" `nf4_matmul_tiles.MOST_TOKENS`,
-    and the products alone. With `parts` those whose k it divides are `Parts`.
+    and the products alone; "triton_wgmma" as many, and `act`, on compute capability 9.0.
+    With `parts` products whose k they divide are `Parts`.
     """
     options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts)
     return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)

@@ -1,0 +1,693 @@
+"""Products of 9 to 64 tokens with NF4 weights by `wgmma`, for cards of compute capability 9.0, in one Triton kernel.
+
+The maths. As dequantising does, and unlike `nf4_matmul`, elements are multiplied by their block's scale and rounded to
+x's dtype before the product, so that the tensor cores sum all of k by themselves, float32, and nothing is done to what
+they sum before the end. A scale is two numbers of that dtype, so that an element is rounded once: w * high + w * low.
+With the table's own rounding the error of a weight is 1.85e-3 in bfloat16, relative, and 2.2e-4 in float16.
+
+The layout. A warpgroup, 4 warps, multiplies 64 rows with all tokens by `wgmma.m64nNk16`, whose left operand is the
+elements as they were looked up, in registers, and whose right one the tensor cores read out of shared memory by
+themselves. So no lane holds x, and a lane has 4 sums a tile of 8 tokens.
+
+Lane 4 g + t loads 16 bytes of rows g and g + 8 of its warp's 16 at once: elements 32 t .. 32 t + 31 of 128. The first
+half of each lane's are one block of the product, the second half the next, and word 2 s + u of a half is an operand of
+product s, at its elements 8 u + 2 t and the next. So element 32 t + 16 c + 4 s + 2 u + h of 128 of x comes to place
+16 s + 8 u + 2 t + h of block c. `copy` puts it there, by words, or a launch before. A block of x is [tokens, 64], 128
+bytes a token; its pieces of 16 bytes are where the swizzle of 128 bytes looks for them: piece p of token m at place
+p ^ (m % 8). What a copy writes must be made visible to the asynchronous proxy, in which `wgmma` reads, by each thread
+before the barrier.
+
+The overlap. While the tensor cores multiply one block, the lanes look up the next, all in one statement of assembly,
+which ends when both are done: the assembler sees no register of a product in flight change hands.
+
+The stream. Codes are asked for two blocks before they are looked up, 16 KB an SM, behind the barrier, since the fence
+before the next one may wait for whatever was asked for. For memory's latency that is too late, so they are brought into
+L2 some steps of 4 blocks before, each sector of 32 bytes by a lane of its own: a prefetch brings one.
+
+What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, 256
+for x's reading and 64 for its writing (more by words); some 140 instructions a warp, 560 cycles. 800 a block would be
+30 us for gate and up of an 8B.
+
+Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
+from jaxlora.kernels.gated import activation_kernel
+from jaxlora.kernels.h100 import SMS
+from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
+from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
+from jaxlora.kernels.parts import Parts
+from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
+
+MOST_TOKENS = 64
+ROWS_OF_WARP = 16
+MOST_TOKENS_OF_TWO_PROGRAMS = 32
+STEP = 4  # blocks, a line of 128 bytes of codes
+UNIT = 2  # blocks that are copied at once
+UNITS_OF_X = 6  # that shared memory has places for
+UNITS_OF_CODES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the kernel is laid out on the device; no field changes a result but for the order of its sums.
+
+    Attributes:
+      num_warps: warps of a program, each with 16 rows of its tile: 4, 8 or 16: whole warpgroups.
+      split: programs among which k is divided.
+      rounds: whether scales are rounded to x's dtype, one number and not two: a third less to compute, and the error of
+        a weight is 2.5e-3 in bfloat16.
+    """
+
+    num_warps: int = 16
+    split: int = 1
+    rounds: bool = False
+
+    def __post_init__(self):
+        if self.num_warps not in (4, 8, 16):
+            raise ValueError(f"num_warps must be 4, 8 or 16, not {self.num_warps}")
+        if self.split < 1:
+            raise ValueError(f"split must be 1 or more, not {self.split}")
+
+
+def heuristics(tokens: int, rows: Sequence[int], columns: int, is_gated: bool = False) -> Config:
+    """The configuration for weights of so many rows each: the split with which the last SM is done first.
+
+    An SM holds 16 warps with up to 128 registers: two programs of 8, which wait for x each on its own, but both copy
+    it. More than 32 tokens take more registers than that, of which a program of 16 warps is given 128, and no more
+    stack. The costs are those of `nf4_matmul_tiles.heuristics`, not measured here.
+    """
+    num_warps = 8 if tokens <= MOST_TOKENS_OF_TWO_PROGRAMS else 16
+    slots = SMS * 16 // num_warps
+    while num_warps > 4 and max(rows) <= ROWS_OF_WARP * num_warps // 2:
+        num_warps //= 2
+    tiles, steps = tiles_of(rows, num_warps), -(-columns // (STEP * reference.NF4_BLOCK))
+
+    def cost(split: int) -> float:
+        adding = 0 if split == 1 else 1 + split * sum(rows) / 24000
+        return -(-tiles * split // slots) * (-(-steps // split) + 1) + adding
+
+    return Config(num_warps=num_warps, split=1 if is_gated else min(range(1, min(steps, 16) + 1), key=cost))
+
+
+def tiles_of(rows: Sequence[int], num_warps: int) -> int:
+    """Tiles of weights of so many rows each."""
+    return sum(-(-n // (ROWS_OF_WARP * num_warps)) for n in rows)
+
+
+def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
+    """The shared memory of a program besides the table of pairs and the barriers: that of x, and all of it."""
+    of_x = UNITS_OF_X * UNIT * -(-tokens // 8) * 8 * 128
+    return of_x, of_x + UNITS_OF_CODES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
+
+
+def _lookup_lines(dtype: np.dtype, rounds: bool, outputs: int, codes: int, place: int) -> list[str]:
+    """PTX for 32 elements of a lane, 16 of each of its rows: words ${outputs} and on, from the four words of codes
+    ${codes} and on, two a row, and a lane's place in the table. Behind the place are the scales of both rows, each
+    twice in a word, and unless they are rounded what rounding took from them."""
+    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    scales, lines = place + 1, []
+    for i in range(16):
+        lines += [
+            f"dp4a.u32.u32 at, ${codes + i // 4}, {128 << 8 * (i % 4):#x}, ${place};",
+            f"ld.shared.b32 w{i}, [at];",
+        ]
+    for i in range(16):
+        output, scale = f"${outputs + i}", scales + i // 8
+        if rounds:
+            lines.append(f"mul.rn.{kind} {output}, w{i}, ${scale};")
+        else:
+            lines += [
+                f"mul.rn.{kind} {output}, w{i}, ${scale + 2};",
+                f"fma.rn.{kind} {output}, w{i}, ${scale}, {output};",
+            ]
+    return lines
+
+
+def _lookup_assembly(dtype: np.dtype, rounds: bool) -> str:
+    """PTX for the elements of a block, $0..$15, from 4 words of codes, a place in the table, and the scales."""
+    return "\n".join(["{", ".reg .b32 at, w<16>;", *_lookup_lines(dtype, rounds, 0, 16, 20), "}"])
+
+
+def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
+    """PTX for a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens, and the elements of the next block.
+
+    Results: the totals, 4 a tile, two of row g and two of g + 8; 16 words of the next block. Arguments: the totals so
+    far; the 16 words of this one; where its x is; and what `_lookup_lines` takes for the next one. The tensor cores
+    multiply while the lanes look up, and are waited for before the end, so that nothing outside has to know of them.
+    """
+    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    sums = 4 * tiles
+    before = sums + 16
+    words, x = before + sums, before + sums + 16
+    d = ", ".join(f"${i}" for i in range(sums))
+    lines = [
+        ".reg .b64 x, at64;",
+        ".reg .b32 low, at, w<16>;",
+        # The descriptor, in units of 16 bytes: the address, and how far it is from 8 elements of k to the next 8, and
+        # from 8 tokens to the next 8. No swizzle.
+        f"bfe.u32 low, ${x}, 4, 14;",
+        "cvt.u64.u32 x, low;",
+        f"or.b64 x, x, {8 << 32 | 8 * tiles << 16:#x};",
+        *(f"mov.f32 ${i}, ${before + i};" for i in range(sums)),
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        a = ", ".join(f"${words + i + 2 * step}" for i in (0, 8, 1, 9))
+        lines += [
+            f"add.u64 at64, x, {2 * 8 * tiles * step};",
+            f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, at64, 1, 1, 1, 0;",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", *_lookup_lines(dtype, rounds, sums, x + 1, x + 5)]
+    return "\n".join(["{", *lines, "wgmma.wait_group.sync.aligned 0;", "}"])
+
+
+@functools.cache
+@no_type_check  # a type checker's wrapper around the function would hide its source from Triton
+def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
+    """The Triton function. Built on first use, since the library imports where Triton is not installed."""
+    import triton
+    import triton.language as tl
+
+    narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
+    activation = activation_kernel()
+    scales = 2 if rounds else 4
+    ROUNDS = tl.constexpr(rounds)
+    lookup_assembly = tl.constexpr(_lookup_assembly(dtype, rounds))
+    lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * (5 + scales)))
+    tiles = -(-tokens // 8)
+    sums = 4 * tiles
+    products_assembly = tl.constexpr(_products_assembly(dtype, tiles, rounds))
+    products_operands = tl.constexpr(
+        ",".join(["=&f"] * sums + ["=&r"] * 16 + ["f"] * sums + ["r"] * (16 + 1 + 5 + scales))
+    )
+    products_dtypes = tl.constexpr((tl.float32,) * sums + (tl.uint32,) * 16)
+    unit = tl.constexpr(1.0 / FACTORS[dtype.name])
+    BARRIERS_AT = tl.constexpr(PAIRS)
+    BLOCKS_OF_STEP = tl.constexpr(STEP)
+    PLACES = tl.constexpr(UNITS_OF_X)
+    CODE_PLACES = tl.constexpr(UNITS_OF_CODES)
+    unit_bytes = UNIT * tiles * 1024  # of x
+    UNIT_BYTES = tl.constexpr(unit_bytes)
+    of_x, of_all = shared_bytes(tokens, num_warps)
+    CODES_AT = tl.constexpr(of_x)  # in the ring
+    RING = tl.constexpr(1 << (of_all // 4 - 1).bit_length())  # words, a power of two
+    # What comes before the ring is a multiple of 128 bytes, since the ring begins where it ends.
+    table_assembly = tl.constexpr(
+        f"{{ .shared .align 128 .b8 table[{PAIRS + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
+    )
+    ring_assembly = tl.constexpr("mov.u32 $0, global_smem; add.u32 $0, $0, $1;")
+    kept_assembly = tl.constexpr("mov.b32 $0, $1;")
+    fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
+    # Codes are read once, and must not drive out of the cache what is read by every program or every layer.
+    policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
+    ask_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.ne.b32 p, $6, 0;\n"
+        "@p cp.async.cg.shared.global.L2::cache_hint [$1], [$2], 16, $4;\n"
+        f"@p cp.async.cg.shared.global.L2::cache_hint [$1+{16 * 32 * num_warps}], [$3], 16, $4;\n"
+        "cp.async.commit_group; mov.b32 $0, $5; }"
+    )
+    take_assembly = tl.constexpr(
+        f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
+        f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{16 * 32 * num_warps}];"
+    )
+    prefetch_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }"
+    )
+    begin_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
+        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * i}], 1;\n" for i in range(UNITS_OF_X))
+        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * (UNITS_OF_X + i)}], $3;\n" for i in range(UNITS_OF_X))
+        + "@p fence.mbarrier_init.release.cluster; mov.b32 $0, $1; }"
+    )
+    # One lane waits until the place of unit $4 of $5 is free, if it was ever used, and begins to copy; the other warps
+    # jump over it.
+    copy_assembly = tl.constexpr(
+        "{ .reg .pred p, done; .reg .b32 turn, bar, to; .reg .b64 from;\n"
+        "setp.ne.b32 p, $6, 0;\n"
+        "@p bra END;\n"
+        "setp.ge.s32 p, $4, $5;\n"
+        "@p bra END;\n"
+        f"div.u32 turn, $4, {UNITS_OF_X};\n"
+        f"rem.u32 to, $4, {UNITS_OF_X};\n"
+        "mad.lo.u32 bar, to, 8, $1;\n"
+        f"mad.lo.u32 to, to, {unit_bytes}, $2;\n"
+        "setp.eq.u32 p, turn, 0;\n"
+        "@p bra FREE;\n"
+        "add.u32 turn, turn, 1;\n"
+        "and.b32 turn, turn, 1;\n"
+        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [bar+{8 * UNITS_OF_X}], turn;\n"
+        "@!done bra WAIT;\n"
+        "FREE:\n"
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {unit_bytes};\n"
+        f"mul.wide.u32 from, $4, {unit_bytes};\n"
+        "add.u64 from, from, $3;\n"
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [to], [from], {unit_bytes}, [bar];\n"
+        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
+    )
+    arrived_assembly = tl.constexpr(
+        "{ .reg .pred done;\n"
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;\n"
+        "@!done bra WAIT;\n"
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
+    )
+    done_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
+        f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * UNITS_OF_X}]; mov.b32 $0, $1; }}"
+    )
+    filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
+    from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
+
+    @triton.jit
+    def table_at(thread):
+        """Where the shared memory of the program begins."""
+        return tl.inline_asm_elementwise(table_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def ring_at(thread):
+        """Where x and codes are in shared memory. More than 48 KB must be asked for, and Triton asks for what its own
+        operations need: this one, of a second row of programs, which there is not."""
+        if tl.num_programs(1) > 1:
+            words = tl.gather(tl.arange(0, RING), thread * 8, 0)
+            tl.inline_asm_elementwise(kept_assembly, "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(ring_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def fill(table, nf4, thread, THREADS: tl.constexpr):
+        """32 copies of each of the pairs."""
+        values = ()
+        for i in tl.static_range(2048 // THREADS):
+            values = values + (tl.load(nf4 + (i * THREADS + thread) // 8),)
+        for i in tl.static_range(2048 // THREADS):
+            place = table + (i * THREADS + thread) * 16
+            tl.inline_asm_elementwise(
+                fill_assembly, "=r,r,r", [place, values[i]], dtype=tl.int32, is_pure=False, pack=1
+            )
+
+    @triton.jit
+    def one_of_stack(
+        codes, absmax, nested_absmax, mean, index, out, before: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+        NESTED: tl.constexpr, STACKED: tl.constexpr,
+    ):  # fmt: skip
+        """(codes, absmax, nested absmax, mean, out, rows, tiles before its first) of a weight."""
+        if STACKED:
+            layer = tl.load(index).to(tl.int64)
+            codes += layer * (ROWS * (BLOCKS * 32))
+            absmax += layer * (ROWS * BLOCKS)
+            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
+            mean += layer
+        value = 0.0
+        if NESTED:
+            value = tl.load(mean)
+        return codes, absmax, nested_absmax, value, out, ROWS, before
+
+    @triton.jit
+    def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
+        """The weight (as `one_of_stack`) that rows g of a tile are of, and that of rows g + 8; the tile's first row,
+        and the distance of rows g + 8."""
+        if GATED:
+            return weights[0], weights[1], ROWS // 2 * tile
+        weight = weights[0]
+        for i in tl.static_range(1, WEIGHTS):
+            is_later = tile >= weights[i][6]
+            chosen = ()
+            for j in tl.static_range(7):
+                chosen = chosen + (tl.where(is_later, weights[i][j], weight[j]),)
+            weight = chosen
+        return weight, weight, ROWS * (tile - weight[6])
+
+    @triton.jit
+    def copy(x, turn, units, barriers, ring, thread):
+        """Begin to copy a unit of x into its place of the ring, when all warps are done with what was there."""
+        tl.inline_asm_elementwise(
+            copy_assembly,
+            "=r,r,r,l,r,r,r",
+            [barriers, ring, x, thread * 0 + turn, thread * 0 + units, thread],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def ask(upper, lower, unit, end, codes, t, policy):
+        """Begin to copy a lane's 16 bytes of a unit of each of its rows to its own place. What lies beyond the last
+        block may be anything: its scale is zero."""
+        tl.inline_asm_elementwise(
+            ask_assembly,
+            "=r,r,l,l,l,r,r",
+            [codes, upper + unit * 64, lower + unit * 64, policy, t, (2 * unit + t // 2 < end).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def take(codes):
+        """A lane's codes of the unit that was asked for longest ago: 4 words of its upper row, and 4 of the lower."""
+        return tl.inline_asm_elementwise(
+            take_assembly,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [codes],
+            dtype=(tl.uint32,) * 8,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def asked_statistics(half, row, block, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
+        """Begin to load absmax, and nested absmax, of a block of a row."""
+        at = row * BLOCKS + tl.minimum(block, BLOCKS - 1)
+        nested = 0.0
+        if NESTED:
+            nested = tl.load(half[2] + (at >> 8))
+        return tl.load(half[1] + at), nested
+
+    @triton.jit
+    def mapped(statistics, dynamic_map, NESTED: tl.constexpr):
+        value, nested = statistics
+        if NESTED:
+            value = tl.load(dynamic_map + value.to(tl.int32))
+        return value, nested
+
+    @triton.jit
+    def twice(value):
+        return value.to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
+
+    @triton.jit
+    def scale_of(statistics, block, mean, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
+        """The scale of a block of a row over the table's factor, in x's dtype, twice in a word; and what that lacks."""
+        scale = statistics[0]
+        if NESTED:
+            scale = scale * statistics[1] + mean
+        scale = tl.where(block < BLOCKS, scale * unit, 0.0)
+        rounded = scale.to(narrow)
+        return twice(rounded), twice((scale - rounded.to(tl.float32)).to(narrow))
+
+    @triton.jit
+    def from_lane(above, below, lane):
+        """The scales of both rows that a lane of four has, as `elements` takes them."""
+        values, scales = (above[0], below[0], above[1], below[1]), ()
+        for i in tl.static_range(2 if ROUNDS else 4):
+            scale = tl.inline_asm_elementwise(
+                from_lane_assembly, "=r,r,r", [values[i], lane], dtype=tl.uint32, is_pure=True, pack=1
+            )
+            scales = scales + (scale,)
+        return scales
+
+    @triton.jit
+    def prefetch_statistics(upper, lower, upper_row, lower_row, step, t, BLOCKS: tl.constexpr):
+        """Bring the scales of a step into L2: those of two lanes' rows."""
+        at = tl.minimum(step * BLOCKS_OF_STEP, BLOCKS - 1)
+        row = tl.where(t == 0, upper[1] + (upper_row * BLOCKS + at), lower[1] + (lower_row * BLOCKS + at))
+        tl.inline_asm_elementwise(
+            prefetch_assembly, "=r,l,r", [row, (t < 2).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def elements(codes, place, scales):
+        """The elements of a lane's two rows of a block, 16 words."""
+        return tl.inline_asm_elementwise(
+            lookup_assembly,
+            lookup_operands,
+            codes + (place,) + scales,
+            dtype=(tl.uint32,) * 16,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def products(totals, words, x, codes, place, scales):
+        """The totals with a block's products, and the elements of the next block."""
+        return tl.inline_asm_elementwise(
+            products_assembly,
+            products_operands,
+            totals + words + (x,) + codes + (place,) + scales,
+            dtype=products_dtypes,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def matmul_nf4_wgmma(
+        x,  # `image` of x
+        nf4,  # uint32 [256], `nf4_lookup.pairs`
+        dynamic_map,  # float32 [256]
+        codes0,  # of the first weight: uint8 [stack, rows, COLUMNS / 2]
+        absmax0,  # uint8 or float32 [stack, rows, COLUMNS / 64]
+        nested_absmax0,  # float32 [stack, ceil(blocks / 256)]; unread unless NESTED
+        mean0,  # float32 [stack]; unread unless NESTED
+        index0,  # int32 []: which of the stack; unread unless STACKED
+        codes1,  # of the second, and so on; unread where there are fewer
+        absmax1,
+        nested_absmax1,
+        mean1,
+        index1,
+        codes2,
+        absmax2,
+        nested_absmax2,
+        mean2,
+        index2,
+        out0,  # [M, rows] in x's dtype, or float32 [SPLIT, M, rows]
+        out1,
+        out2,
+        M: tl.constexpr,
+        ROWS0: tl.constexpr,
+        ROWS1: tl.constexpr,
+        ROWS2: tl.constexpr,
+        WEIGHTS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        NESTED: tl.constexpr,
+        STACKED: tl.constexpr,
+        WARPS: tl.constexpr,
+        SPLIT: tl.constexpr,
+        ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
+    ):
+        THREADS: tl.constexpr = 32 * WARPS
+        ROWS: tl.constexpr = 16 * WARPS  # of a tile
+        BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
+        STEPS: tl.constexpr = (BLOCKS + BLOCKS_OF_STEP - 1) // BLOCKS_OF_STEP
+        FIRST: tl.constexpr = (ROWS0 + ROWS - 1) // ROWS  # tiles before those of the second weight
+        SECOND: tl.constexpr = FIRST + (ROWS1 + ROWS - 1) // ROWS
+        GATED: tl.constexpr = ACT != ""
+        TILES: tl.constexpr = (2 * ROWS0 + ROWS - 1) // ROWS if GATED else SECOND + (ROWS2 + ROWS - 1) // ROWS
+        TOKEN_TILES: tl.constexpr = (M + 7) // 8
+        WHOLE: tl.constexpr = TILES * ROWS == ROWS0 + ROWS1 + ROWS2
+
+        thread = tl.arange(0, THREADS)
+        warp, lane = thread // 32, thread % 32
+        group, t = lane // 4, lane % 4
+        weights = (
+            one_of_stack(codes0, absmax0, nested_absmax0, mean0, index0, out0, 0, ROWS0, BLOCKS, NESTED, STACKED),
+        )
+        if WEIGHTS > 1:
+            weights = weights + (
+                one_of_stack(
+                    codes1, absmax1, nested_absmax1, mean1, index1, out1, FIRST, ROWS1, BLOCKS, NESTED, STACKED
+                ),
+            )
+        if WEIGHTS > 2:
+            weights = weights + (
+                one_of_stack(
+                    codes2, absmax2, nested_absmax2, mean2, index2, out2, SECOND, ROWS2, BLOCKS, NESTED, STACKED
+                ),
+            )
+        policy = tl.inline_asm_elementwise(policy_assembly, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
+        part = tl.program_id(0) // TILES
+        upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
+        row_count, out = upper[5], upper[4]
+        first_row += (8 if GATED else 16) * warp + group
+        second_row = first_row + (0 if GATED else 8)
+        upper_row, lower_row = first_row, second_row  # that are read
+        if not WHOLE:
+            upper_row, lower_row = tl.minimum(upper_row, row_count - 1), tl.minimum(lower_row, row_count - 1)
+        upper_codes = upper[0] + (upper_row * (BLOCKS * 32) + t * 16)
+        lower_codes = lower[0] + (lower_row * (BLOCKS * 32) + t * 16)
+        start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
+        x = x.to(tl.pointer_type(tl.uint32))
+
+        table, ring = table_at(thread), ring_at(thread)
+        barriers = table + BARRIERS_AT
+        tl.inline_asm_elementwise(
+            begin_assembly, "=r,r,r,r", [barriers, thread, thread * 0 + WARPS], dtype=tl.int32, is_pure=False, pack=1
+        )
+        codes_at = ring + (CODES_AT + 16 * thread)
+        first_unit, units = 2 * start, 2 * (end - start)
+        last_block = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end)
+        x += first_unit * (UNIT_BYTES // 4)
+        for i in tl.static_range(PLACES - 2):
+            copy(x, i, units, barriers, ring, thread)
+        for i in tl.static_range(CODE_PLACES):
+            to = codes_at + i * (32 * THREADS)
+            ask(upper_codes, lower_codes, first_unit + i, last_block, to, t, policy)
+        first = BLOCKS_OF_STEP * start + t
+        above = asked_statistics(upper, upper_row, first, BLOCKS, NESTED)
+        below = asked_statistics(lower, lower_row, first, BLOCKS, NESTED)
+        fill(table, nf4, thread, THREADS)
+        above, below = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
+        scales = (
+            scale_of(above, first, upper[3], BLOCKS, NESTED),
+            scale_of(below, first, lower[3], BLOCKS, NESTED),
+        )
+        above = asked_statistics(upper, upper_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+        below = asked_statistics(lower, lower_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+        tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+        place = table + lane * 4
+        pair = t // 2  # which of two blocks a lane has elements of; it has the scales of block t of a step
+        unit = take(codes_at)
+        ask(upper_codes, lower_codes, first_unit + CODE_PLACES, last_block, codes_at, t, policy)
+        codes = unit[0], unit[1], unit[4], unit[5]
+        words = elements(codes, place, from_lane(scales[0], scales[1], pair))
+        totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
+        for step in range(start, end):
+            for i in tl.static_range(BLOCKS_OF_STEP):
+                turn = 2 * (step - start) + i // 2  # the unit's
+                stage = turn % PLACES
+                if i % 2 == 0:
+                    tl.inline_asm_elementwise(
+                        arrived_assembly,
+                        "=r,r,r",
+                        [barriers + 8 * stage, thread * 0 + turn // PLACES % 2],
+                        dtype=tl.int32,
+                        is_pure=False,
+                        pack=1,
+                    )
+                    copy(x, turn + PLACES - 2, units, barriers, ring, thread)
+                else:
+                    of_next = codes_at + (1 - i // 2) * (32 * THREADS)
+                    next_unit = take(of_next)
+                    later = first_unit + turn + CODE_PLACES + 1
+                    ask(upper_codes, lower_codes, later, last_block, of_next, t, policy)
+                first = BLOCKS_OF_STEP * (step + 1) + t
+                if i == 0:  # of the next step, and of the one after it
+                    above_now, below_now = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
+                    above = asked_statistics(upper, upper_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+                    below = asked_statistics(lower, lower_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+                if i == 1:
+                    prefetch_statistics(upper, lower, upper_row, lower_row, step + 4, t, BLOCKS)
+                if i == BLOCKS_OF_STEP - 1:
+                    scales = (
+                        scale_of(above_now, first, upper[3], BLOCKS, NESTED),
+                        scale_of(below_now, first, lower[3], BLOCKS, NESTED),
+                    )
+                # The next block is looked up: its second one of two, or the first of the next two.
+                from_pair = pair + (i + 1) % 4 // 2 * 2
+                of_next = from_lane(scales[0], scales[1], from_pair)
+                if i % 2 == 0:
+                    codes = unit[2], unit[3], unit[6], unit[7]
+                else:
+                    unit = next_unit
+                    codes = unit[0], unit[1], unit[4], unit[5]
+                from_x = ring + (2 * stage + i % 2) * (UNIT_BYTES // 2)
+                result = products(totals, words, from_x, codes, place, of_next)
+                totals, words = (), ()
+                for n in tl.static_range(4 * TOKEN_TILES):
+                    totals = totals + (result[n],)
+                for n in tl.static_range(16):
+                    words = words + (result[4 * TOKEN_TILES + n],)
+                if i % 2:
+                    tl.inline_asm_elementwise(
+                        done_assembly, "=r,r,r", [barriers + 8 * stage, lane], dtype=tl.int32, is_pure=False, pack=1
+                    )
+
+        out += part * M * row_count
+        for j in tl.static_range(TOKEN_TILES):
+            for i in tl.static_range(2 if GATED else 4):
+                total = totals[4 * j + i]
+                n, m = (second_row if i >= 2 else first_row), 8 * j + 2 * t + i % 2
+                if GATED:
+                    gate, up = total.to(narrow).to(tl.float32), totals[4 * j + i + 2].to(narrow).to(tl.float32)
+                    total = activation(gate, ACT)[0].to(narrow).to(tl.float32) * up
+                target = out + (m * row_count + n)
+                tl.store(target, total.to(target.dtype.element_ty), mask=(m < M) & (n < row_count))
+
+    return matmul_nf4_wgmma
+
+
+def matmul_nf4(
+    x: jax.Array,
+    weights: Sequence[NF4Fields],
+    *,
+    shapes: Sequence[tuple[int, int]],
+    norm: InputNorm | None = None,
+    act: str | None = None,
+    residual: Residual | None = None,
+    parts: bool = False,
+    config: Config | None = None,
+) -> list[jax.Array]:
+    """`reference.matmul_nf4` as a Triton kernel: the same arguments.
+
+    Up to three weights are multiplied in one launch. It may be vmapped (which loops) and is not differentiable.
+
+    Args:
+      parts: of products whose k is split, return the float32 sums of each part, [split, M, out], for what follows to
+        add up; a product that is not split is [M, out] in x's dtype all the same.
+
+    Raises:
+      NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows; or there is a norm or a
+        residual, which are launches of their own for so many tokens.
+    """
+    if norm is not None or residual is not None:
+        raise NotImplementedError("the kernel neither norms nor adds")
+    if act is not None and (len(shapes) != 2 or shapes[0] != shapes[1]):
+        raise NotImplementedError(
+            f"the kernel gates one weight's products by another's of its shape, not {list(shapes)}"
+        )
+    nf4_matmul.check(x, weights, shapes, MOST_TOKENS)
+    import jax_triton
+
+    tokens, columns = x.shape
+    rows = [rows for rows, _ in shapes]
+    config = heuristics(tokens, rows, columns, is_gated=act is not None) if config is None else config
+    split = 1 if act is not None else min(config.split, -(-columns // (STEP * reference.NF4_BLOCK)))
+    leading, dtype = ((), x.dtype) if split == 1 else ((split,), jnp.dtype(jnp.float32))
+    padding = [0] * (MOST_WEIGHTS - len(rows))
+    outputs = rows if act is None else rows[:1]
+    tiles = tiles_of(rows if act is None else [2 * rows[0]], config.num_warps)
+    call = functools.partial(
+        jax_triton.triton_call,
+        kernel=_kernel(x.dtype, tokens, config.num_warps, config.rounds),
+        out_shape=[jax.ShapeDtypeStruct((*leading, tokens, n), dtype) for n in outputs]
+        + [jax.ShapeDtypeStruct((1,), dtype)] * (MOST_WEIGHTS - len(outputs)),
+        grid=(split * tiles,),
+        num_warps=config.num_warps,
+        M=tokens,
+        **{f"ROWS{i}": n for i, n in enumerate([*rows, *padding])},
+        WEIGHTS=len(rows),
+        COLUMNS=columns,
+        NESTED=weights[0][2] is not None,
+        STACKED=weights[0][4] is not None,
+        WARPS=config.num_warps,
+        SPLIT=split,
+        ACT=act or "",
+    )
+
+    @jax.custom_batching.sequential_vmap
+    def run(x, weights):
+        constants = jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
+        ys = call(image(x), *constants, *(field for fields in weights for field in fields))[: len(outputs)]
+        return ys if split == 1 or parts else [Parts(y, x.dtype).sum() for y in ys]
+
+    some = [nf4_matmul.filled(*fields) for fields in weights]
+    return run(x, [*some, *(some[0] for _ in padding)])
+
+
+def image(x: jax.Array) -> jax.Array:
+    """x [M, K] in the order of shared memory: [steps, 4 blocks, 8 parts of k, tiles of tokens, 8 tokens, 8 elements],
+    with zeros for tokens and elements that there are not.
+
+    Element 32 t + 16 c + 4 s + 2 u + h of each 128 of k is element 2 t + h of part 2 s + u of block c of two."""
+    tokens, columns = x.shape
+    x = jnp.pad(x, ((0, -tokens % 8), (0, -columns % (STEP * reference.NF4_BLOCK))))
+    x = x.reshape(-1, 8, x.shape[1] // 128, 4, 2, 4, 2, 2)  # m // 8, m % 8, two blocks, t, c, s, u, h
+    return x.transpose(2, 4, 5, 6, 0, 1, 3, 7).reshape(-1, STEP, 8, x.shape[0], 8, 8)

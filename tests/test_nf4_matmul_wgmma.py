@@ -1,0 +1,210 @@
+"""The product of up to 64 tokens with an NF4 weight by `wgmma`: its layout on the CPU, its values on a GPU of 9.0."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_nf4_matmul import LIMITS, fields_of, operands, relative_error
+
+from jaxlora import quant
+from jaxlora.kernels import api, nf4_lookup, nf4_matmul_wgmma
+from jaxlora.kernels.gated import ACTIVATIONS
+from jaxlora.kernels.nf4_matmul_wgmma import Config
+from jaxlora.kernels.reference import Residual
+
+DTYPES = [jnp.bfloat16, jnp.float16]
+
+
+@pytest.mark.parametrize("tokens", [9, 64])
+def test_the_shared_memory_needs_no_asking_for(tokens):
+    assert nf4_matmul_wgmma.shared_bytes(tokens) <= 48 << 10
+
+
+@pytest.mark.parametrize("tokens", [16, 64])
+@pytest.mark.parametrize("rows, columns", [((14336, 14336), 4096), ((4096, 1024, 1024), 4096), ((4096,), 14336)])
+def test_a_split_fills_the_device_and_leaves_no_part_empty(tokens, rows, columns):
+    config = nf4_matmul_wgmma.heuristics(tokens, rows, columns)
+    programs = config.split * nf4_matmul_wgmma.tiles_of(rows, config.num_warps)
+    slots = nf4_matmul_wgmma.SMS * 16 // config.num_warps
+    assert config.split <= -(-columns // 256) and 0.7 * slots <= programs <= slots
+
+
+def test_a_gate_is_not_split():
+    assert nf4_matmul_wgmma.heuristics(64, [4096, 4096], 4096, is_gated=True).split == 1
+
+
+def test_it_says_why_not(key):
+    x, q = operands(key, 9, (64, 64), jnp.bfloat16)
+    other = operands(key, 9, (32, 64), jnp.bfloat16)[1]
+    with pytest.raises(NotImplementedError, match="takes 1 to 64 tokens, not 65"):
+        nf4_matmul_wgmma.matmul_nf4(jnp.zeros((65, 64), x.dtype), [fields_of(q)], shapes=[q.shape])
+    with pytest.raises(NotImplementedError, match="neither norms nor adds"):
+        nf4_matmul_wgmma.matmul_nf4(x, [fields_of(q)], shapes=[q.shape], residual=Residual(x, 1.0))
+    with pytest.raises(NotImplementedError, match=r"another's of its shape, not \[\(64, 64\), \(32, 64\)\]"):
+        weights, shapes = [fields_of(q), fields_of(other)], [q.shape, other.shape]
+        nf4_matmul_wgmma.matmul_nf4(x, weights, shapes=shapes, act="silu")
+    with pytest.raises(NotImplementedError, match="triton_wgmma: it .*compute capability 9.0|triton_wgmma: .*GPU"):
+        api.matmul_nf4(x, [fields_of(q)], shapes=[q.shape], implementation="triton_wgmma")
+
+
+def test_k_is_made_a_multiple_of_two_blocks():
+    x = jnp.arange(3 * 192, dtype=jnp.float32).reshape(3, 192)
+    got = np.asarray(nf4_matmul_wgmma.permuted(x))
+    assert got.shape == (3, 256)
+    t, c, s, u, h = 2, 1, 3, 1, 1
+    assert got[1, 64 * c + 16 * s + 8 * u + 2 * t + h] == x[1, 32 * t + 16 * c + 4 * s + 2 * u + h]
+    assert sorted(got[1]) == sorted([*np.asarray(x[1]), *[0.0] * 64])
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("tiles", [2, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_products_of_a_block_and_the_elements_of_the_next(dtype, tiles, rounds, block):
+    """The PTX on a warpgroup, and one of two blocks of x where `copy` puts it: 64 rows times all tokens."""
+    dtype, random, tokens = jnp.dtype(dtype), np.random.default_rng(0), 8 * tiles
+    w, x = random.standard_normal((64, 128)).astype(dtype), random.standard_normal((tokens, 128)).astype(dtype)
+    before, codes = random.standard_normal((64, tokens)), random.integers(0, 1 << 32, (4, 128), np.uint32)
+    scales = random.uniform(0.01, 0.1, (2, 128)).astype(np.float32)
+    high = scales.astype(dtype)
+    low = (scales - high.astype(np.float32)).astype(dtype)
+    place = 4 * (np.arange(128) % 32)
+    table = nf4_lookup.pairs(dtype).view(dtype).reshape(256, 2)
+    permuted = np.asarray(nf4_matmul_wgmma.permuted(jnp.asarray(x)))
+    token, piece = np.divmod(np.arange(8 * tokens), 8)
+    thread = np.arange(128)
+    t, upper = thread % 4, thread // 32 * 16 + thread % 32 // 4
+    n = 4 * tiles
+    places = [(upper + 8 * (i // 2 % 2), 2 * t + i % 2 + 8 * (i // 4)) for i in range(n)]
+    as_float = lambda pair: np.asarray(pair, np.float32)
+    memory, buffer = np.zeros((1 << 14) // 2, dtype), 2048
+    for i in range(8):
+        memory[(buffer + token * 128 + (piece ^ token % 8) * 16) // 2 + i] = permuted[token, 64 * block + 8 * piece + i]
+    registers: dict[str, Any] = {f"${n + 16 + i}": before[places[i]] for i in range(n)}
+    for i in range(16):  # of 128 elements lane t has 32 t .. 32 t + 31, the first half of them in the first block
+        registers[f"${2 * n + 16 + i}"] = w[upper + i // 8 * 8].reshape(128, 4, 2, 8, 2)[thread, t, block, i % 8]
+    registers[f"${2 * n + 32}"] = buffer
+    registers |= {f"${2 * n + 33 + i}": codes[i] for i in range(4)}
+    registers[f"${2 * n + 37}"] = place
+    registers |= {f"${2 * n + 38 + i}": high[i][:, None] for i in range(2)}
+    registers |= {f"${2 * n + 40 + i}": low[i][:, None] for i in range(0 if rounds else 2)}
+    value = lambda name: registers[name] if name in registers else int(name, 0)
+    for line in nf4_matmul_wgmma._products_assembly(dtype, tiles, rounds).splitlines()[1:-1]:
+        op, _, names = line.removesuffix(";").partition(" ")
+        target, *arguments = names.split(", ")
+        match op.removesuffix(".bf16x2").removesuffix(".f16x2"):
+            case "mov.f32" | "cvt.u64.u32":
+                registers[target] = np.copy(value(arguments[0]))
+            case "bfe.u32":
+                registers[target] = value(arguments[0]) >> int(arguments[1]) & (1 << int(arguments[2])) - 1
+            case "or.b64":
+                registers[target] = int(value(arguments[0])) | value(arguments[1])
+            case "add.u64":
+                registers[target] = value(arguments[0]) + value(arguments[1])
+            case "dp4a.u32.u32":
+                one, other, more = map(value, arguments)
+                registers[target] = sum((one >> 8 * i & 255) * (other >> 8 * i & 255) for i in range(4)) + more
+            case "ld.shared.b32":
+                at = registers[arguments[0].strip("[]")]
+                np.testing.assert_array_equal(at % 128, place)  # every lane in its bank
+                registers[target] = table[at // 128]
+            case "mul.rn":
+                registers[target] = np.multiply(*(as_float(value(a)) for a in arguments)).astype(dtype)
+            case "fma.rn":
+                one, other, more = (as_float(value(a)) for a in arguments)
+                registers[target] = (one * other + more).astype(dtype)
+            case _ if op.startswith("wgmma.mma_async"):
+                assert f".m64n{tokens}k16." in op
+                d, a = (group_.split(", ") for group_ in re.findall(r"{([^}]*)}", names))
+                at, *flags = names.rpartition("}, ")[2].split(", ")
+                assert flags == ["1", "1", "1", "0"]  # added, neither negated, x by its rows
+                left, descriptor = np.zeros((64, 16)), registers[at]
+                for half in range(2):
+                    for i in range(4):
+                        left[upper + 8 * (i % 2), 2 * t + half + 8 * (i // 2)] = registers[a[i]][:, half]
+                assert descriptor >> 62 == 1  # the swizzle of 128 bytes: of address bits 4 to 6 by bits 7 to 9
+                m, k = np.arange(tokens)[:, None], np.arange(16)
+                start, groups = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+                address = start + m // 8 * groups + m % 8 * 128 + 2 * k
+                right = memory[(address ^ (address >> 7 & 7) << 4) // 2].astype(np.float64)
+                product = left @ right.T
+                for i in range(n):
+                    registers[d[i]] = registers[d[i]] + product[places[i]]
+    of_block = lambda a: a.astype(np.float64).reshape(-1, 4, 2, 16)[:, :, block].reshape(-1, 64)
+    wanted = before + of_block(w) @ of_block(x).T
+    for i in range(n):
+        np.testing.assert_allclose(registers[f"${i}"], wanted[places[i]], rtol=1e-9)
+    for i in range(16):
+        element = as_float(table[codes[i // 4] >> np.uint32(8 * (i % 4)) & np.uint32(255)])
+        exact, unit = element * scales[i // 8][:, None], float(jnp.finfo(dtype).eps)
+        got = as_float(registers[f"${n + i}"])
+        assert np.all(np.abs(got - exact) <= (1.01 if rounds else 0.51) * unit * np.abs(exact))
+
+
+# --- on a GPU ---
+
+
+def skip_elsewhere():
+    if api.compute_capability() != "9.0":
+        pytest.skip("wgmma is of compute capability 9.0")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [None, dict(num_warps=4, split=3), dict(ahead=0, permutes=False)])
+@pytest.mark.parametrize(
+    "dtype, is_stacked, double_quant",
+    [(jnp.bfloat16, True, True), (jnp.float16, False, True), (jnp.float16, True, False)],
+)
+@pytest.mark.parametrize(
+    "shape, tokens",
+    [((1024, 4096), 16), ((100, 64), 9), ((70, 192), 17), ((896, 4864), 24), ((1000, 576), 41), ((4096, 14336), 64)],
+)
+def test_it_is_as_exact_as_the_dtype(key, dtype, shape, tokens, is_stacked, double_quant, layout):
+    skip_elsewhere()
+    x, q = operands(key, tokens, shape, dtype, double_quant, is_stacked)
+    assert api.implementations_in(quant.matmul, x, q) == {"matmul_nf4.triton_wgmma"}
+    run = jax.jit(quant.matmul)
+    if layout:
+        product = functools.partial(nf4_matmul_wgmma.matmul_nf4, shapes=[shape], config=Config(**layout))
+        run = jax.jit(lambda x, q: product(x, [fields_of(q)])[0])
+    y = run(x, q)
+    assert y.dtype == dtype and y.shape == (tokens, shape[0])
+    assert relative_error(y, x, q) < LIMITS[dtype]
+    np.testing.assert_array_equal(y, run(x, q))
+
+
+@pytest.mark.gpu
+def test_scales_may_be_rounded(key):
+    skip_elsewhere()
+    x, q = operands(key, 64, (1024, 4096), jnp.bfloat16)
+    product = functools.partial(nf4_matmul_wgmma.matmul_nf4, shapes=[q.shape], config=Config(rounds=True))
+    assert relative_error(jax.jit(lambda x, q: product(x, [fields_of(q)])[0])(x, q), x, q) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("shape, tokens", [((704, 896), 17), ((70, 576), 64)])
+def test_the_gate_is_made_in_the_launch(key, shape, tokens, act):
+    skip_elsewhere()
+    x, gate = operands(key, tokens, shape, jnp.bfloat16, is_stacked=True)
+    up = operands(jax.random.fold_in(key, 1), 1, shape, jnp.bfloat16, is_stacked=True)[1]
+    run = jax.jit(lambda x, *weights: quant.matmul_each(x, weights, act=act)[0])
+    assert api.implementations_in(run, x, gate, up) == {"matmul_nf4.triton_wgmma"}
+    wanted = ACTIVATIONS[act](quant.matmul(x, gate)) * quant.matmul(x, up)
+    got = np.asarray(run(x, gate, up), np.float32)
+    np.testing.assert_allclose(got, np.asarray(wanted, np.float32), rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_the_parts_are_those_of_the_sum(key):
+    skip_elsewhere()
+    x, q = operands(key, 33, (1024, 4096), jnp.bfloat16, is_stacked=True)
+    product = functools.partial(nf4_matmul_wgmma.matmul_nf4, shapes=[q.shape], config=Config(split=4))
+    run = jax.jit(lambda x, q, parts: product(x, [fields_of(q)], parts=parts)[0], static_argnums=2)
+    parts = run(x, q, True)
+    assert parts.dtype == jnp.float32 and parts.shape == (4, 33, 1024)
+    np.testing.assert_array_equal(run(x, q, False), functools.reduce(jnp.add, [*parts]).astype(x.dtype))
