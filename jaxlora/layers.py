@@ -6,7 +6,7 @@ The maths of LoRA is `Linear.__call__`: the frozen base, scaling * (x A^T) B^T, 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -316,10 +316,7 @@ def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: 
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
     `quant.matmul_each`, and are normed in it if they are `Unnormed`. With `parts`, for those who add them up, results
     that are products and nothing else may be `Parts`."""
-    norm, read = None, cast(Any, x)
-    if isinstance(x, Unnormed):
-        norm = x.norm.of_products() if x.is_read_by_products(linears) else None
-        read = x.normed() if norm is None else x.x
+    read, norm = read_by(linears, x)
     tokens = math.prod(read.shape[:-1])
     bases: list[Any] = [None] * len(linears)
     if all(linear.has_base_product(tokens) for linear in linears):
@@ -333,10 +330,12 @@ def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: 
 def gated_linear(
     gate: Linear, up: Linear, x: Float[Array, "*batch d_in"] | Unnormed, act: str, keys: list
 ) -> Float[Array, "*batch d_out"]:
-    """act(gate(x)) * up(x). Few tokens that are `Unnormed` take one launch for all of it, where there is a kernel."""
-    if isinstance(x, Unnormed) and x.is_read_by_products([gate, up]) and gate.bias is up.bias is None:
-        weights = [gate.weight.get_value(), up.weight.get_value()]
-        return quant.matmul_each(x.x, weights, norm=x.norm.of_products(), act=act)[0]
+    """act(gate(x)) * up(x). Few tokens take one launch for all of it, the norm too if they are `Unnormed`, where there
+    is a kernel."""
+    tokens = math.prod(x.shape[:-1])
+    if gate.bias is up.bias is None and gate.is_product(tokens) and up.is_product(tokens):
+        read, norm = read_by([gate, up], x)
+        return quant.matmul_each(read, [gate.weight.get_value(), up.weight.get_value()], norm=norm, act=act)[0]
     left, right = linear_each([gate, up], x, keys)
     return kernels.gated(left, right, act)
 
@@ -549,13 +548,24 @@ class Unnormed(NamedTuple):
     x: Any
     norm: Norm
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
     def normed(self) -> Float[Array, "*batch d"]:
         return self.norm(self.x)
 
     def is_read_by_products(self, linears: list) -> bool:
         """Whether nothing but products reads it, and they know such norms."""
-        tokens = self.x.size // self.x.shape[-1]
+        tokens = math.prod(self.shape[:-1])
         return self.norm.is_read_by_index and all(linear.is_product(tokens) for linear in linears)
+
+
+def read_by(linears: list, x: Float[Array, "*batch d"] | Unnormed) -> tuple[Float[Array, "*batch d"], InputNorm | None]:
+    """What products read of x, and the norm that is left to them."""
+    if not isinstance(x, Unnormed):
+        return x, None
+    return (x.x, x.norm.of_products()) if x.is_read_by_products(linears) else (x.normed(), None)
 
 
 def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Array, Array]:

@@ -42,7 +42,6 @@ from jaxlora.layers import (
     Norm,
     PlainLinear,
     TokenwiseModule,
-    Unnormed,
     Unsummed,
     added,
     base_param,
@@ -112,7 +111,7 @@ class MLP(TokenwiseModule):
     def onto(self, stream, x, multiplier: float, keys: list):
         """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`; `multiplier` of the MLP is
         not of this."""
-        if isinstance(x, Unnormed) and self.gated and self.fused is None and self.gate_multiplier == 1.0:
+        if self.gated and self.fused is None and self.gate_multiplier == 1.0:
             h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2])
         else:
             h = self._inner(x, keys)

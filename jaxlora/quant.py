@@ -375,7 +375,9 @@ def matmul_each(
     products alone may be `Parts`.
     """
     if norm is not None or act is not None or residual is not None:
-        return _matmul_around(act, x, tuple(weights), norm, residual)
+        if all(isinstance(w, QuantizedArray) for w in weights):
+            return _matmul_around(act, x, tuple(weights), norm, residual)
+        return _around(act, matmul_each(x if norm is None else _normed(x, norm), weights), residual)
     is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul_tiles.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
         return cast(list, _matmul_quantized(parts, x, tuple(weights)))
@@ -395,7 +397,7 @@ def _fields(w: QuantizedArray) -> NF4Fields:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul_around(act: str | None, x, weights: tuple, norm: InputNorm | None, residual: Residual | None):
-    """`matmul_each` with what stands around the products."""
+    """`matmul_each` of quantised weights with what stands around the products."""
     if all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
         flat = lambda array: array.reshape(-1, array.shape[-1])
         options: dict[str, Any] = dict(norm=norm, act=act)

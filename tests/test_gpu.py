@@ -257,7 +257,8 @@ def test_decoding_by_kernels_draws_what_one_pass_would(quant_config, rank):
 
 @pytest.mark.parametrize("quant_config", [QuantConfig(), None], ids=["nf4", "dense"])
 def test_many_rows_add_up_no_parts_by_themselves(quant_config):
-    """Eight launches a layer; and each token is one of those that a pass over the finished text finds likeliest."""
+    """Eight launches a layer, or seven; and each token is one of those that a pass over the finished text finds
+    likeliest."""
     widths = dict(hidden_size=1024, intermediate_size=8192, num_attention_heads=16, num_key_value_heads=8)
     config = dataclasses.replace(CONFIG, **widths)
     model = CausalLM(config, dtype=jnp.bfloat16, quant_config=quant_config, rngs=nnx.Rngs(0))
@@ -265,11 +266,15 @@ def test_many_rows_add_up_no_parts_by_themselves(quant_config):
     logits, cache = _prefill(model, prompts, np.ones_like(prompts), places=128)
     arguments = logits, jnp.full(64, 50, jnp.int32), jnp.int32(2), jnp.zeros(0, jnp.int32), jnp.int32(0)
     ran = api.implementations_in(functools.partial(_decode, sampling=None), model, cache, *arguments)
-    product = "matmul_nf4.triton_tiles" if quant_config else "matmul_dense.triton"
-    assert ran == {"decode_attention.triton", "residual_norm.triton", "gated.triton", product}
+    gates = quant_config is not None and api.compute_capability() == "9.0"  # in the product's launch
+    products = {"matmul_dense.triton" if quant_config is None else "matmul_nf4.triton_tiles", "gated.triton"}
+    assert ran == {"decode_attention.triton", "residual_norm.triton"} | (
+        {"matmul_nf4.triton_wgmma"} if gates else products
+    )
     program = _decode.lower(model, cache, *arguments, sampling=None).compile().as_text()
-    # A norm; q, k, v; attention; o; a norm; gate and up; what they gate; down. And the last norm.
-    assert program.count('custom_call_target="triton_kernel_call"') == 8 * config.num_hidden_layers + 1
+    # A norm; q, k, v; attention; o; a norm; gate and up; what they gate, or not; down. And the last norm.
+    launches = 7 if gates else 8
+    assert program.count('custom_call_target="triton_kernel_call"') == launches * config.num_hidden_layers + 1
     assert re.search(r" = \(f32\[\d+,64,1024\].* custom-call\(", program)  # there are parts
     fusions = re.findall(r"^%fused\S* \((.*)\) -> ", program, re.MULTILINE)
     assert fusions and not [fusion for fusion in fusions if re.search(r"f32\[\d+,64,(1,)?(1024|512)\]", fusion)]
