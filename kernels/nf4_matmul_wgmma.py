@@ -9,24 +9,23 @@ The layout. A warpgroup, 4 warps, multiplies 64 rows with all tokens by `wgmma.m
 elements as they were looked up, in registers, and whose right one the tensor cores read out of shared memory by
 themselves. So no lane holds x, and a lane has 4 sums a tile of 8 tokens.
 
-Lane 4 g + t loads 16 bytes of rows g and g + 8 of its warp's 16 at once: elements 32 t .. 32 t + 31 of 128. The first
-half of each lane's are one block of the product, the second half the next, and word 2 s + u of a half is an operand of
-product s, at its elements 8 u + 2 t and the next. So element 32 t + 16 c + 4 s + 2 u + h of 128 of x comes to place
-16 s + 8 u + 2 t + h of block c. `copy` puts it there, by words, or a launch before. A block of x is [tokens, 64], 128
-bytes a token; its pieces of 16 bytes are where the swizzle of 128 bytes looks for them: piece p of token m at place
-p ^ (m % 8). What a copy writes must be made visible to the asynchronous proxy, in which `wgmma` reads, by each thread
-before the barrier.
+Lane 4 g + t has 16 bytes of rows g and g + 8 of its warp's 16: elements 32 t .. 32 t + 31 of 128. The first half of
+each lane's are one block of the product, the second half the next, and word 2 s + u of a half is an operand of product
+s, at its elements 8 u + 2 t and the next. So x is put in that order before (`image`), and in that of shared memory:
+what a program copies at once is in one piece.
 
 The overlap. While the tensor cores multiply one block, the lanes look up the next, all in one statement of assembly,
-which ends when both are done: the assembler sees no register of a product in flight change hands.
+which ends when both are done: the assembler sees no register of a product in flight change hands. Warps do not wait for
+each other but by barriers in shared memory: one says that a step of x, 4 blocks, has come, another that all warps are
+done with it. So warps drift apart, and while some look up, the tensor cores have the products of others.
 
-The stream. Codes are asked for two blocks before they are looked up, 16 KB an SM, behind the barrier, since the fence
-before the next one may wait for whatever was asked for. For memory's latency that is too late, so they are brought into
-L2 some steps of 4 blocks before, each sector of 32 bytes by a lane of its own: a prefetch brings one.
+The stream. A step of x is copied by one lane, in bulk, up to two steps ahead; the copying is done by the asynchronous
+proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own codes to its own place in shared memory,
+two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, 256
-for x's reading and 64 for its writing (more by words); some 140 instructions a warp, 560 cycles. 800 a block would be
-30 us for gate and up of an 8B.
+for x's reading and 64 for its writing, 128 for codes and some 50 for scales; 121 instructions a warp, 484 cycles. By
+the clock of an H100 a block takes some 1,000, of which a warp spends 500 at lookups and none waiting for products.
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 """
@@ -81,8 +80,7 @@ def heuristics(tokens: int, rows: Sequence[int], columns: int, is_gated: bool = 
     """The configuration for weights of so many rows each: the split with which the last SM is done first.
 
     An SM holds 16 warps with up to 128 registers: two programs of 8, which wait for x each on its own, but both copy
-    it. More than 32 tokens take more registers than that, of which a program of 16 warps is given 128, and no more
-    stack. The costs are those of `nf4_matmul_tiles.heuristics`, not measured here.
+    it. More than 32 tokens take all of them. The costs are those of `nf4_matmul_tiles.heuristics`, not measured here.
     """
     num_warps = 8 if tokens <= MOST_TOKENS_OF_TWO_PROGRAMS else 16
     slots = SMS * 16 // num_warps
@@ -153,6 +151,7 @@ def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
         ".reg .b64 at64;",
         ".reg .b32 low, at, w<16>;",
         *(f"mov.f32 ${i}, ${before + i};" for i in range(sums)),
+        "bar.warp.sync 0xffffffff;",
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(4):
@@ -164,7 +163,12 @@ def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
             "mov.b64 at64, {low, 8};",
             f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, at64, 1, 1, 1, 0;",
         ]
-    lines += ["wgmma.commit_group.sync.aligned;", *_lookup_lines(dtype, rounds, sums, x + 1, x + 5)]
+    # Nothing is looked up across the barriers, else the assembler issues the products one by one between lookups.
+    lines += [
+        "wgmma.commit_group.sync.aligned;",
+        "bar.warp.sync 0xffffffff;",
+        *_lookup_lines(dtype, rounds, sums, x + 1, x + 5),
+    ]
     return "\n".join(["{", *lines, "wgmma.wait_group.sync.aligned 0;", "}"])
 
 
@@ -211,9 +215,12 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     ask_first_assembly, ask_second_assembly = (
         tl.constexpr(
             f"{{ .reg .pred p; setp.gt.s32 p, $5, {UNIT * half};\n"
-            f"@p cp.async.cg.shared.global.L2::cache_hint [$1+{2 * half * rows_bytes}], [$2+{64 * half}], 16, $4;\n"
-            f"@p cp.async.cg.shared.global.L2::cache_hint [$1+{(2 * half + 1) * rows_bytes}], [$3+{64 * half}], 16, $4;\n"
-            "cp.async.commit_group; mov.b32 $0, $5; }"
+            + "".join(
+                f"@p cp.async.cg.shared.global.L2::cache_hint"
+                f" [$1+{(2 * half + row) * rows_bytes}], [${2 + row}+{64 * half}], 16, $4;\n"
+                for row in range(2)
+            )
+            + "cp.async.commit_group; mov.b32 $0, $5; }"
         )
         for half in range(2)
     )
