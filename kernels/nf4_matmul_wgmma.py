@@ -9,24 +9,23 @@ The layout. A warpgroup, 4 warps, multiplies 64 rows with all tokens by `wgmma.m
 elements as they were looked up, in registers, and whose right one the tensor cores read out of shared memory by
 themselves. So no lane holds x, and a lane has 4 sums a tile of 8 tokens.
 
-Lane 4 g + t loads 16 bytes of rows g and g + 8 of its warp's 16 at once: elements 32 t .. 32 t + 31 of 128. The first
-half of each lane's are one block of the product, the second half the next, and word 2 s + u of a half is an operand of
-product s, at its elements 8 u + 2 t and the next. So element 32 t + 16 c + 4 s + 2 u + h of 128 of x comes to place
-16 s + 8 u + 2 t + h of block c. `copy` puts it there, by words, or a launch before. A block of x is [tokens, 64], 128
-bytes a token; its pieces of 16 bytes are where the swizzle of 128 bytes looks for them: piece p of token m at place
-p ^ (m % 8). What a copy writes must be made visible to the asynchronous proxy, in which `wgmma` reads, by each thread
-before the barrier.
+Lane 4 g + t has 16 bytes of rows g and g + 8 of its warp's 16: elements 32 t .. 32 t + 31 of 128. The first half of
+each lane's are one block of the product, the second half the next, and word 2 s + u of a half is an operand of product
+s, at its elements 8 u + 2 t and the next. So x is put in that order before (`image`), and in that of shared memory:
+what a program copies at once is in one piece.
 
 The overlap. While the tensor cores multiply one block, the lanes look up the next, all in one statement of assembly,
-which ends when both are done: the assembler sees no register of a product in flight change hands.
+which ends when both are done: the assembler sees no register of a product in flight change hands. Warps do not wait for
+each other but by barriers in shared memory: one says that a step of x, 4 blocks, has come, another that all warps are
+done with it. So warps drift apart, and while some look up, the tensor cores have the products of others.
 
-The stream. Codes are asked for two blocks before they are looked up, 16 KB an SM, behind the barrier, since the fence
-before the next one may wait for whatever was asked for. For memory's latency that is too late, so they are brought into
-L2 some steps of 4 blocks before, each sector of 32 bytes by a lane of its own: a prefetch brings one.
+The stream. A step of x is copied by one lane, in bulk, up to two steps ahead; the copying is done by the asynchronous
+proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own codes to its own place in shared memory,
+two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, 256
-for x's reading and 64 for its writing (more by words); some 140 instructions a warp, 560 cycles. 800 a block would be
-30 us for gate and up of an 8B.
+for x's reading and 64 for its writing, 128 for codes and some 50 for scales; 121 instructions a warp, 484 cycles. By
+the clock of an H100 a block takes some 1,000, of which a warp spends 500 at lookups and none waiting for products.
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 """
@@ -53,7 +52,7 @@ ROWS_OF_WARP = 16
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
 STEP = 4  # blocks, a line of 128 bytes of codes
 UNIT = 2  # blocks that are copied at once
-UNITS_OF_X = 6  # that shared memory has places for
+STEPS_OF_X = 3  # that shared memory has places for
 UNITS_OF_CODES = 2
 
 
@@ -83,8 +82,7 @@ def heuristics(tokens: int, rows: Sequence[int], columns: int, is_gated: bool = 
     """The configuration for weights of so many rows each: the split with which the last SM is done first.
 
     An SM holds 16 warps with up to 128 registers: two programs of 8, which wait for x each on its own, but both copy
-    it. More than 32 tokens take more registers than that, of which a program of 16 warps is given 128, and no more
-    stack. The costs are those of `nf4_matmul_tiles.heuristics`, not measured here.
+    it. More than 32 tokens take all of them. The costs are those of `nf4_matmul_tiles.heuristics`, not measured here.
     """
     num_warps = 8 if tokens <= MOST_TOKENS_OF_TWO_PROGRAMS else 16
     slots = SMS * 16 // num_warps
@@ -106,7 +104,7 @@ def tiles_of(rows: Sequence[int], num_warps: int) -> int:
 
 def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
     """The shared memory of a program besides the table of pairs and the barriers: that of x, and all of it."""
-    of_x = UNITS_OF_X * UNIT * -(-tokens // 8) * 8 * 128
+    of_x = STEPS_OF_X * STEP * -(-tokens // 8) * 8 * 128
     return of_x, of_x + UNITS_OF_CODES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
 
 
@@ -142,8 +140,9 @@ def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
     """PTX for a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens, and the elements of the next block.
 
     Results: the totals, 4 a tile, two of row g and two of g + 8; 16 words of the next block. Arguments: the totals so
-    far; the 16 words of this one; where its x is; and what `_lookup_lines` takes for the next one. The tensor cores
-    multiply while the lanes look up, and are waited for before the end, so that nothing outside has to know of them.
+    far; the 16 words of this one; the lower word of the descriptor of its x; and what `_lookup_lines` takes for the
+    next one. The tensor cores multiply while the lanes look up, and are waited for before the end, so that nothing
+    outside has to know of them.
     """
     kind = "bf16" if dtype == jnp.bfloat16 else "f16"
     sums = 4 * tiles
@@ -151,23 +150,27 @@ def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
     words, x = before + sums, before + sums + 16
     d = ", ".join(f"${i}" for i in range(sums))
     lines = [
-        ".reg .b64 x, at64;",
+        ".reg .b64 at64;",
         ".reg .b32 low, at, w<16>;",
-        # The descriptor, in units of 16 bytes: the address, and how far it is from 8 elements of k to the next 8, and
-        # from 8 tokens to the next 8. No swizzle.
-        f"bfe.u32 low, ${x}, 4, 14;",
-        "cvt.u64.u32 x, low;",
-        f"or.b64 x, x, {8 << 32 | 8 * tiles << 16:#x};",
         *(f"mov.f32 ${i}, ${before + i};" for i in range(sums)),
+        "bar.warp.sync 0xffffffff;",
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(4):
         a = ", ".join(f"${words + i + 2 * step}" for i in (0, 8, 1, 9))
         lines += [
-            f"add.u64 at64, x, {2 * 8 * tiles * step};",
+            # The descriptor, in units of 16 bytes: the address, how far it is from 8 elements of k to the next 8, and
+            # from 8 tokens to the next 8. No swizzle.
+            f"add.u32 low, ${x}, {2 * 8 * tiles * step};",
+            "mov.b64 at64, {low, 8};",
             f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, at64, 1, 1, 1, 0;",
         ]
-    lines += ["wgmma.commit_group.sync.aligned;", *_lookup_lines(dtype, rounds, sums, x + 1, x + 5)]
+    # Nothing is looked up across the barriers, else the assembler issues the products one by one between lookups.
+    lines += [
+        "wgmma.commit_group.sync.aligned;",
+        "bar.warp.sync 0xffffffff;",
+        *_lookup_lines(dtype, rounds, sums, x + 1, x + 5),
+    ]
     return "\n".join(["{", *lines, "wgmma.wait_group.sync.aligned 0;", "}"])
 
 
@@ -194,10 +197,10 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
     BARRIERS_AT = tl.constexpr(PAIRS)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
-    PLACES = tl.constexpr(UNITS_OF_X)
-    CODE_PLACES = tl.constexpr(UNITS_OF_CODES)
-    unit_bytes = UNIT * tiles * 1024  # of x
-    UNIT_BYTES = tl.constexpr(unit_bytes)
+    PLACES = tl.constexpr(STEPS_OF_X)
+    step_bytes = STEP * tiles * 1024  # of x
+    STEP_BYTES = tl.constexpr(step_bytes)
+    ACROSS = tl.constexpr(8 * tiles << 16)  # of a descriptor: from 8 elements of k to the next 8
     of_x, of_all = shared_bytes(tokens, num_warps)
     CODES_AT = tl.constexpr(of_x)  # in the ring
     RING = tl.constexpr(1 << (of_all // 4 - 1).bit_length())  # words, a power of two
@@ -210,49 +213,44 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
     # Codes are read once, and must not drive out of the cache what is read by every program or every layer.
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
-    ask_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $6, 0;\n"
-        "@p cp.async.cg.shared.global.L2::cache_hint [$1], [$2], 16, $4;\n"
-        f"@p cp.async.cg.shared.global.L2::cache_hint [$1+{16 * 32 * num_warps}], [$3], 16, $4;\n"
-        "cp.async.commit_group; mov.b32 $0, $5; }"
+    rows_bytes = 16 * 32 * num_warps  # of a unit of half of the rows
+    ask_first_assembly, ask_second_assembly = (
+        tl.constexpr(
+            f"{{ .reg .pred p; setp.gt.s32 p, $5, {UNIT * half};\n"
+            + "".join(
+                f"@p cp.async.cg.shared.global.L2::cache_hint"
+                f" [$1+{(2 * half + row) * rows_bytes}], [${2 + row}+{64 * half}], 16, $4;\n"
+                for row in range(2)
+            )
+            + "cp.async.commit_group; mov.b32 $0, $5; }"
+        )
+        for half in range(2)
     )
     take_assembly = tl.constexpr(
         f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
-        f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{16 * 32 * num_warps}];"
+        f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{rows_bytes}];"
     )
-    prefetch_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }"
-    )
+    # Barriers of the places of x: those that say that it has come, and those that say that all warps are done with it.
     begin_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
-        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * i}], 1;\n" for i in range(UNITS_OF_X))
-        + "".join(f"@p mbarrier.init.shared::cta.b64 [$1+{8 * (UNITS_OF_X + i)}], $3;\n" for i in range(UNITS_OF_X))
-        + "@p fence.mbarrier_init.release.cluster; mov.b32 $0, $1; }"
+        f"{{ .reg .pred p, q; .reg .b32 at, count; setp.ge.u32 p, $2, {2 * STEPS_OF_X};\n"
+        "@p bra END;\n"
+        f"setp.lt.u32 q, $2, {STEPS_OF_X};\n"
+        f"selp.b32 count, 1, {num_warps}, q;\n"
+        "mad.lo.u32 at, $2, 8, $1;\n"
+        "mbarrier.init.shared::cta.b64 [at], count;\n"
+        "fence.mbarrier_init.release.cluster;\n"
+        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
-    # One lane waits until the place of unit $4 of $5 is free, if it was ever used, and begins to copy; the other warps
-    # jump over it.
+    # One lane waits until the place is free and begins to copy; the other warps jump over it.
     copy_assembly = tl.constexpr(
-        "{ .reg .pred p, done; .reg .b32 turn, bar, to; .reg .b64 from;\n"
-        "setp.ne.b32 p, $6, 0;\n"
+        "{ .reg .pred p, done;\n"
+        "setp.ne.b32 p, $5, 0;\n"
         "@p bra END;\n"
-        "setp.ge.s32 p, $4, $5;\n"
-        "@p bra END;\n"
-        f"div.u32 turn, $4, {UNITS_OF_X};\n"
-        f"rem.u32 to, $4, {UNITS_OF_X};\n"
-        "mad.lo.u32 bar, to, 8, $1;\n"
-        f"mad.lo.u32 to, to, {unit_bytes}, $2;\n"
-        "setp.eq.u32 p, turn, 0;\n"
-        "@p bra FREE;\n"
-        "add.u32 turn, turn, 1;\n"
-        "and.b32 turn, turn, 1;\n"
-        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [bar+{8 * UNITS_OF_X}], turn;\n"
+        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{8 * STEPS_OF_X}], $4;\n"
         "@!done bra WAIT;\n"
-        "FREE:\n"
-        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {unit_bytes};\n"
-        f"mul.wide.u32 from, $4, {unit_bytes};\n"
-        "add.u64 from, from, $3;\n"
-        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [to], [from], {unit_bytes}, [bar];\n"
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
         "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
     arrived_assembly = tl.constexpr(
@@ -263,7 +261,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     )
     done_assembly = tl.constexpr(
         "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
-        f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * UNITS_OF_X}]; mov.b32 $0, $1; }}"
+        f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STEPS_OF_X}]; mov.b32 $0, $1; }}"
     )
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
@@ -327,28 +325,23 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         return weight, weight, ROWS * (tile - weight[6])
 
     @triton.jit
-    def copy(x, turn, units, barriers, ring, thread):
-        """Begin to copy a unit of x into its place of the ring, when all warps are done with what was there."""
+    def copy(x, place, phase, is_none, barriers, ring, thread):
+        """Begin to copy a step of x into a place, when all warps are done with what was there."""
         tl.inline_asm_elementwise(
             copy_assembly,
-            "=r,r,r,l,r,r,r",
-            [barriers, ring, x, thread * 0 + turn, thread * 0 + units, thread],
+            "=r,r,r,l,r,r",
+            [barriers + 8 * place, ring + STEP_BYTES * place, x, thread * 0 + phase, thread | is_none.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
 
     @triton.jit
-    def ask(upper, lower, unit, end, codes, t, policy):
-        """Begin to copy a lane's 16 bytes of a unit of each of its rows to its own place. What lies beyond the last
-        block may be anything: its scale is zero."""
+    def ask(assembly: tl.constexpr, upper, lower, left, codes, policy):
+        """Begin to copy a lane's 16 bytes of the first or second unit of a step of each of its rows to its own place.
+        What lies beyond the last block may be anything: there x is zero."""
         tl.inline_asm_elementwise(
-            ask_assembly,
-            "=r,r,l,l,l,r,r",
-            [codes, upper + unit * 64, lower + unit * 64, policy, t, (2 * unit + t // 2 < end).to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
+            assembly, "=r,r,l,l,l,r", [codes, upper, lower, policy, left], dtype=tl.int32, is_pure=False, pack=1
         )
 
     @triton.jit
@@ -364,13 +357,12 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         )
 
     @triton.jit
-    def asked_statistics(half, row, block, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
-        """Begin to load absmax, and nested absmax, of a block of a row."""
-        at = row * BLOCKS + tl.minimum(block, BLOCKS - 1)
+    def asked_statistics(half, at, is_there, NESTED: tl.constexpr):
+        """Begin to load absmax, and nested absmax, of block `at` of a weight."""
         nested = 0.0
         if NESTED:
-            nested = tl.load(half[2] + (at >> 8))
-        return tl.load(half[1] + at), nested
+            nested = tl.load(half[2] + (at >> 8), mask=is_there, other=0)
+        return tl.load(half[1] + at, mask=is_there, other=0), nested
 
     @triton.jit
     def mapped(statistics, dynamic_map, NESTED: tl.constexpr):
@@ -384,12 +376,12 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         return value.to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
 
     @triton.jit
-    def scale_of(statistics, block, mean, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
+    def scale_of(statistics, mean, NESTED: tl.constexpr):
         """The scale of a block of a row over the table's factor, in x's dtype, twice in a word; and what that lacks."""
         scale = statistics[0]
         if NESTED:
             scale = scale * statistics[1] + mean
-        scale = tl.where(block < BLOCKS, scale * unit, 0.0)
+        scale *= unit
         rounded = scale.to(narrow)
         return twice(rounded), twice((scale - rounded.to(tl.float32)).to(narrow))
 
@@ -403,15 +395,6 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
             )
             scales = scales + (scale,)
         return scales
-
-    @triton.jit
-    def prefetch_statistics(upper, lower, upper_row, lower_row, step, t, BLOCKS: tl.constexpr):
-        """Bring the scales of a step into L2: those of two lanes' rows."""
-        at = tl.minimum(step * BLOCKS_OF_STEP, BLOCKS - 1)
-        row = tl.where(t == 0, upper[1] + (upper_row * BLOCKS + at), lower[1] + (lower_row * BLOCKS + at))
-        tl.inline_asm_elementwise(
-            prefetch_assembly, "=r,l,r", [row, (t < 2).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-        )
 
     @triton.jit
     def elements(codes, place, scales):
@@ -517,88 +500,91 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
 
         table, ring = table_at(thread), ring_at(thread)
         barriers = table + BARRIERS_AT
-        tl.inline_asm_elementwise(
-            begin_assembly, "=r,r,r,r", [barriers, thread, thread * 0 + WARPS], dtype=tl.int32, is_pure=False, pack=1
-        )
+        tl.inline_asm_elementwise(begin_assembly, "=r,r,r", [barriers, thread], dtype=tl.int32, is_pure=False, pack=1)
+        x += start * (STEP_BYTES // 4)
+        for i in tl.static_range(2):
+            copy(x, i, 1, start + i >= end, barriers, ring, thread)
+            x += STEP_BYTES // 4
         codes_at = ring + (CODES_AT + 16 * thread)
-        first_unit, units = 2 * start, 2 * (end - start)
-        last_block = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end)
-        x += first_unit * (UNIT_BYTES // 4)
-        for i in tl.static_range(PLACES - 2):
-            copy(x, i, units, barriers, ring, thread)
-        for i in tl.static_range(CODE_PLACES):
-            to = codes_at + i * (32 * THREADS)
-            ask(upper_codes, lower_codes, first_unit + i, last_block, to, t, policy)
-        first = BLOCKS_OF_STEP * start + t
-        above = asked_statistics(upper, upper_row, first, BLOCKS, NESTED)
-        below = asked_statistics(lower, lower_row, first, BLOCKS, NESTED)
+        upper_codes += start * 128
+        lower_codes += start * 128
+        left = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end) - BLOCKS_OF_STEP * start - t // 2  # blocks to be asked for
+        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at, policy)
+        ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at, policy)
+        block = BLOCKS_OF_STEP * start + t
+        upper_at, lower_at = upper_row * BLOCKS + block, lower_row * BLOCKS + block
+        above = asked_statistics(upper, upper_at, block < BLOCKS, NESTED)
+        below = asked_statistics(lower, lower_at, block < BLOCKS, NESTED)
         fill(table, nf4, thread, THREADS)
         above, below = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
-        scales = (
-            scale_of(above, first, upper[3], BLOCKS, NESTED),
-            scale_of(below, first, lower[3], BLOCKS, NESTED),
-        )
-        above = asked_statistics(upper, upper_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
-        below = asked_statistics(lower, lower_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
+        scales = scale_of(above, upper[3], NESTED), scale_of(below, lower[3], NESTED)
+        block, upper_at, lower_at = block + BLOCKS_OF_STEP, upper_at + BLOCKS_OF_STEP, lower_at + BLOCKS_OF_STEP
+        above = asked_statistics(upper, upper_at, block < BLOCKS, NESTED)
+        below = asked_statistics(lower, lower_at, block < BLOCKS, NESTED)
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
 
-        place = table + lane * 4
+        entry = table + lane * 4
         pair = t // 2  # which of two blocks a lane has elements of; it has the scales of block t of a step
-        unit = take(codes_at)
-        ask(upper_codes, lower_codes, first_unit + CODE_PLACES, last_block, codes_at, t, policy)
-        codes = unit[0], unit[1], unit[4], unit[5]
-        words = elements(codes, place, from_lane(scales[0], scales[1], pair))
+        unit_codes = take(codes_at)
+        upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - BLOCKS_OF_STEP
+        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at, policy)
+        codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
+        words = elements(codes, entry, from_lane(scales[0], scales[1], pair))
+        place, phase = start * 0, start * 0
+        free_place, free_phase = place + (PLACES - 1), phase + 1  # of a place that was never used: done with
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
         for step in range(start, end):
+            tl.inline_asm_elementwise(
+                arrived_assembly,
+                "=r,r,r",
+                [barriers + 8 * place, thread * 0 + phase],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            of_x = (ring + STEP_BYTES * place) // 16 + ACROSS
             for i in tl.static_range(BLOCKS_OF_STEP):
-                turn = 2 * (step - start) + i // 2  # the unit's
-                stage = turn % PLACES
-                if i % 2 == 0:
-                    tl.inline_asm_elementwise(
-                        arrived_assembly,
-                        "=r,r,r",
-                        [barriers + 8 * stage, thread * 0 + turn // PLACES % 2],
-                        dtype=tl.int32,
-                        is_pure=False,
-                        pack=1,
-                    )
-                    copy(x, turn + PLACES - 2, units, barriers, ring, thread)
-                else:
-                    of_next = codes_at + (1 - i // 2) * (32 * THREADS)
-                    next_unit = take(of_next)
-                    later = first_unit + turn + CODE_PLACES + 1
-                    ask(upper_codes, lower_codes, later, last_block, of_next, t, policy)
-                first = BLOCKS_OF_STEP * (step + 1) + t
                 if i == 0:  # of the next step, and of the one after it
                     above_now, below_now = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
-                    above = asked_statistics(upper, upper_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
-                    below = asked_statistics(lower, lower_row, first + BLOCKS_OF_STEP, BLOCKS, NESTED)
-                if i == 1:
-                    prefetch_statistics(upper, lower, upper_row, lower_row, step + 4, t, BLOCKS)
-                if i == BLOCKS_OF_STEP - 1:
-                    scales = (
-                        scale_of(above_now, first, upper[3], BLOCKS, NESTED),
-                        scale_of(below_now, first, lower[3], BLOCKS, NESTED),
+                    block, upper_at, lower_at = (
+                        block + BLOCKS_OF_STEP,
+                        upper_at + BLOCKS_OF_STEP,
+                        lower_at + BLOCKS_OF_STEP,
                     )
+                    above = asked_statistics(upper, upper_at, block < BLOCKS, NESTED)
+                    below = asked_statistics(lower, lower_at, block < BLOCKS, NESTED)
+                if i == 1:
+                    next_codes = take(codes_at + 32 * THREADS)
+                    ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at, policy)
+                if i == 2:
+                    next_scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
+                if i == 3:
+                    scales, next_codes = next_scales, take(codes_at)
+                    upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - BLOCKS_OF_STEP
+                    ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at, policy)
+                    copy(x, free_place, free_phase, step + 2 >= end, barriers, ring, thread)
+                    x += STEP_BYTES // 4
                 # The next block is looked up: its second one of two, or the first of the next two.
-                from_pair = pair + (i + 1) % 4 // 2 * 2
-                of_next = from_lane(scales[0], scales[1], from_pair)
+                of_next = from_lane(scales[0], scales[1], pair + (i + 1) % 4 // 2 * 2)
                 if i % 2 == 0:
-                    codes = unit[2], unit[3], unit[6], unit[7]
+                    codes = unit_codes[2], unit_codes[3], unit_codes[6], unit_codes[7]
                 else:
-                    unit = next_unit
-                    codes = unit[0], unit[1], unit[4], unit[5]
-                from_x = ring + (2 * stage + i % 2) * (UNIT_BYTES // 2)
-                result = products(totals, words, from_x, codes, place, of_next)
+                    unit_codes = next_codes
+                    codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
+                of_block = of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16)
+                result = products(totals, words, of_block, codes, entry, of_next)
                 totals, words = (), ()
                 for n in tl.static_range(4 * TOKEN_TILES):
                     totals = totals + (result[n],)
                 for n in tl.static_range(16):
                     words = words + (result[4 * TOKEN_TILES + n],)
-                if i % 2:
-                    tl.inline_asm_elementwise(
-                        done_assembly, "=r,r,r", [barriers + 8 * stage, lane], dtype=tl.int32, is_pure=False, pack=1
-                    )
+            tl.inline_asm_elementwise(
+                done_assembly, "=r,r,r", [barriers + 8 * place, lane], dtype=tl.int32, is_pure=False, pack=1
+            )
+            free_place, free_phase = place, phase
+            place += 1
+            phase = tl.where(place == PLACES, 1 - phase, phase)
+            place = tl.where(place == PLACES, 0, place)
 
         out += part * M * row_count
         for j in tl.static_range(TOKEN_TILES):
