@@ -183,6 +183,23 @@ def test_what_stands_around_a_product_is_what_the_steps_make(key, dtype, norm, a
             assert error < (1e-6 if dtype == jnp.float32 else 1e-2)
 
 
+def test_dense_weights_of_what_stands_around_have_gradients(key):
+    x, gate = operands(key, 3, (96, 128), jnp.float32)
+    gate = quant.dequantize(gate)
+    around = surroundings(key, 3, 128, 96, jnp.float32, "gain", "silu", True)
+    norm, residual = around["norm"], around["residual"]
+
+    def at_once(gate):
+        return quant.matmul_each(x, [gate, 2 * gate], norm=norm, act="silu", residual=residual)[0]
+
+    def steps(gate):
+        wide = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm.eps) * norm.weight[1]
+        return residual.x + residual.multiplier * jax.nn.silu(times(wide, gate)) * times(wide, 2 * gate)
+
+    got, wanted = (jax.vjp(f, gate)[1](jnp.ones((3, 96)))[0] for f in (at_once, steps))
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_what_stands_around_a_product_has_the_gradients_of_the_steps(key):
     x, gate = operands(key, 3, (96, 128), jnp.float32)
     _, up = operands(jax.random.fold_in(key, 1), 3, (96, 128), jnp.float32)

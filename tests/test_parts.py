@@ -149,6 +149,38 @@ def test_a_decode_step_reads_parts_and_draws_the_same(name, targets, names, quan
     assert of == {products(model)[each] for each in names}
 
 
+@pytest.mark.parametrize(
+    "name, gates",
+    [
+        ("llama", True),
+        ("phi3", False),  # the gate and the other are one product
+        ("starcoder2-plain", False),  # there is no gate
+    ],
+)
+def test_the_gate_is_made_by_the_products_where_a_kernel_does(name, gates, tmp_path, monkeypatch):
+    make_checkpoint(name, tmp_path)
+    model = load_folder(tmp_path, jnp.bfloat16, quant_config=QuantConfig())
+    ids = np.maximum(random_ids(ROWS, 6), 3)
+    logits, cache = _prefill(model, ids, np.ones_like(ids), places=64)
+    arguments = jnp.argmax(logits, axis=-1)[:, None], jnp.full((ROWS, 1), 6)
+    wanted, _ = model.hidden_states(*arguments, cache=cache)
+    of = set()
+
+    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False):
+        if norm is not None or residual is not None:
+            raise NotImplementedError("the kernel neither norms nor adds")
+        of.add((act, tuple(map(tuple, shapes))))
+        return reference.matmul_nf4(x, weights, shapes=shapes, act=act)
+
+    monkeypatch.setitem(api._OPS["matmul_nf4"], "triton_wgmma", matmul_nf4)
+    got, _ = model.hidden_states(*arguments, cache=cache)
+    mlp = model.model.layers[0].period[0].mlp
+    gated = ("silu", ((mlp.down_proj.in_features, mlp.down_proj.out_features),) * 2)
+    assert {product for product in of if product[0]} == ({gated} if gates else set()) and len(of) > 1
+    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=0.02 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("quant_config", [QuantConfig(), None], ids=["nf4", "dense"])
 def test_gradients_of_parts_are_those_of_the_product(key, quant_config, asked):
     of_w, of_x = jax.random.split(key)
