@@ -203,7 +203,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     ACROSS = tl.constexpr(8 * tiles << 16)  # of a descriptor: from 8 elements of k to the next 8
     of_x, of_all = shared_bytes(tokens, num_warps)
     CODES_AT = tl.constexpr(of_x)  # in the ring
-    RING = tl.constexpr(1 << (of_all // 4 - 1).bit_length())  # words, a power of two
+    # Words, a power of two. Less than 48 KB would not be asked for, and with the table it is more than a program has.
+    RING = tl.constexpr(max(1 << 14, 1 << (of_all // 4 - 1).bit_length()))
     # What comes before the ring is a multiple of 128 bytes, since the ring begins where it ends.
     table_assembly = tl.constexpr(
         f"{{ .shared .align 128 .b8 table[{PAIRS + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
