@@ -25,11 +25,18 @@ _SHARE = 0.8
 # The same for the device's memory, of which XLA takes 75% without it.
 _DEVICE_SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _DEVICE_SHARE = 0.9
+# When a program seems not to fit, XLA computes values again to make it, and takes what lies in pinned host memory for
+# the device's. A step that offloads 96 GiB, with 15 on the device, so made norms anew for each product that reads
+# them: 30 more passes over the hidden state in a layer. This is in percent of the device's free memory: no bound. What
+# is computed again is decided by `remat`.
+_XLA_FLAGS = "XLA_FLAGS"
+_FIT_FLAG, _FIT_PERCENT = "--xla_gpu_memory_limit_slop_factor", 10000
 _CGROUP_BOUNDS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))
 
 
 def allow_memory() -> None:
-    """Let XLA take 90% of the device's memory, and pin 80% of the host's for what is offloaded.
+    """Let XLA take 90% of the device's memory, and pin 80% of the host's for what is offloaded, which it then does not
+    take for the device's.
 
     What its variables say, where they are set, stands. They are the process's, and count only before JAX first uses a
     device. The command line calls this.
@@ -37,6 +44,9 @@ def allow_memory() -> None:
     os.environ.setdefault(_LIMIT, str(int(_SHARE * _physical_bytes() / 2**30)))
     if not any(name in os.environ for name in _DEVICE_SHARES):  # one is the other's old name, and both are an error
         os.environ[_DEVICE_SHARES[0]] = str(_DEVICE_SHARE)
+    flags = os.environ.get(_XLA_FLAGS, "")
+    if _FIT_FLAG not in flags:
+        os.environ[_XLA_FLAGS] = f"{flags} {_FIT_FLAG}={_FIT_PERCENT}".strip()
 
 
 def pinned_bytes() -> int | None:

@@ -1,6 +1,8 @@
 """The fastest policy that fits: chosen by what compiled steps take."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +109,7 @@ def test_xla_may_take_most_of_the_device_unless_told_otherwise(monkeypatch, name
     for each in names:
         monkeypatch.setenv(each, "unset")  # so that it is as it was afterwards
         monkeypatch.delenv(each)
+    monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv(name, "0.5")
     offload.allow_memory()
     assert [os.environ.get(each) for each in names] == ["0.5" if each == name else None for each in names]
@@ -115,9 +118,34 @@ def test_xla_may_take_most_of_the_device_unless_told_otherwise(monkeypatch, name
     assert [os.environ.get(each) for each in names] == ["0.9", None]
 
 
+def test_xla_counts_no_host_memory_as_the_devices_unless_told_otherwise(monkeypatch):
+    """XLA reads its flags when it makes its client, and ends the process over one that it does not know."""
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "7")
+    flag = "--xla_gpu_memory_limit_slop_factor"
+    for before, after in (
+        (None, f"{flag}=10000"),
+        ("--xla_dump_to=/x", f"--xla_dump_to=/x {flag}=10000"),
+        (f"{flag}=95", f"{flag}=95"),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", "")
+        if before is None:
+            monkeypatch.delenv("XLA_FLAGS")
+        else:
+            monkeypatch.setenv("XLA_FLAGS", before)
+        offload.allow_memory()
+        offload.allow_memory()
+        assert os.environ["XLA_FLAGS"] == after
+    program = "from jaxlora import offload; offload.allow_memory(); import jax; print(jax.numpy.ones(3).sum())"
+    monkeypatch.delenv("XLA_FLAGS")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == "3.0", run.stderr
+
+
 def test_xla_may_pin_most_of_the_host_unless_told_otherwise(monkeypatch):
     name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(offload, "_CGROUP_BOUNDS", ())
     offload.allow_memory()
@@ -136,6 +164,7 @@ def test_a_container_may_have_less(monkeypatch, tmp_path, text, gib):
     (tmp_path / "memory.max").write_text(text + "\n")
     monkeypatch.setattr(offload, "_CGROUP_BOUNDS", (tmp_path / "none", tmp_path / "memory.max"))
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.delenv(name, raising=False)
     offload.allow_memory()
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
