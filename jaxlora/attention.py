@@ -90,18 +90,24 @@ class Attention(nnx.Module):
         if layer.reuses_kv is not None:
             self.k_norm = Identity()
 
+    @property
+    def projections(self) -> list:
+        """The linears that read x."""
+        if self.fused_qkv is not None:
+            return [self.qkv_proj]
+        return [each for each in (self.q_proj, self.k_proj, self.v_proj) if each is not None]
+
     def _project(self, x, keys: list, parts: bool = False):
         """Queries [B, T, N H], or with gates [B, T, 2 N H], and keys and values [B, T, K H], or None. With `parts` they
         may be `Parts`."""
         if self.fused_qkv == "grouped":
-            [qkv] = linear_each([self.qkv_proj], x, keys[:1])
+            [qkv] = linear_each(self.projections, x, keys[:1])
             qkv = qkv.reshape(*qkv.shape[:2], self.kv_heads, -1, self.head_dim)
             return [part.reshape(*qkv.shape[:2], -1) for part in (qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :])]
         if self.fused_qkv == "concatenated":
             n, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            return jnp.split(linear_each([self.qkv_proj], x, keys[:1])[0], [n, n + k], axis=-1)
-        projections = [each for each in (self.q_proj, self.k_proj, self.v_proj) if each is not None]
-        q, *rest = linear_each(projections, x, keys[: len(projections)], parts)
+            return jnp.split(linear_each(self.projections, x, keys[:1])[0], [n, n + k], axis=-1)
+        q, *rest = linear_each(self.projections, x, keys[: len(self.projections)], parts)
         return (q, *rest, *rest) if len(rest) == 1 else (q, *(rest or (None, None)))
 
     def _normed(self, y, norm):
@@ -133,7 +139,7 @@ class Attention(nnx.Module):
         return self.o_proj(mixed, keys[3]), cache, stored
 
     def mixed(self, x, context: Context, keys: list, cache=None):
-        """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`."""
+        """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`, or `Ordered`."""
         decodes = cache is not None and context.one_token and self._decodes(context)
         q, k, v = self._project(x, keys, parts=decodes and self._leaves_as_projected)
         b, t, _ = q.shape

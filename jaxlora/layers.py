@@ -20,6 +20,7 @@ from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
+from jaxlora.kernels.ordered import Ordered, plain
 from jaxlora.kernels.parts import Parts, summed
 from jaxlora.kernels.reference import InputNorm, Residual
 from jaxlora.offload import take_rows
@@ -312,7 +313,9 @@ class Linear(Adapted):
         return merged.astype(dtype)
 
 
-def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: list, parts: bool = False) -> list[Any]:
+def linear_each(
+    linears: list, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, keys: list, parts: bool = False
+) -> list[Any]:
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
     `quant.matmul_each`, and are normed in it if they are `Unnormed`. With `parts`, for those who add them up, results
     that are products and nothing else may be `Parts`."""
@@ -324,6 +327,7 @@ def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: 
         bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=parts)
         if parts:
             return bases
+    read = plain(read)
     return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
 
 
@@ -338,6 +342,15 @@ def gated_linear(
         return quant.matmul_each(read, [gate.weight.get_value(), up.weight.get_value()], norm=norm, act=act)[0]
     left, right = linear_each([gate, up], x, keys)
     return kernels.gated(left, right, act)
+
+
+def read_ordered(linears: list, x: Float[Array, "*batch d"]) -> bool:
+    """Whether linears that read the same, of as many tokens as x and of its dtype, do it in one launch that takes it as
+    `Ordered`, and read it for nothing else."""
+    tokens = math.prod(x.shape[:-1])
+    read = jax.ShapeDtypeStruct((tokens, linears[0].in_features), x.dtype)
+    are_products = all(linear.is_product(tokens) for linear in linears)
+    return are_products and quant.reads_ordered(read, [linear.weight.get_value() for linear in linears])
 
 
 class PlainLinear(nnx.Module):
@@ -455,12 +468,13 @@ class Norm(Weighted):
         x: Float[Array, "*batch features"],
         y: Float[Array, "*batch features"] | Parts | None,
         multiplier: float = 1.0,
-    ) -> tuple[Float[Array, "*batch features"], Float[Array, "*batch features"]]:
-        """(x + multiplier * y, the norm of that), where y is None (x, its norm). Few tokens take one launch for it."""
+        ordered: bool = False,
+    ) -> tuple[Float[Array, "*batch features"], Any]:
+        """(x + multiplier * y, the norm of that), where y is None (x, its norm). Few tokens take one launch for it, and
+        with `ordered` the norm may be `Ordered`."""
         if self._is_rms_norm:
-            return kernels.residual_norm(
-                x, y, self.current_weight(), self.index, eps=self.eps, offset=self.offset, multiplier=multiplier
-            )
+            options: Any = dict(eps=self.eps, offset=self.offset, multiplier=multiplier, ordered=ordered)
+            return kernels.residual_norm(x, y, self.current_weight(), self.index, **options)
         x = x if y is None else added(x, y, multiplier)
         wide, weight = x.astype(jnp.float32), self.current_weight()
         if self.kind == "layer_norm":
@@ -527,7 +541,7 @@ class Identity(nnx.Module):
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         return x
 
-    def after(self, x, y, multiplier: float = 1.0):
+    def after(self, x, y, multiplier: float = 1.0, ordered: bool = False):
         """(x + multiplier * y) twice, as `Norm.after`."""
         x = added(x, y, multiplier)
         return x, x
@@ -561,20 +575,23 @@ class Unnormed(NamedTuple):
         return self.norm.is_read_by_index and all(linear.is_product(tokens) for linear in linears)
 
 
-def read_by(linears: list, x: Float[Array, "*batch d"] | Unnormed) -> tuple[Float[Array, "*batch d"], InputNorm | None]:
+def read_by(linears: list, x: Float[Array, "*batch d"] | Ordered | Unnormed) -> tuple[Any, InputNorm | None]:
     """What products read of x, and the norm that is left to them."""
     if not isinstance(x, Unnormed):
         return x, None
     return (x.x, x.norm.of_products()) if x.is_read_by_products(linears) else (x.normed(), None)
 
 
-def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Array, Array]:
-    """The residual stream, which may be `Unsummed`, and what the norm makes of it."""
-    return norm.after(*x, multiplier) if isinstance(x, Unsummed) else (x, norm(x))
+def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float, ordered: bool = False) -> tuple[Array, Any]:
+    """The residual stream, which may be `Unsummed`, and what the norm makes of it; with `ordered` that may be
+    `Ordered`."""
+    return norm.after(*x, multiplier, ordered) if isinstance(x, Unsummed) else (x, norm(x))
 
 
-def summed_and_unnormed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Any, Any]:
-    """The same, where `linear_each` or `gated_linear` reads the second, and norms it if the sum is there already."""
+def summed_and_unnormed(x: Any, norm: Norm | Identity, multiplier: float, linears: list) -> tuple[Any, Any]:
+    """The same, where `linear_each` or `gated_linear` of some linears reads the second, and norms it if the sum is
+    there already."""
     if isinstance(x, Unsummed) or isinstance(norm, Identity):
-        return summed_and_normed(x, norm, multiplier)
+        ordered = isinstance(x, Unsummed) and read_ordered(linears, x.x)
+        return summed_and_normed(x, norm, multiplier, ordered)
     return x, Unnormed(x, norm)

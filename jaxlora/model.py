@@ -109,23 +109,30 @@ class MLP(TokenwiseModule):
         return self.multiplier * self.down_proj(self._inner(x, keys), keys[2])
 
     def onto(self, stream, x, multiplier: float, keys: list):
-        """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`; `multiplier` of the MLP is
-        not of this."""
+        """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`, or `Ordered`;
+        `multiplier` of the MLP is not of this."""
         if self.gated and self.fused is None and self.gate_multiplier == 1.0:
             h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2])
         else:
             h = self._inner(x, keys)
         return self.down_proj.onto(stream, h, multiplier, keys[2])
 
+    @property
+    def projections(self) -> list:
+        """The linears that read x."""
+        if self.fused is not None:
+            return [self.gate_up_proj]
+        return [self.gate_proj, self.up_proj] if self.gated else [self.up_proj]
+
     def _inner(self, x, keys: list):
-        """What `down_proj` reads. x may be `Unnormed`."""
+        """What `down_proj` reads. x may be `Unnormed`, or `Ordered`."""
         if not self.gated:
-            [up] = linear_each([self.up_proj], x, keys[1:2])
+            [up] = linear_each(self.projections, x, keys[1:2])
             return ACTIVATIONS[self.hidden_act](checkpoint_name(up, "up"))
         if self.fused is not None:
-            gate, up = jnp.split(linear_each([self.gate_up_proj], x, keys[:1])[0], 2, axis=-1)
+            gate, up = jnp.split(linear_each(self.projections, x, keys[:1])[0], 2, axis=-1)
         else:
-            gate, up = linear_each([self.gate_proj, self.up_proj], x, keys[:2])
+            gate, up = linear_each(self.projections, x, keys[:2])
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         # Where h is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
         implementation = None if self.down_proj.matmul_dtype is None else "reference"
@@ -230,10 +237,10 @@ class DecoderLayer(nnx.Module):
         """A call of a layer that `is_plain` with one token of each row: products norm what they read, and add to the
         residual stream, where there are kernels that do."""
         attention = cast(Attention, self.self_attn)
-        x, normed = summed_and_unnormed(x, self.input_layernorm, self.multiplier)
+        x, normed = summed_and_unnormed(x, self.input_layernorm, self.multiplier, attention.projections)
         mixed, of_attention, stored = attention.mixed(normed, context, keys[:4], (*cache[:2], cache[-1]))
         x = attention.o_proj.onto(x, mixed, self.multiplier, keys[3])
-        x, normed = summed_and_unnormed(x, self.post_attention_layernorm, self.multiplier)
+        x, normed = summed_and_unnormed(x, self.post_attention_layernorm, self.multiplier, self.mlp.projections)
         x = self.mlp.onto(x, normed, self.multiplier, keys[4:])
         return x, (*cast(tuple, of_attention)[:2], *cache[2:4]), Aside(None, stored)
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from jaxlora.config import QuantScheme
 from jaxlora.kernels import api, nf4_matmul, nf4_matmul_tiles, reference
 from jaxlora.kernels.lora import lora_delta, lora_gradients
+from jaxlora.kernels.ordered import Ordered, in_order, plain
 from jaxlora.kernels.parts import cotangent
 from jaxlora.kernels.reference import DenseFields, InputNorm, NF4Fields, Residual
 
@@ -360,7 +361,7 @@ def _contract(x: Array, w: Array, dimension: int, dtype: Any = None) -> Array:
 
 
 def matmul_each(
-    x: Float[Array, "*batch in"],
+    x: Float[Array, "*batch in"] | Ordered,
     weights: Sequence[Float[Array, "_ in"] | QuantizedArray | StackedArray],
     *,
     norm: InputNorm | None = None,
@@ -372,23 +373,31 @@ def matmul_each(
 
     Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
     * up, and adds one result to a residual stream. See `reference.matmul_nf4`. With `parts`, for those who add them up,
-    products alone may be `Parts`.
+    products alone may be `Parts`. x may be `Ordered` where they read it so (`reads_ordered`).
     """
     if norm is not None or act is not None or residual is not None:
         if all(isinstance(w, QuantizedArray) for w in weights):
             return _matmul_around(act, x, tuple(weights), norm, residual)
         return _around(act, matmul_each(x if norm is None else _normed(x, norm), weights), residual)
-    is_few = x.dtype.itemsize == 2 and x.size // x.shape[-1] <= nf4_matmul_tiles.MOST_TOKENS
+    is_few = x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) <= nf4_matmul_tiles.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
         return cast(list, _matmul_quantized(parts, x, tuple(weights)))
+    read = plain(x)
     if all(isinstance(w, StackedArray) for w in weights):
-        return _matmul_stacked(parts, x, tuple(weights))
-    return [matmul(x, w) for w in weights]
+        return _matmul_stacked(parts, read, tuple(weights))
+    return [matmul(read, w) for w in weights]
 
 
 def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
     """Whether a kernel multiplies x [tokens, in] by a weight and adds to a residual stream (`matmul_each`)."""
     return isinstance(w, QuantizedArray) and w.scheme == "nf4" and api.adds_residual(x, [_fields(w)], shapes=[w.shape])
+
+
+def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any]) -> bool:
+    """Whether a kernel multiplies x [tokens, in] by some weights (`matmul_each`) that reads x as `Ordered`."""
+    if not all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
+        return False
+    return api.reads_ordered(x, [*map(_fields, weights)], shapes=[w.shape for w in weights])
 
 
 def _fields(w: QuantizedArray) -> NF4Fields:
@@ -399,11 +408,12 @@ def _fields(w: QuantizedArray) -> NF4Fields:
 def _matmul_around(act: str | None, x, weights: tuple, norm: InputNorm | None, residual: Residual | None):
     """`matmul_each` of quantised weights with what stands around the products."""
     if all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
-        flat = lambda array: array.reshape(-1, array.shape[-1])
+        flat = lambda array: array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
         options: dict[str, Any] = dict(norm=norm, act=act)
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
         fields, shapes = [*map(_fields, weights)], [w.shape for w in weights]
-        for name in ("triton", "triton_wgmma"):
+        is_few = math.prod(x.shape[:-1]) <= nf4_matmul.MOST_TOKENS
+        for name in ("triton", "triton_wgmma") if is_few else ("triton_wgmma",):
             try:
                 ys = api.matmul_nf4(flat(x), fields, shapes=shapes, implementation=name, **options)
                 return [y.reshape(*x.shape[:-1], -1) for y in ys]
@@ -448,8 +458,8 @@ def _matmul_stacked(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -> list[Any]:
-    rows = x.reshape(-1, x.shape[-1])
+def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"] | Ordered, weights: tuple) -> list[Any]:
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if all(w.scheme == "nf4" for w in weights):
         fields = [*map(_fields, weights)]
         is_few = rows.shape[0] <= nf4_matmul.MOST_TOKENS
@@ -459,17 +469,20 @@ def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"], weights: tuple)
                 return [y.reshape(*x.shape[:-1], -1) for y in ys]
             except NotImplementedError:  # more tokens than it is for, no such GPU, float32: as for any scheme
                 pass
-    return [_contract(x, dequantize(w, x.dtype), 1) for w in weights]
+    read = plain(x)
+    return [_contract(read, dequantize(w, x.dtype), 1) for w in weights]
 
 
 def _matmul_forward(parts, x, weights):
-    return _matmul_quantized(parts, x, weights), weights
+    return _matmul_quantized(parts, x, weights), (weights, x if isinstance(x, Ordered) else None)
 
 
-def _matmul_backward(parts, weights, dys):
+def _matmul_backward(parts, saved, dys):
+    weights, x = saved
     each = zip(weights, map(cotangent, dys), strict=True)
     terms = [_contract(dy, dequantize(w, dy.dtype), 0) for w, dy in each]
-    return sum(terms[1:], terms[0]), None  # None: a zero for every field of the weights
+    dx = sum(terms[1:], terms[0])
+    return dx if x is None else in_order(dx), None  # None: a zero for every field of the weights
 
 
 _matmul_quantized.defvjp(_matmul_forward, _matmul_backward)

@@ -29,6 +29,7 @@ from jaxlora.kernels import (
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
+from jaxlora.kernels.ordered import STEP, Ordered, plain
 from jaxlora.kernels.parts import Parts
 
 
@@ -115,6 +116,15 @@ def undivided(product: Callable) -> Callable:
     return implementation
 
 
+def of_plain(product: Callable) -> Callable:
+    """A product that reads x as it is, and returns results so."""
+
+    def implementation(x, *args, ordered: bool = False, **kwargs):
+        return product(plain(x), *args, **kwargs)
+
+    return implementation
+
+
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
     "merge_nf4": {
@@ -123,9 +133,9 @@ _OPS: dict[str, dict[str, Callable]] = {
         "reference": reference.merge_nf4,
     },
     "matmul_nf4": {
-        "triton": on_gpu(undivided(nf4_matmul.matmul_nf4)),
+        "triton": on_gpu(of_plain(undivided(nf4_matmul.matmul_nf4))),
         "triton_wgmma": on_gpu_of("9.0", nf4_matmul_wgmma.matmul_nf4),
-        "triton_tiles": on_gpu(nf4_matmul_tiles.matmul_nf4),
+        "triton_tiles": on_gpu(of_plain(nf4_matmul_tiles.matmul_nf4)),
         "reference": reference.matmul_nf4,
     },
     "matmul_dense": {"triton": on_gpu(dense_matmul.matmul_dense), "reference": reference.matmul_dense},
@@ -187,7 +197,7 @@ def merge_nf4(
 
 
 def matmul_nf4(
-    x: Float[Array, "m d_in"],
+    x: Float[Array, "m d_in"] | Ordered,
     weights: Sequence[reference.NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
@@ -195,6 +205,7 @@ def matmul_nf4(
     act: str | None = None,
     residual: reference.Residual | None = None,
     parts: bool = False,
+    ordered: bool = False,
     implementation: Literal["triton", "triton_wgmma", "triton_tiles", "reference"] | None = None,
 ) -> list[Any]:
     """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks, and what stands around the products:
@@ -202,21 +213,35 @@ def matmul_nf4(
 
     Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`, "triton_tiles" `nf4_matmul_tiles.MOST_TOKENS`,
     and the products alone; "triton_wgmma" as many, and `act`, on compute capability 9.0.
-    With `parts` products whose k they divide are `Parts`.
+    With `parts` products whose k they divide are `Parts`; with `ordered` a result of "triton_wgmma" with `act` may be
+    `Ordered`, in which that alone reads x without a launch before.
     """
-    options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts)
+    options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts, ordered=ordered)
     return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)
 
 
 def _in_parts(ys: list, dtype: Any) -> list:
     """Products [M, out], or float32 [P, M, out] of which the parts are to be added up, as what says so."""
-    return [Parts(y, dtype) if y.ndim == 3 else y for y in ys]
+    return [Parts(y, dtype) if len(y.shape) == 3 else y for y in ys]
 
 
 def adds_residual(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]]) -> bool:
     """Whether "triton" of `matmul_nf4` takes these here, x perhaps as a `jax.ShapeDtypeStruct`, with a residual."""
     try:
         on_gpu(nf4_matmul.check)(x, weights, shapes, nf4_matmul.MOST_TOKENS)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def reads_ordered(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether "triton_wgmma" of `matmul_nf4` is what multiplies these here, x perhaps as a `jax.ShapeDtypeStruct`, and
+    in whole steps, so that who makes x may make it `Ordered`."""
+    tokens, columns = x.shape
+    if tokens <= nf4_matmul.MOST_TOKENS or columns % STEP:
+        return False
+    try:
+        on_gpu_of("9.0", nf4_matmul.check)(x, weights, shapes, nf4_matmul_wgmma.MOST_TOKENS)
     except NotImplementedError:
         return False
     return True
@@ -246,13 +271,14 @@ def residual_norm(
     eps: float,
     offset: float = 0.0,
     multiplier: float = 1.0,
+    ordered: bool = False,
     implementation: Literal["triton", "reference"] | None = None,
-) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+) -> tuple[Float[Array, "*batch d"], Any]:
     """(x + multiplier * y, its RMS norm), or of x alone. See `residual_norm.residual_norm_reference`.
 
-    Made for few tokens: "triton" takes at most `residual_norm.MOST_TOKENS`.
+    Made for few tokens: "triton" takes at most `residual_norm.MOST_TOKENS`. With `ordered` its norm may be `Ordered`.
     """
-    options = dict(eps=eps, offset=offset, multiplier=multiplier)
+    options = dict(eps=eps, offset=offset, multiplier=multiplier, ordered=ordered)
     return dispatch("residual_norm", _OPS["residual_norm"], implementation, x, y, weight, index, **options)
 
 

@@ -11,8 +11,8 @@ themselves. So no lane holds x, and a lane has 4 sums a tile of 8 tokens.
 
 Lane 4 g + t has 16 bytes of rows g and g + 8 of its warp's 16: elements 32 t .. 32 t + 31 of 128. The first half of
 each lane's are one block of the product, the second half the next, and word 2 s + u of a half is an operand of product
-s, at its elements 8 u + 2 t and the next. So x is put in that order before (`image`), and in that of shared memory:
-what a program copies at once is in one piece.
+s, at its elements 8 u + 2 t and the next. So x is read in that order, and in that of shared memory (`ordered`): what a
+program copies at once is in one piece. Who made x may have put it so (`Ordered`), else XLA does.
 
 The overlap. While the tensor cores multiply one block, the lanes look up the next, all in one statement of assembly,
 which ends when both are done: the assembler sees no register of a product in flight change hands. Warps do not wait for
@@ -33,7 +33,7 @@ Where tiles are fewer than SMs, k is split among programs, each of which writes 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,15 @@ from jaxlora.kernels.gated import activation_kernel
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
+from jaxlora.kernels.ordered import STEP as STEP_OF_X
+from jaxlora.kernels.ordered import Ordered, in_order
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
 MOST_TOKENS = 64
 ROWS_OF_WARP = 16
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
-STEP = 4  # blocks, a line of 128 bytes of codes
+STEP = STEP_OF_X // reference.NF4_BLOCK  # blocks, a line of 128 bytes of codes
 UNIT = 2  # blocks that are copied at once
 STEPS_OF_X = 3  # that shared memory has places for
 UNITS_OF_CODES = 2
@@ -423,7 +425,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
 
     @triton.jit
     def matmul_nf4_wgmma(
-        x,  # `image` of x
+        x,  # the data of `Ordered`
         nf4,  # uint32 [256], `nf4_lookup.pairs`
         dynamic_map,  # float32 [256]
         codes0,  # of the first weight: uint8 [stack, rows, COLUMNS / 2]
@@ -602,7 +604,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
 
 
 def matmul_nf4(
-    x: jax.Array,
+    x: jax.Array | Ordered,
     weights: Sequence[NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
@@ -610,13 +612,15 @@ def matmul_nf4(
     act: str | None = None,
     residual: Residual | None = None,
     parts: bool = False,
+    ordered: bool = False,
     config: Config | None = None,
-) -> list[jax.Array]:
+) -> list[Any]:
     """`reference.matmul_nf4` as a Triton kernel: the same arguments.
 
     Up to three weights are multiplied in one launch. It may be vmapped (which loops) and is not differentiable.
 
     Args:
+      x: [M, in], or that in the order of the product.
       parts: of products whose k is split, return the float32 sums of each part, [split, M, out], for what follows to
         add up; a product that is not split is [M, out] in x's dtype all the same.
 
@@ -662,19 +666,8 @@ def matmul_nf4(
     @jax.custom_batching.sequential_vmap
     def run(x, weights):
         constants = jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
-        ys = call(image(x), *constants, *(field for fields in weights for field in fields))[: len(outputs)]
+        ys = call(x, *constants, *(field for fields in weights for field in fields))[: len(outputs)]
         return ys if split == 1 or parts else [Parts(y, x.dtype).sum() for y in ys]
 
     some = [nf4_matmul.filled(*fields) for fields in weights]
-    return run(x, [*some, *(some[0] for _ in padding)])
-
-
-def image(x: jax.Array) -> jax.Array:
-    """x [M, K] in the order of shared memory: [steps, 4 blocks, 8 parts of k, tiles of tokens, 8 tokens, 8 elements],
-    with zeros for tokens and elements that there are not.
-
-    Element 32 t + 16 c + 4 s + 2 u + h of each 128 of k is element 2 t + h of part 2 s + u of block c of two."""
-    tokens, columns = x.shape
-    x = jnp.pad(x, ((0, -tokens % 8), (0, -columns % (STEP * reference.NF4_BLOCK))))
-    x = x.reshape(-1, 8, x.shape[1] // 128, 4, 2, 4, 2, 2)  # m // 8, m % 8, two blocks, t, c, s, u, h
-    return x.transpose(2, 4, 5, 6, 0, 1, 3, 7).reshape(-1, STEP, 8, x.shape[0], 8, 8)
+    return run((x if isinstance(x, Ordered) else in_order(x)).data, [*some, *(some[0] for _ in padding)])

@@ -17,6 +17,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels.gated import gated_reference
+from jaxlora.kernels.ordered import Ordered, plain
 from jaxlora.kernels.residual_norm import residual_norm_reference
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ class Residual:
 
 
 def matmul_nf4(
-    x: Float[Array, "m d_in"],
+    x: Float[Array, "m d_in"] | Ordered,
     weights: Sequence[NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
@@ -369,18 +370,21 @@ def matmul_nf4(
     act: str | None = None,
     residual: Residual | None = None,
     parts: bool = False,
+    ordered: bool = False,
 ) -> list[Float[Array, "m _"]]:
     """x W^T for each of some NF4 weights: in x's dtype, the weights too, with sums in float32.
 
     Args:
-      x: float32, bfloat16 or float16.
+      x: float32, bfloat16 or float16; [M, in] or `Ordered`.
       weights, shapes: the fields of each, and its (out, in).
       norm: of x, before it is multiplied; None for none.
       act: a key of `gated.ACTIVATIONS`: the result is one, act(x W0^T) * x W1^T, for two weights; None for none.
       residual: what the result, of one weight or with `act`, is added to; None for nothing.
       parts: whether a product may be float32 [P, M, out], parts that are to be added up (`parts.Parts`), which a kernel
         leaves that divides k. There are none here.
+      ordered: whether a result with `act` may be `Ordered`, as a kernel makes it. Here it is not.
     """
+    x = plain(x)
     if norm is not None:
         _, x = residual_norm_reference(x, None, norm.weight, norm.index, eps=norm.eps, offset=norm.offset)
     ys = _matmul_nf4(x, weights, shapes)

@@ -11,6 +11,9 @@ y may be a product that is not added up yet (`parts.Parts`): the program adds up
 tokens of 4096 features, 8 parts are 8 MB out of L2, 128 KB a program, which an SM reads in some 2000 cycles if some 40
 KB are on their way. ptxas asks for 5 parts before it adds, which with 1024 threads is 80 KB.
 
+The norm may be `Ordered` for the product that reads it: each 128 of its elements change places within the program, and
+are stored 8 at a time.
+
 Layout: x, y [..., D], or parts [P, ..., D] of y; weight [D], or [layers, D] with an index.
 """
 
@@ -24,6 +27,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlora.kernels.ordered import STEP, Ordered, padded, plain, shape_of
 from jaxlora.kernels.parts import Parts, summed
 
 MOST_TOKENS = 64
@@ -39,6 +43,7 @@ def residual_norm_reference(
     eps: float,
     offset: float = 0.0,
     multiplier: float = 1.0,
+    ordered: bool = False,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
     """(total, out) in x's dtype.
 
@@ -49,6 +54,7 @@ def residual_norm_reference(
       eps: added to the mean square.
       offset: the gain is offset + weight, in float32; with 0 it is the weight, in x's dtype.
       multiplier: of y.
+      ordered: whether out may be `Ordered`, as a kernel makes it. Here it is not.
     """
     total = x if y is None else checkpoint_name(x + multiplier * summed(y), "residual")
     wide = total.astype(jnp.float32)
@@ -74,7 +80,7 @@ def _kernel():
         weight,  # [D], or [layers, D]
         index,  # int32 []; unread without STACKED
         total,  # [M, D]; unwritten without HAS_PART
-        out,  # [M, D]
+        out,  # [M, D], or the data of `Ordered`
         M: tl.constexpr,  # 0 without PARTS
         D: tl.constexpr,
         EPS: tl.constexpr,
@@ -84,6 +90,7 @@ def _kernel():
         PARTS: tl.constexpr,  # 0 where y is added up already
         STACKED: tl.constexpr,
         BLOCK: tl.constexpr,  # D, up to a power of two
+        PADDED: tl.constexpr,  # tokens, up to a multiple of 8, of `Ordered`; 0 where out is not that
     ):
         column = tl.arange(0, BLOCK)
         inside = column < D
@@ -105,7 +112,12 @@ def _kernel():
             normed = normed.to(narrow.dtype).to(tl.float32) * gain.to(narrow.dtype).to(tl.float32)
         else:
             normed = normed * (gain.to(tl.float32) + OFFSET)
-        tl.store(out + at, normed.to(narrow.dtype), mask=inside)
+        normed = normed.to(narrow.dtype)
+        if PADDED:  # 128 elements [t, c, 2 s + u, h] as [c, 2 s + u, t, h]
+            normed = tl.permute(tl.reshape(normed, (BLOCK // 128, 4, 2, 8, 2)), (0, 2, 3, 1, 4))
+            normed = tl.reshape(normed, (BLOCK,))
+            at = column // 8 * (8 * PADDED) + tl.program_id(0) * 8 + column % 8
+        tl.store(out + at, normed, mask=inside)
 
     return residual_norm
 
@@ -119,8 +131,10 @@ def residual_norm(
     eps: float,
     offset: float = 0.0,
     multiplier: float = 1.0,
-) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
-    """`residual_norm_reference` as a Triton kernel. The gradients are the reference's.
+    ordered: bool = False,
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"] | Ordered]:
+    """`residual_norm_reference` as a Triton kernel, whose norm is `Ordered` if it is asked for and D is a multiple of
+    256. The gradients are the reference's.
 
     Raises:
       NotImplementedError: jax-triton is not installed; x is none of bfloat16 and float16, or y is of another dtype;
@@ -144,21 +158,22 @@ def residual_norm(
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
     options = dict(eps=eps, offset=offset, multiplier=multiplier)
-    shapes = (1,) if y is None else x.shape, x.shape
-    parts = (y.count, tokens) if isinstance(y, Parts) else (0, 0)
+    ordered = ordered and features % STEP == 0
+    shapes = (1,) if y is None else x.shape, shape_of(tokens, features) if ordered else x.shape
+    more = dict(parts=(y.count, tokens) if isinstance(y, Parts) else (0, 0), padded=padded(tokens) if ordered else 0)
     call = functools.partial(
         jax_triton.triton_call,
         kernel=_kernel(),
         out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes],
         grid=(tokens,),
-        **constants(features, x.dtype, y is not None, index is not None, **options, parts=parts),
+        **constants(features, x.dtype, y is not None, index is not None, **options, **more),
     )
 
     @jax.custom_batching.sequential_vmap
     def run(x, y, weight, index):
         added = y.parts if isinstance(y, Parts) else x if y is None else y
         total, out = call(x, added, weight, jnp.int32(0) if index is None else index)
-        return x if y is None else total, out
+        return x if y is None else total, Ordered(out, x.shape) if ordered else out
 
     @jax.custom_vjp
     def differentiable(x, y, weight, index):
@@ -166,19 +181,21 @@ def residual_norm(
 
     def backward(saved, cotangents):
         *arrays, index = saved
+        dtotal, dout = cotangents
         _, pullback = jax.vjp(lambda *arrays: residual_norm_reference(*arrays, index, **options), *arrays)
-        return *pullback(cotangents), None
+        return *pullback((dtotal, plain(dout))), None
 
     differentiable.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
     return differentiable(x, y, weight, index)
 
 
-def constants(features, dtype, has_part, stacked, eps, offset, multiplier, parts=(0, 0)) -> dict:
-    """The kernel's compile-time arguments; parts: how many there are of y, each of so many tokens."""
+def constants(features, dtype, has_part, stacked, eps, offset, multiplier, parts=(0, 0), padded=0) -> dict:
+    """The kernel's compile-time arguments; parts: how many there are of y, each of so many tokens; padded: 0, or the
+    tokens of `Ordered`."""
     block = 1 << (features - 1).bit_length()
     count, tokens = parts
     num_warps = min(max(block // (128 if count else 256), 1), 32 if count else 16)
     return dict(
         M=tokens, D=features, EPS=eps, OFFSET=offset, MULTIPLIER=float(np.asarray(multiplier, dtype)),
-        HAS_PART=has_part, PARTS=count, STACKED=stacked, BLOCK=block, num_warps=num_warps,
+        HAS_PART=has_part, PARTS=count, STACKED=stacked, BLOCK=block, PADDED=padded, num_warps=num_warps,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from jaxlora import quant
 from jaxlora.kernels import api, nf4_lookup, nf4_matmul_wgmma
 from jaxlora.kernels.gated import ACTIVATIONS
 from jaxlora.kernels.nf4_matmul_wgmma import Config
+from jaxlora.kernels.ordered import in_order
 from jaxlora.kernels.reference import Residual
 
 DTYPES = [jnp.bfloat16, jnp.float16]
@@ -55,7 +56,7 @@ def test_it_says_why_not(key):
 
 def test_x_is_made_a_multiple_of_a_step_and_of_eight_tokens():
     x = 1 + jnp.arange(11 * 192, dtype=jnp.float32).reshape(11, 192)
-    got = np.asarray(nf4_matmul_wgmma.image(x))
+    got = np.asarray(in_order(x).data)
     assert got.shape == (1, 4, 8, 2, 8, 8)
     t, c, s, u, h = 2, 1, 3, 1, 1
     assert got[0, c, 2 * s + u, 1, 2, 2 * t + h] == x[10, 32 * t + 16 * c + 4 * s + 2 * u + h]
@@ -77,7 +78,7 @@ def test_the_products_of_a_block_and_the_elements_of_the_next(dtype, tiles, roun
     low = (scales - high.astype(np.float32)).astype(dtype)
     place = 4 * (np.arange(128) % 32)
     table = nf4_lookup.pairs(dtype).view(dtype).reshape(256, 2)
-    image = np.asarray(nf4_matmul_wgmma.image(jnp.asarray(x)))[0, block].ravel()
+    image = np.asarray(in_order(jnp.asarray(x)).data)[0, block].ravel()
     thread = np.arange(128)
     t, upper = thread % 4, thread // 32 * 16 + thread % 32 // 4
     n = 4 * tiles
