@@ -228,7 +228,7 @@ class Linear(Adapted):
         """Whether for so many tokens the result is x W^T and reads x for nothing else."""
         return self.has_base_product(tokens) and self.lora_A is None and self.trained_weight is None
 
-    def adds_residual(self, x: Float[Array, "*batch d_in"] | jax.ShapeDtypeStruct) -> bool:
+    def adds_residual(self, x: Float[Array, "*batch d_in"] | Ordered | jax.ShapeDtypeStruct) -> bool:
         """Whether `onto` adds in the launch of the product. Of x only shape and dtype matter."""
         tokens = math.prod(x.shape[:-1])
         if not self.is_product(tokens) or self.bias is not None:
@@ -236,7 +236,11 @@ class Linear(Adapted):
         return quant.adds_residual(jax.ShapeDtypeStruct((tokens, self.in_features), x.dtype), self.weight.get_value())
 
     def onto(
-        self, stream: Float[Array, "*batch d_out"], x: Float[Array, "*batch d_in"], multiplier: float, key: Any = None
+        self,
+        stream: Float[Array, "*batch d_out"],
+        x: Float[Array, "*batch d_in"] | Ordered,
+        multiplier: float,
+        key: Any = None,
     ) -> Float[Array, "*batch d_out"] | Unsummed:
         """stream + multiplier * self(x), where a kernel adds while it multiplies (`adds_residual`); else `Unsummed`."""
         if not self.adds_residual(x):
@@ -332,14 +336,16 @@ def linear_each(
 
 
 def gated_linear(
-    gate: Linear, up: Linear, x: Float[Array, "*batch d_in"] | Unnormed, act: str, keys: list
-) -> Float[Array, "*batch d_out"]:
+    gate: Linear, up: Linear, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, act: str, keys: list, ordered: bool
+) -> Any:
     """act(gate(x)) * up(x). Few tokens take one launch for all of it, the norm too if they are `Unnormed`, where there
-    is a kernel."""
+    is a kernel. With `ordered` it may be `Ordered`."""
     tokens = math.prod(x.shape[:-1])
     if gate.bias is up.bias is None and gate.is_product(tokens) and up.is_product(tokens):
         read, norm = read_by([gate, up], x)
-        return quant.matmul_each(read, [gate.weight.get_value(), up.weight.get_value()], norm=norm, act=act)[0]
+        return quant.matmul_each(
+            read, [gate.weight.get_value(), up.weight.get_value()], norm=norm, act=act, ordered=ordered
+        )[0]
     left, right = linear_each([gate, up], x, keys)
     return kernels.gated(left, right, act)
 

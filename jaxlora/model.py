@@ -48,6 +48,7 @@ from jaxlora.layers import (
     gated_linear,
     linear_each,
     read_by_index,
+    read_ordered,
     summed_and_normed,
     summed_and_unnormed,
 )
@@ -112,7 +113,8 @@ class MLP(TokenwiseModule):
         """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`, or `Ordered`;
         `multiplier` of the MLP is not of this."""
         if self.gated and self.fused is None and self.gate_multiplier == 1.0:
-            h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2])
+            ordered = read_ordered([self.down_proj], stream)
+            h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2], ordered)
         else:
             h = self._inner(x, keys)
         return self.down_proj.onto(stream, h, multiplier, keys[2])

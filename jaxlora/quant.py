@@ -368,16 +368,18 @@ def matmul_each(
     act: str | None = None,
     residual: Residual | None = None,
     parts: bool = False,
+    ordered: bool = False,
 ) -> list[Any]:
     """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks.
 
     Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
     * up, and adds one result to a residual stream. See `reference.matmul_nf4`. With `parts`, for those who add them up,
-    products alone may be `Parts`. x may be `Ordered` where they read it so (`reads_ordered`).
+    products alone may be `Parts`. x may be `Ordered` where they read it so (`reads_ordered`),
+    and with `ordered` what is gated.
     """
     if norm is not None or act is not None or residual is not None:
         if all(isinstance(w, QuantizedArray) for w in weights):
-            return _matmul_around(act, x, tuple(weights), norm, residual)
+            return _matmul_around(act, ordered, x, tuple(weights), norm, residual)
         return _around(act, matmul_each(x if norm is None else _normed(x, norm), weights), residual)
     is_few = x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) <= nf4_matmul_tiles.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
@@ -404,23 +406,25 @@ def _fields(w: QuantizedArray) -> NF4Fields:
     return NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul_around(act: str | None, x, weights: tuple, norm: InputNorm | None, residual: Residual | None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul_around(
+    act: str | None, ordered: bool, x, weights: tuple, norm: InputNorm | None, residual: Residual | None
+) -> list[Any]:
     """`matmul_each` of quantised weights with what stands around the products."""
     if all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
         flat = lambda array: array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
-        options: dict[str, Any] = dict(norm=norm, act=act)
+        options: dict[str, Any] = dict(norm=norm, act=act, ordered=ordered)
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
         fields, shapes = [*map(_fields, weights)], [w.shape for w in weights]
         is_few = math.prod(x.shape[:-1]) <= nf4_matmul.MOST_TOKENS
         for name in ("triton", "triton_wgmma") if is_few else ("triton_wgmma",):
             try:
                 ys = api.matmul_nf4(flat(x), fields, shapes=shapes, implementation=name, **options)
-                return [y.reshape(*x.shape[:-1], -1) for y in ys]
+                return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
             except NotImplementedError:  # more tokens than it norms or is for, no GPU, float32
                 pass
     if norm is not None:
-        return _matmul_around(act, _normed(x, norm), weights, None, residual)
+        return _matmul_around(act, ordered, _normed(x, norm), weights, None, residual)
     return _around(act, matmul_each(x, weights), residual)
 
 
@@ -433,7 +437,7 @@ def _around(act: str | None, ys: list, residual: Residual | None) -> list:
     return ys if residual is None else [residual.x + residual.multiplier * ys[0]]
 
 
-def _matmul_around_backward(act, saved, dys):
+def _matmul_around_backward(act, ordered, saved, dys):
     x, weights, norm, residual = saved
     with_array = lambda part, name, array: part and dataclasses.replace(part, **{name: array})
 
@@ -442,12 +446,12 @@ def _matmul_around_backward(act, saved, dys):
         return _around(act, matmul_each(x, weights), with_array(residual, "x", stream))
 
     _, pullback = jax.vjp(step_by_step, x, norm and norm.weight, residual and residual.x)
-    dx, dgain, dstream = pullback(dys)
+    dx, dgain, dstream = pullback([*map(plain, dys)])
     dnorm = norm and dataclasses.replace(norm, weight=dgain, index=None)  # None: a zero, for what is constant
     return dx, None, dnorm, with_array(residual, "x", dstream)
 
 
-_matmul_around.defvjp(lambda act, *args: (_matmul_around(act, *args), args), _matmul_around_backward)
+_matmul_around.defvjp(lambda act, ordered, *args: (_matmul_around(act, ordered, *args), args), _matmul_around_backward)
 
 
 def _matmul_stacked(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -> list[Any]:

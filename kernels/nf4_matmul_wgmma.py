@@ -28,6 +28,9 @@ for x's reading and 64 for its writing, 128 for codes and some 50 for scales; 12
 the clock of an H100 a block takes some 1,000, of which a warp spends 500 at lookups and none waiting for products.
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
+
+A gate's result may be `Ordered` for the product that reads it. Then a warp's rows are those of 8 elements that lie
+together in that order, so that it stores as much at once as in the other.
 """
 
 import functools
@@ -45,7 +48,7 @@ from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
 from jaxlora.kernels.ordered import STEP as STEP_OF_X
-from jaxlora.kernels.ordered import Ordered, in_order
+from jaxlora.kernels.ordered import Ordered, in_order, shape_of
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
@@ -443,7 +446,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         nested_absmax2,
         mean2,
         index2,
-        out0,  # [M, rows] in x's dtype, or float32 [SPLIT, M, rows]
+        out0,  # [M, rows] in x's dtype, or float32 [SPLIT, M, rows], or the data of `Ordered`
         out1,
         out2,
         M: tl.constexpr,
@@ -457,6 +460,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         WARPS: tl.constexpr,
         SPLIT: tl.constexpr,
         ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
+        ORDERED: tl.constexpr,  # whether out0 is `Ordered`, with ACT
     ):
         THREADS: tl.constexpr = 32 * WARPS
         ROWS: tl.constexpr = 16 * WARPS  # of a tile
@@ -494,6 +498,9 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
         first_row += (8 if GATED else 16) * warp + group
         second_row = first_row + (0 if GATED else 8)
         upper_row, lower_row = first_row, second_row  # that are read
+        if ORDERED:  # what is read for the place of a row in that order
+            upper_row = first_row // 128 * 128 + first_row % 128 // 8 * 2 + first_row % 8 // 2 * 32 + first_row % 2
+            lower_row = upper_row
         if not WHOLE:
             upper_row, lower_row = tl.minimum(upper_row, row_count - 1), tl.minimum(lower_row, row_count - 1)
         upper_codes = upper[0] + (upper_row * (BLOCKS * 32) + t * 16)
@@ -598,6 +605,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
                     gate, up = total.to(narrow).to(tl.float32), totals[4 * j + i + 2].to(narrow).to(tl.float32)
                     total = activation(gate, ACT)[0].to(narrow).to(tl.float32) * up
                 target = out + (m * row_count + n)
+                if ORDERED:
+                    target = out + (n // 8 * (64 * TOKEN_TILES) + m * 8 + n % 8)
                 tl.store(target, total.to(target.dtype.element_ty), mask=(m < M) & (n < row_count))
 
     return matmul_nf4_wgmma
@@ -623,6 +632,7 @@ def matmul_nf4(
       x: [M, in], or that in the order of the product.
       parts: of products whose k is split, return the float32 sums of each part, [split, M, out], for what follows to
         add up; a product that is not split is [M, out] in x's dtype all the same.
+      ordered: return what is gated as `Ordered`, where its elements are whole steps.
 
     Raises:
       NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows; or there is a norm or a
@@ -641,6 +651,7 @@ def matmul_nf4(
     rows = [rows for rows, _ in shapes]
     config = heuristics(tokens, rows, columns, is_gated=act is not None) if config is None else config
     split = 1 if act is not None else min(config.split, -(-columns // (STEP * reference.NF4_BLOCK)))
+    ordered = ordered and act is not None and rows[0] % STEP_OF_X == 0
     leading, dtype = ((), x.dtype) if split == 1 else ((split,), jnp.dtype(jnp.float32))
     padding = [0] * (MOST_WEIGHTS - len(rows))
     outputs = rows if act is None else rows[:1]
@@ -648,7 +659,9 @@ def matmul_nf4(
     call = functools.partial(
         jax_triton.triton_call,
         kernel=_kernel(x.dtype, tokens, config.num_warps, config.rounds),
-        out_shape=[jax.ShapeDtypeStruct((*leading, tokens, n), dtype) for n in outputs]
+        out_shape=[
+            jax.ShapeDtypeStruct(shape_of(tokens, n) if ordered else (*leading, tokens, n), dtype) for n in outputs
+        ]
         + [jax.ShapeDtypeStruct((1,), dtype)] * (MOST_WEIGHTS - len(outputs)),
         grid=(split * tiles,),
         num_warps=config.num_warps,
@@ -661,12 +674,15 @@ def matmul_nf4(
         WARPS=config.num_warps,
         SPLIT=split,
         ACT=act or "",
+        ORDERED=ordered,
     )
 
     @jax.custom_batching.sequential_vmap
     def run(x, weights):
         constants = jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
         ys = call(x, *constants, *(field for fields in weights for field in fields))[: len(outputs)]
+        if ordered:
+            return [Ordered(ys[0], (tokens, rows[0]))]
         return ys if split == 1 or parts else [Parts(y, x.dtype).sum() for y in ys]
 
     some = [nf4_matmul.filled(*fields) for fields in weights]
