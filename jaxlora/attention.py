@@ -17,6 +17,7 @@ from jaxtyping import Array
 from jaxlora.config import LayerConfig, ModelConfig
 from jaxlora.kernels import api as kernels
 from jaxlora.kernels.decode_attention import write_cache
+from jaxlora.kernels.ordered import Ordered
 from jaxlora.layers import Identity, linear_each, rms_normed
 from jaxlora.rope import apply_rope
 
@@ -138,8 +139,9 @@ class Attention(nnx.Module):
         mixed, cache, stored = self.mixed(x, context, keys, cache)
         return self.o_proj(mixed, keys[3]), cache, stored
 
-    def mixed(self, x, context: Context, keys: list, cache=None):
-        """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`, or `Ordered`."""
+    def mixed(self, x, context: Context, keys: list, cache=None, ordered: bool = False):
+        """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`, or `Ordered`; so
+        may with `ordered` what is returned."""
         decodes = cache is not None and context.one_token and self._decodes(context)
         q, k, v = self._project(x, keys, parts=decodes and self._leaves_as_projected)
         b, t, _ = q.shape
@@ -148,7 +150,7 @@ class Attention(nnx.Module):
             q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
             q = q.reshape(b, t, -1)
         if decodes:
-            out, cache = self._decode(q, k, v, cache, context)
+            out, cache = self._decode(q, k, v, cache, context, ordered and gate is None)
             stored = {}
         else:
             out, cache, stored = self._attend(q, k, v, cache, context)
@@ -191,8 +193,8 @@ class Attention(nnx.Module):
         """Whether nothing but `decode_attention` reads the projections of one token."""
         return self.qk_norm is None and self.v_norm_eps is None and not self.output_gate
 
-    def _decode(self, q, k, v, cache, context: Context):
-        """`_attend` for one token of each row, in one kernel where there is one."""
+    def _decode(self, q, k, v, cache, context: Context, ordered: bool) -> tuple[Any, Any]:
+        """`_attend` for one token of each row, in one kernel where there is one; perhaps `Ordered` [B, N H]."""
         assert context.key_segments is not None
         cos_and_sin = None if self.rope is None else context.rotary[self.rope]
         each = self._normed(q, self.q_norm), self._normed(k, self.k_norm), self._values(v)
@@ -203,9 +205,10 @@ class Attention(nnx.Module):
             interleaved=self.interleaved,
             segments=context.key_segments,
             offset=jnp.asarray(context.offset),
+            ordered=ordered,
             **self._options(context),
         )
-        return out[:, None], (*written, cache[2])
+        return out if isinstance(out, Ordered) else out[:, None], (*written, cache[2])
 
     def _options(self, context: Context) -> dict[str, Any]:
         return dict(

@@ -375,11 +375,13 @@ def decode_attention(
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
     segments: Int[Array, "b s"],
+    ordered: bool = False,
     implementation: Literal["triton", "reference"] | None = None,
-) -> decoding.Attended:
+) -> tuple[Any, Float[Array, "layers b s kv h"], Float[Array, "layers b s kv h"]]:
     """Attention of one token a row, [B, N, H], over a layer of a stacked cache, and the stacks with that token's key
-    and value. `rotary` turns q and k. See `kernels.decode_attention`."""
+    and value. `rotary` turns q and k. With `ordered` the result may be `Ordered` [B, N H]. See
+    `kernels.decode_attention`."""
     options = dict(scale=scale, offset=offset, window=window, softcap=softcap, key_bias=key_bias, sinks=sinks)
-    options |= dict(rotary=rotary, interleaved=interleaved, segments=segments)
+    options |= dict(rotary=rotary, interleaved=interleaved, segments=segments, ordered=ordered)
     table = _OPS["decode_attention"]
     return dispatch("decode_attention", table, implementation, q, k, v, keys, values, layer, **options)

@@ -10,6 +10,7 @@ divide the places and leave float32 parts, which XLA puts together: softmax over
 exp(max - largest max). The new key and value never come from memory: the first program has them in registers and is the
 only one to touch their place, so that no program waits for another. q, k and v may be products that are not added up
 yet (`parts.Parts`): a program adds up what it reads of them, and rounds the sums before it turns them.
+The result may be `Ordered` for the product that reads it.
 
 Layout: q [B, N, H]; k, v [B, K, H], or parts [P, B, ...] of each; keys, values [layers, B, S, K, H]; cos, sin float32
 [B, pairs]; segments [B, S], of which a place is seen whose id is that of the token's own place; offset int32 [] or [B].
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora.kernels.attention import attention_reference
 from jaxlora.kernels.h100 import SMS
+from jaxlora.kernels.ordered import STEP, Ordered, padded, shape_of
 from jaxlora.kernels.parts import Parts, summed
 from jaxlora.kernels.reference import apply_rope
 
@@ -82,9 +84,11 @@ def decode_attention_reference(
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
     segments: Int[Array, "b s"],
+    ordered: bool = False,
 ) -> Attended:
     """`apply_rope`, `write_cache` and `attention_reference` for one token a row: the result, and the stacks with the
-    token in them. Keys and values of another dtype are cast to q's. Parts of q, k and v are added up first."""
+    token in them. Keys and values of another dtype are cast to q's. Parts of q, k and v are added up first.
+    With `ordered` the result may be `Ordered` [B, N H], as a kernel makes it; here it is not."""
     q, k, v = (summed(each)[:, None] for each in (q, k, v))
     if rotary is not None:
         q, k = (apply_rope(each, *(part[:, None] for part in rotary), interleaved=interleaved) for each in (q, k))
@@ -173,7 +177,7 @@ def _kernel():
         sin,
         offset,  # int32 [B], or [] if ONE_OFFSET
         segments,  # int32 [B, S]
-        out,  # [B, N, H], or float32 [SPLIT, B, N, H]
+        out,  # [B, N, H], or float32 [SPLIT, B, N, H], or the data of `Ordered` [B, N H]
         largest,  # float32 [SPLIT, B, N]; unwritten if SPLIT is 1
         total,
         new_keys,  # where keys and values are
@@ -194,6 +198,7 @@ def _kernel():
         TILE: tl.constexpr,
         ROWS: tl.constexpr,  # query heads of a key head, and at least what a product wants
         WIDTH: tl.constexpr,  # H, up to a power of two
+        PADDED: tl.constexpr,  # rows, up to a multiple of 8, of `Ordered`; 0 where out is not that
     ):
         GROUP: tl.constexpr = N // K
         b, head = tl.program_id(0) // K, tl.program_id(0) % K
@@ -269,7 +274,13 @@ def _kernel():
         if SPLIT == 1:
             # A row that is nobody's may see nothing.
             sum_ = tl.where(sum_ > 0.0, sum_, 1.0)
-            tl.store(out + at, (result / sum_[:, None]).to(out.dtype.element_ty), mask=to_store)
+            result = (result / sum_[:, None]).to(out.dtype.element_ty)
+            if PADDED:  # 128 elements [t, c, 2 s + u, h] as [c, 2 s + u, t, h]
+                result = tl.permute(tl.reshape(result, (ROWS, WIDTH // 128, 4, 2, 8, 2)), (0, 1, 3, 4, 2, 5))
+                result = tl.reshape(result, (ROWS, WIDTH))
+                piece = (head * GROUP + row)[:, None] * (H // 8) + (column // 8)[None, :]
+                at = piece * (8 * PADDED) + b * 8 + (column % 8)[None, :]
+            tl.store(out + at, result, mask=to_store)
         else:
             tl.store(out + part * (B * N * H) + at, result, mask=to_store)
             tl.store(largest + part * (B * N) + heads, top, mask=is_head)
@@ -316,8 +327,10 @@ def decode_attention(
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
     segments: Int[Array, "b s"],
-) -> Attended:
-    """`decode_attention_reference` as a Triton kernel. Every query must see at least itself.
+    ordered: bool = False,
+) -> tuple[Any, Float[Array, "layers b s kv h"], Float[Array, "layers b s kv h"]]:
+    """`decode_attention_reference` as a Triton kernel. Every query must see at least itself. With `ordered` the result
+    is `Ordered` [B, N H] where places are not divided, H is a multiple of 128, and N H one of 256.
 
     An `offset` for all rows must be a place of the cache: the reference clamps it, and this writes nothing.
 
@@ -339,11 +352,13 @@ def decode_attention(
     if len({each.count if isinstance(each, Parts) else 0 for each in (q, k, v)}) > 1:
         q, k, v = (summed(each) for each in (q, k, v))
     parts = q.count if isinstance(q, Parts) else 0
-    (batch, heads, _), (_, _, places, kv, _) = q.shape, keys.shape
+    (batch, heads, width), (_, _, places, kv, _) = q.shape, keys.shape
     split, pairs = split_of(batch * kv, places), 0 if rotary is None else rotary[0].shape[-1]
     part = jax.ShapeDtypeStruct((split, batch, heads), jnp.float32)
     out_dtype = q.dtype if split == 1 else jnp.float32
-    shapes = [jax.ShapeDtypeStruct((split, *q.shape), out_dtype), part, part]
+    ordered = ordered and split == 1 and width % 128 == 0 and heads * width % STEP == 0
+    out_shape = shape_of(batch, heads * width) if ordered else (split, *q.shape)
+    shapes = [jax.ShapeDtypeStruct(out_shape, out_dtype), part, part]
     call = functools.partial(
         jax_triton.triton_call,
         kernel=_kernel(),
@@ -352,13 +367,25 @@ def decode_attention(
         grid=(batch * kv, split),
         **layout(batch * kv * split),
         **constants(
-            q.shape, keys.shape, jnp.ndim(offset) == 0, pairs, interleaved, scale, softcap, window, split, parts
+            q.shape,
+            keys.shape,
+            jnp.ndim(offset) == 0,
+            pairs,
+            interleaved,
+            scale,
+            softcap,
+            window,
+            split,
+            parts,
+            padded(batch) if ordered else 0,
         ),
     )
 
     @jax.custom_batching.sequential_vmap
     def run(q, k, v, keys, values, layer, cos, sin, offset, segments):
         out, largest, total, keys, values = call(q, k, v, keys, values, layer, cos, sin, offset, segments)
+        if ordered:
+            return Ordered(out, (batch, heads * width)), keys, values
         return out[0] if split == 1 else _together(out, largest, total).astype(keys.dtype), keys, values
 
     q, k, v = (each.parts if isinstance(each, Parts) else each for each in (q, k, v))
@@ -376,13 +403,15 @@ def _together(out: Array, largest: Array, total: Array) -> Array:
     return whole / jnp.where(weight > 0, weight, 1.0)
 
 
-def constants(q_shape, cache_shape, one_offset, pairs, interleaved, scale, softcap, window, split, parts=0) -> dict:
-    """The kernel's compile-time arguments."""
+def constants(
+    q_shape, cache_shape, one_offset, pairs, interleaved, scale, softcap, window, split, parts=0, padded=0
+) -> dict:
+    """The kernel's compile-time arguments; padded: 0, or the rows of `Ordered`."""
     (batch, heads, width), (_, _, places, kv, _) = q_shape, cache_shape
     at_least_16 = lambda n: max(16, 1 << (n - 1).bit_length())
     tile = PLACES if width <= 128 else PLACES // 2  # three of keys and of values are on their way in shared memory
     return dict(
         B=batch, N=heads, S=places, K=kv, H=width, ONE_OFFSET=one_offset, PAIRS=pairs, INTERLEAVED=interleaved,
         SCALE=scale * 1.4426950408889634, SOFTCAP=softcap or 0.0, WINDOW=window or 0, SPLIT=split, TILE=tile,
-        PARTS=parts, ROWS=at_least_16(heads // kv), WIDTH=at_least_16(width),
+        PARTS=parts, ROWS=at_least_16(heads // kv), WIDTH=at_least_16(width), PADDED=padded,
     )  # fmt: skip

@@ -1,6 +1,8 @@
 """x in the order of the product: there and back, where a decode step asks for it, and that it draws the same."""
 
 import functools
+import sys
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from helpers import load_folder, make_checkpoint, random_ids
 from jaxlora import lora, quant
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.generate import _prefill
-from jaxlora.kernels import api, reference, residual_norm
+from jaxlora.kernels import api, decode_attention, reference, residual_norm
 from jaxlora.kernels.ordered import Ordered, in_order, plain, shape_of
 from jaxlora.kernels.parts import Parts
 
@@ -66,7 +68,7 @@ def test_only_whole_steps_of_nf4_on_one_gpu_are_read_so(monkeypatch):
     assert not quant.reads_ordered(struct(16), [weight(512)])  # no GPU
     monkeypatch.setattr(api, "compute_capability", lambda: "9.0")
     monkeypatch.setattr(api, "is_on_gpu", lambda: True)
-    pytest.importorskip("jax_triton")
+    monkeypatch.setitem(sys.modules, "jax_triton", ModuleType("jax_triton"))
     assert quant.reads_ordered(struct(16), [weight(512)]) and quant.reads_ordered(struct(64), [weight(512)] * 3)
     assert not any(quant.reads_ordered(struct(tokens), [weight(512)]) for tokens in (8, 65))
     assert not quant.reads_ordered(struct(16, 320), [weight(320)])
@@ -100,6 +102,11 @@ def asked(monkeypatch):
         [y, *more] = reference.matmul_nf4(x, weights, shapes=shapes, act=act)
         return [made("gate", y, ordered), *more]
 
+    def attention(*args, ordered=False, **options):
+        out, *stacks = decode_attention.decode_attention_reference(*args, **options)
+        return made("attention", out.reshape(out.shape[0], -1) if ordered else out, ordered), *stacks
+
+    monkeypatch.setitem(api._OPS["decode_attention"], "triton", attention)
     monkeypatch.setitem(api._OPS["residual_norm"], "triton", norm)
     monkeypatch.setitem(api._OPS["matmul_nf4"], "triton_wgmma", matmul_nf4)
     monkeypatch.setattr(api, "reads_ordered", lambda x, weights, *, shapes: True)
@@ -109,13 +116,14 @@ def asked(monkeypatch):
 @pytest.mark.parametrize(
     "name, targets, names",
     [
-        ("llama", [], {"norm"}),
-        ("llama", ["q_proj", "down_proj"], {"norm"}),  # the norm before the MLP
-        ("llama", ["v_proj", "up_proj"], set()),
-        ("qwen2", [], {"norm"}),
-        ("qwen3", [], {"norm"}),
-        ("phi3", [], {"norm"}),
-        ("starcoder2-plain", [], set()),
+        ("llama", [], {"norm", "attention", "gate"}),
+        ("llama", ["q_proj", "down_proj"], {"norm", "attention"}),  # the norm before the MLP
+        ("llama", ["v_proj", "up_proj"], {"attention"}),
+        ("llama", ["o_proj"], {"norm", "gate"}),
+        ("qwen2", [], {"norm", "attention", "gate"}),
+        ("qwen3", [], {"norm", "attention", "gate"}),
+        ("phi3", [], {"norm", "attention"}),  # the gate and the other are one product
+        ("starcoder2-plain", [], {"attention"}),  # the norms are no kernel's, and there is no gate
         ("glm4-plain", [], set()),  # what o and down make is normed before it is added
     ],
 )
@@ -182,6 +190,58 @@ def test_the_gradient_of_such_a_norm_is_that_of_a_plain_one(key):
 
     ours, theirs = (jax.jit(jax.grad(loss), static_argnums=1)(x, ordered) for ordered in (True, False))
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("rows, columns, tokens", [(1024, 4096, 64), (256, 192, 9), (768, 576, 41), (14336, 4096, 17)])
+def test_a_gate_makes_it(key, rows, columns, tokens, act):
+    skip_elsewhere()
+    keys = jax.random.split(key, 3)
+    x = jax.random.normal(keys[0], (tokens, columns)).astype(jnp.bfloat16)
+    weights = [quant.quantize(jax.random.normal(each, (rows, columns)).astype(x.dtype)) for each in keys[1:]]
+    run = lambda ordered: jax.jit(lambda x, weights: quant.matmul_each(x, weights, act=act, ordered=ordered)[0])
+    assert api.implementations_in(run(True), x, weights) == {"matmul_nf4.triton_wgmma"}
+    y, wanted = run(True)(x, weights), run(False)(x, weights)
+    assert isinstance(y, Ordered) and y.shape == wanted.shape
+    np.testing.assert_array_equal(y.plain(), wanted)
+
+
+@pytest.mark.gpu
+def test_a_gate_of_no_whole_steps_stays_plain(key):
+    skip_elsewhere()
+    x = jax.random.normal(key, (16, 256)).astype(jnp.bfloat16)
+    q = quant.quantize(jax.random.normal(key, (320, 256)).astype(x.dtype))
+    run = lambda ordered: quant.matmul_each(x, [q, q], act="silu", ordered=ordered)[0]
+    np.testing.assert_array_equal(run(True), run(False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "batch, heads, kv, dim, places, is_made",
+    [
+        (64, 32, 8, 128, 256, True),
+        (9, 10, 5, 128, 100, True),
+        (17, 4, 2, 256, 128, True),
+        (9, 9, 3, 128, 64, False),  # no whole steps
+        (9, 8, 4, 64, 64, False),  # heads of 64
+        (9, 2, 2, 128, 4096, False),  # places are divided
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_attention_makes_it(key, dtype, batch, heads, kv, dim, places, is_made):
+    keys = jax.random.split(key, 5)
+    shapes = [(batch, heads, dim), (batch, kv, dim), (batch, kv, dim), *[(2, batch, places, kv, dim)] * 2]
+    arrays = [jax.random.normal(each, shape).astype(dtype) for each, shape in zip(keys, shapes, strict=True)]
+    options = dict(scale=dim**-0.5, offset=jnp.int32(places - 20), segments=jnp.ones((batch, places), jnp.int32))
+    run = lambda ordered: functools.partial(api.decode_attention, ordered=ordered, **options)
+    assert api.implementations_in(run(True), *arrays, jnp.int32(1)) == {"decode_attention.triton"}
+    out, *stacks = jax.jit(run(True))(*arrays, jnp.int32(1))
+    wanted, *others = jax.jit(run(False))(*arrays, jnp.int32(1))
+    assert isinstance(out, Ordered) == is_made
+    np.testing.assert_array_equal(plain(out).reshape(wanted.shape), wanted)
+    for ours, theirs in zip(stacks, others, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.gpu
