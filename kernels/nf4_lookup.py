@@ -7,6 +7,9 @@ Every entry is there 32 times, once in each bank, so that a warp's lanes never w
 instructions for two weights, and the register that is read is an operand of the tensor cores.
 """
 
+import functools
+from typing import no_type_check
+
 import numpy as np
 
 from jaxlora.kernels import reference
@@ -33,3 +36,55 @@ def lookup_assembly() -> str:
     for i in range(8):
         lines += [f"dp4a.u32.u32 at, ${8 + i // 4}, {128 << 8 * (i % 4):#x}, $10;", f"ld.shared.b32 ${i}, [at];"]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+@functools.cache
+@no_type_check  # a type checker's wrapper around a function would hide its source from Triton
+def stack_kernel():
+    """The Triton function that finds a weight in its stack. Built on first use, since the library imports where Triton
+    is not installed."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def one_of_stack(
+        codes, absmax, nested_absmax, mean, index, out, before: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+        NESTED: tl.constexpr, STACKED: tl.constexpr,
+    ):  # fmt: skip
+        """(codes, absmax, nested absmax, mean, out, rows, tiles before its first) of a weight."""
+        if STACKED:
+            layer = tl.load(index).to(tl.int64)
+            codes += layer * (ROWS * (BLOCKS * 32))
+            absmax += layer * (ROWS * BLOCKS)
+            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
+            mean += layer
+        value = 0.0
+        if NESTED:
+            value = tl.load(mean)
+        return codes, absmax, nested_absmax, value, out, ROWS, before
+
+    return one_of_stack
+
+
+@functools.cache
+@no_type_check
+def fill_kernel():
+    """The Triton function that puts the table into shared memory. Built on first use, as `stack_kernel`."""
+    import triton
+    import triton.language as tl
+
+    fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
+
+    @triton.jit
+    def fill(table, nf4, thread, THREADS: tl.constexpr):
+        """32 copies of each of the pairs."""
+        values = ()
+        for i in tl.static_range(2048 // THREADS):
+            values = values + (tl.load(nf4 + (i * THREADS + thread) // 8),)
+        for i in tl.static_range(2048 // THREADS):
+            place = table + (i * THREADS + thread) * 16
+            tl.inline_asm_elementwise(
+                fill_assembly, "=r,r,r", [place, values[i]], dtype=tl.int32, is_pure=False, pack=1
+            )
+
+    return fill

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels.gated import activation_kernel
-from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS, lookup_assembly
+from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS, lookup_assembly, stack_kernel
 
 MOST_TOKENS_OF_FOUR_COLUMNS = 2
 # Shared memory, in bytes: the table of pairs, DYNAMIC_MAP behind it, what warps leave for each other, and x: all of it
@@ -91,7 +91,7 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, kept: int = 0):
     import triton
     import triton.language as tl
 
-    activation = activation_kernel()
+    activation, one_of_stack = activation_kernel(), stack_kernel()
     SUMS = len(_kept(tokens))  # of a lane
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
     table_lookup = tl.constexpr(lookup_assembly())
@@ -173,23 +173,6 @@ def kernel(dtype: np.dtype, num_warps: int, tokens: int, kept: int = 0):
     @triton.jit
     def barrier(table):
         return tl.inline_asm_elementwise(barrier_assembly, "=r,r", [table], dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def one_of_stack(
-        codes, absmax, nested_absmax, mean, index, out, before: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-        NESTED: tl.constexpr, STACKED: tl.constexpr,
-    ):  # fmt: skip
-        """(codes, absmax, nested absmax, mean, out, rows, tiles before its first) of a weight."""
-        if STACKED:
-            layer = tl.load(index).to(tl.int64)
-            codes += layer * (ROWS * (BLOCKS * 32))
-            absmax += layer * (ROWS * BLOCKS)
-            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
-            mean += layer
-        value = 0.0
-        if NESTED:
-            value = tl.load(mean)
-        return codes, absmax, nested_absmax, value, out, ROWS, before
 
     @triton.jit
     def halves_at(tile, weights, WEIGHTS: tl.constexpr, GATED: tl.constexpr):

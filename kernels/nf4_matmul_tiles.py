@@ -127,6 +127,7 @@ def _kernel(dtype: np.dtype, tokens: int):
     import triton
     import triton.language as tl
 
+    fill, one_of_stack = nf4_lookup.fill_kernel(), nf4_lookup.stack_kernel()
     lookup_assembly = tl.constexpr(nf4_lookup.lookup_assembly())
     lookup_operands = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 3))
     one_assembly = tl.constexpr(_products_assembly(dtype, 1))
@@ -140,7 +141,6 @@ def _kernel(dtype: np.dtype, tokens: int):
     table_assembly = tl.constexpr(
         f"{{ .shared .align 128 .b8 table[{shared_bytes(tokens)}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
     )
-    fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
     # Codes are read once, and must not drive out of the cache what is read by every program or every layer.
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
     ask_assembly = tl.constexpr(
@@ -166,35 +166,6 @@ def _kernel(dtype: np.dtype, tokens: int):
     def table_at(thread):
         """Where the shared memory of the program begins."""
         return tl.inline_asm_elementwise(table_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def fill(table, nf4, thread, THREADS: tl.constexpr):
-        """32 copies of each of the pairs."""
-        values = ()
-        for i in tl.static_range(2048 // THREADS):
-            values = values + (tl.load(nf4 + (i * THREADS + thread) // 8),)
-        for i in tl.static_range(2048 // THREADS):
-            place = table + (i * THREADS + thread) * 16
-            tl.inline_asm_elementwise(
-                fill_assembly, "=r,r,r", [place, values[i]], dtype=tl.int32, is_pure=False, pack=1
-            )
-
-    @triton.jit
-    def one_of_stack(
-        codes, absmax, nested_absmax, mean, index, out, before: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-        NESTED: tl.constexpr, STACKED: tl.constexpr,
-    ):  # fmt: skip
-        """(codes, absmax, nested absmax, mean, out, rows, tiles before its first) of a weight."""
-        if STACKED:
-            layer = tl.load(index).to(tl.int64)
-            codes += layer * (ROWS * (BLOCKS * 32))
-            absmax += layer * (ROWS * BLOCKS)
-            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
-            mean += layer
-        value = 0.0
-        if NESTED:
-            value = tl.load(mean)
-        return codes, absmax, nested_absmax, value, out, ROWS, before
 
     @triton.jit
     def weight_at(tile, weights, WEIGHTS: tl.constexpr):

@@ -68,13 +68,10 @@ class Config:
     Attributes:
       num_warps: warps of a program, each with 16 rows of its tile: 4, 8 or 16: whole warpgroups.
       split: programs among which k is divided.
-      rounds: whether scales are rounded to x's dtype, one number and not two: a third less to compute, and the error of
-        a weight is 2.5e-3 in bfloat16.
     """
 
     num_warps: int = 16
     split: int = 1
-    rounds: bool = False
 
     def __post_init__(self):
         if self.num_warps not in (4, 8, 16):
@@ -113,10 +110,10 @@ def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
     return of_x, of_x + UNITS_OF_CODES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
 
 
-def _lookup_lines(dtype: np.dtype, rounds: bool, outputs: int, codes: int, place: int) -> list[str]:
+def _lookup_lines(dtype: np.dtype, outputs: int, codes: int, place: int) -> list[str]:
     """PTX for 32 elements of a lane, 16 of each of its rows: words ${outputs} and on, from the four words of codes
     ${codes} and on, two a row, and a lane's place in the table. Behind the place are the scales of both rows, each
-    twice in a word, and unless they are rounded what rounding took from them."""
+    twice in a word, and what rounding took from them."""
     kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
     scales, lines = place + 1, []
     for i in range(16):
@@ -126,22 +123,19 @@ def _lookup_lines(dtype: np.dtype, rounds: bool, outputs: int, codes: int, place
         ]
     for i in range(16):
         output, scale = f"${outputs + i}", scales + i // 8
-        if rounds:
-            lines.append(f"mul.rn.{kind} {output}, w{i}, ${scale};")
-        else:
-            lines += [
-                f"mul.rn.{kind} {output}, w{i}, ${scale + 2};",
-                f"fma.rn.{kind} {output}, w{i}, ${scale}, {output};",
-            ]
+        lines += [
+            f"mul.rn.{kind} {output}, w{i}, ${scale + 2};",
+            f"fma.rn.{kind} {output}, w{i}, ${scale}, {output};",
+        ]
     return lines
 
 
-def _lookup_assembly(dtype: np.dtype, rounds: bool) -> str:
+def _lookup_assembly(dtype: np.dtype) -> str:
     """PTX for the elements of a block, $0..$15, from 4 words of codes, a place in the table, and the scales."""
-    return "\n".join(["{", ".reg .b32 at, w<16>;", *_lookup_lines(dtype, rounds, 0, 16, 20), "}"])
+    return "\n".join(["{", ".reg .b32 at, w<16>;", *_lookup_lines(dtype, 0, 16, 20), "}"])
 
 
-def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
+def _products_assembly(dtype: np.dtype, tiles: int) -> str:
     """PTX for a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens, and the elements of the next block.
 
     Results: the totals, 4 a tile, two of row g and two of g + 8; 16 words of the next block. Arguments: the totals so
@@ -174,30 +168,26 @@ def _products_assembly(dtype: np.dtype, tiles: int, rounds: bool) -> str:
     lines += [
         "wgmma.commit_group.sync.aligned;",
         "bar.warp.sync 0xffffffff;",
-        *_lookup_lines(dtype, rounds, sums, x + 1, x + 5),
+        *_lookup_lines(dtype, sums, x + 1, x + 5),
     ]
     return "\n".join(["{", *lines, "wgmma.wait_group.sync.aligned 0;", "}"])
 
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
+def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     """The Triton function. Built on first use, since the library imports where Triton is not installed."""
     import triton
     import triton.language as tl
 
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
-    activation = activation_kernel()
-    scales = 2 if rounds else 4
-    ROUNDS = tl.constexpr(rounds)
-    lookup_assembly = tl.constexpr(_lookup_assembly(dtype, rounds))
-    lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * (5 + scales)))
+    activation, fill, one_of_stack = activation_kernel(), nf4_lookup.fill_kernel(), nf4_lookup.stack_kernel()
+    lookup_assembly = tl.constexpr(_lookup_assembly(dtype))
+    lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 9))
     tiles = -(-tokens // 8)
     sums = 4 * tiles
-    products_assembly = tl.constexpr(_products_assembly(dtype, tiles, rounds))
-    products_operands = tl.constexpr(
-        ",".join(["=&f"] * sums + ["=&r"] * 16 + ["f"] * sums + ["r"] * (16 + 1 + 5 + scales))
-    )
+    products_assembly = tl.constexpr(_products_assembly(dtype, tiles))
+    products_operands = tl.constexpr(",".join(["=&f"] * sums + ["=&r"] * 16 + ["f"] * sums + ["r"] * (16 + 1 + 9)))
     products_dtypes = tl.constexpr((tl.float32,) * sums + (tl.uint32,) * 16)
     unit = tl.constexpr(1.0 / FACTORS[dtype.name])
     BARRIERS_AT = tl.constexpr(PAIRS)
@@ -216,7 +206,6 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     )
     ring_assembly = tl.constexpr("mov.u32 $0, global_smem; add.u32 $0, $0, $1;")
     kept_assembly = tl.constexpr("mov.b32 $0, $1;")
-    fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
     # Codes are read once, and must not drive out of the cache what is read by every program or every layer.
     policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
     rows_bytes = 16 * 32 * num_warps  # of a unit of half of the rows
@@ -285,35 +274,6 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
             words = tl.gather(tl.arange(0, RING), thread * 8, 0)
             tl.inline_asm_elementwise(kept_assembly, "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
         return tl.inline_asm_elementwise(ring_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def fill(table, nf4, thread, THREADS: tl.constexpr):
-        """32 copies of each of the pairs."""
-        values = ()
-        for i in tl.static_range(2048 // THREADS):
-            values = values + (tl.load(nf4 + (i * THREADS + thread) // 8),)
-        for i in tl.static_range(2048 // THREADS):
-            place = table + (i * THREADS + thread) * 16
-            tl.inline_asm_elementwise(
-                fill_assembly, "=r,r,r", [place, values[i]], dtype=tl.int32, is_pure=False, pack=1
-            )
-
-    @triton.jit
-    def one_of_stack(
-        codes, absmax, nested_absmax, mean, index, out, before: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-        NESTED: tl.constexpr, STACKED: tl.constexpr,
-    ):  # fmt: skip
-        """(codes, absmax, nested absmax, mean, out, rows, tiles before its first) of a weight."""
-        if STACKED:
-            layer = tl.load(index).to(tl.int64)
-            codes += layer * (ROWS * (BLOCKS * 32))
-            absmax += layer * (ROWS * BLOCKS)
-            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
-            mean += layer
-        value = 0.0
-        if NESTED:
-            value = tl.load(mean)
-        return codes, absmax, nested_absmax, value, out, ROWS, before
 
     @triton.jit
     def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
@@ -395,7 +355,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int, rounds: bool):
     def from_lane(above, below, lane):
         """The scales of both rows that a lane of four has, as `elements` takes them."""
         values, scales = (above[0], below[0], above[1], below[1]), ()
-        for i in tl.static_range(2 if ROUNDS else 4):
+        for i in tl.static_range(4):
             scale = tl.inline_asm_elementwise(
                 from_lane_assembly, "=r,r,r", [values[i], lane], dtype=tl.uint32, is_pure=True, pack=1
             )
@@ -658,7 +618,7 @@ def matmul_nf4(
     tiles = tiles_of(rows if act is None else [2 * rows[0]], config.num_warps)
     call = functools.partial(
         jax_triton.triton_call,
-        kernel=_kernel(x.dtype, tokens, config.num_warps, config.rounds),
+        kernel=_kernel(x.dtype, tokens, config.num_warps),
         out_shape=[
             jax.ShapeDtypeStruct(shape_of(tokens, n) if ordered else (*leading, tokens, n), dtype) for n in outputs
         ]

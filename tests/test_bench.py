@@ -12,9 +12,9 @@ import pytest
 import transformers
 
 from jaxlora import cli
-from jaxlora.bench import device, table
+from jaxlora.bench import device, step, table
 from jaxlora.bench.checkpoints import write_checkpoint
-from jaxlora.bench.shapes import CONFIGS, Work
+from jaxlora.bench.shapes import CONFIGS, Work, random_model
 from jaxlora.bench.step import mode_of
 from jaxlora.remat import POLICIES
 
@@ -95,6 +95,7 @@ def test_the_printed_table_has_the_rows(measured):
         (["--policies", "most"], "use_gradient_checkpointing='most' is not one of"),
         (["--steps", "2"], "steps must be at least 3"),
         (["--peers", "axolotl"], "peers ['axolotl']: there are unsloth, peft, or none"),
+        (["--host-gib", "-1"], "host_gib must be 0 or more, found -1"),
         (["--matmul-dtype", "int4"], "matmul_dtype is 'int4': it can be 'fp8'"),
         ([], "8b-4x2048 need an NVIDIA GPU, and JAX finds only 'cpu' here"),
         (["--table-file", "nothing.md"], "nothing.md"),
@@ -122,6 +123,13 @@ def test_works_of_one_shape_share_a_process_of_the_peer_and_may_be_in_float8(tmp
     first, second = rows_of(tmp_path, "step")
     assert first["matmul_dtype"] == second["matmul_dtype"] == "fp8" and first["peft_tok_s"] != second["peft_tok_s"]
     assert '| "full", fp8 |' in result.stdout
+
+
+def test_a_bound_of_the_host_reaches_the_model(monkeypatch):
+    models = []
+    monkeypatch.setattr(step, "random_model", lambda *args: models.append(random_model(*args)) or models[-1])
+    row = step.measure(Work.parse("tiny-1x8"), "offload", 3, host_gib=0.25)
+    assert row["loss_last"] < row["loss_first"] and models[0].host_bytes == 1 << 28
 
 
 def test_a_device_that_cannot_be_had_is_one_line(tmp_path):

@@ -26,6 +26,7 @@ def bench(
     steps: int = 8,
     kernels: bool = True,
     matmul_dtype: str | None = None,
+    host_gib: float | None = None,
     peers: Sequence[str] = tuple(table.PEERS),
     peer_python: str | None = None,
     output: str = "benchmarks/results",
@@ -44,6 +45,8 @@ def bench(
         steps: steps of a measurement, of which the first two are not timed.
         kernels: measure the kernels at the shapes of the work too.
         matmul_dtype: products of our steps, as in from_pretrained: "fp8", by default in bfloat16.
+        host_gib: what may lie on the host of what is offloaded; the rest stays on the device, which costs no transfers.
+            By default all that may be pinned.
         peers: in what to train the same: "unsloth", and "peft" with bitsandbytes, where they are installed; or "none".
         peer_python: the Python of the environment that they are installed in, by default this one.
         output: folder of the files of rows.
@@ -69,6 +72,8 @@ def bench(
         raise ValueError(f"peers {sorted(unknown)}: there are {', '.join(table.PEERS)}, or none")
     if matmul_dtype not in (None, "fp8"):
         raise ValueError(f"matmul_dtype is {matmul_dtype!r}: it can be 'fp8', or None for products in bfloat16")
+    if host_gib is not None and host_gib < 0:
+        raise ValueError(f"host_gib must be 0 or more, found {host_gib}")
     if steps < 3:
         raise ValueError(f"steps must be at least 3, since the first two are not timed; found {steps}")
     here = _in_a_process("-m", "jaxlora.bench.device")[-1]
@@ -93,7 +98,8 @@ def bench(
         for one in works:
             for policy in policies:
                 with _said(f"{one.name} {policy}", failures):
-                    arguments = one.name, policy, str(steps), *([matmul_dtype] if matmul_dtype else [])
+                    bound = "" if host_gib is None else str(host_gib)
+                    arguments = one.name, policy, str(steps), matmul_dtype or "", bound
                     row = _in_a_process("-m", "jaxlora.bench.step", *arguments)[-1]
                     row = _with_mfu(row, one, here["device"]) | beside[one.name] | facts
                     row["versions"] = {**row["versions"], **beside[one.name].get("versions", {})}

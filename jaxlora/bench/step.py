@@ -1,7 +1,8 @@
 """One QLoRA training step of random weights and tokens, timed: NF4 with double quantisation, r = 16 on the seven
 linears of every layer, bfloat16, AdamW.
 
-`python -m jaxlora.bench.step 8b-4x2048 full 8 [fp8]` measures 8 steps in this process and prints a JSON line. tok_s:
+`python -m jaxlora.bench.step 8b-4x2048 full 8 [dtype [GiB]]` measures 8 steps in this process and prints a JSON line,
+with products in a dtype ("fp8", or "") and so much on the host at most. tok_s:
 tokens over the median step, the first two not counted. gib: peak_bytes_in_use of the device, null where it does not
 say. temp_gib, args_gib, host_temp_gib: XLA's reckoning of the compiled step.
 """
@@ -28,11 +29,15 @@ def mode_of(policy: str) -> str:
 
 
 def build(
-    work: Work, policy: str, facts: dict[str, Any] | None = None, matmul_dtype: str | None = None
+    work: Work,
+    policy: str,
+    facts: dict[str, Any] | None = None,
+    matmul_dtype: str | None = None,
+    host_gib: float | None = None,
 ) -> Callable[[], float]:
     """A function that takes one step and returns its loss; `facts` is filled with what building it measured.
 
-    policy: a value of `use_gradient_checkpointing`. matmul_dtype: as in `from_pretrained`.
+    policy: a value of `use_gradient_checkpointing`. matmul_dtype: as in `from_pretrained`. host_gib: as in `bench`.
     """
     import jax
     import jax.numpy as jnp
@@ -50,6 +55,7 @@ def build(
     jax.block_until_ready(nnx.state(model))
     loaded = time.perf_counter()
     model.remat_policy = remat.resolve(policy)
+    model.host_bytes = None if host_gib is None else int(host_gib * GIB)
     if matmul_dtype is not None:
         lora.multiply_in(model, matmul_dtype)
     vocabulary = model.config.vocab_size
@@ -85,12 +91,14 @@ def build(
     return run
 
 
-def measure(work: Work, policy: str, steps: int, matmul_dtype: str | None = None) -> dict[str, Any]:
+def measure(
+    work: Work, policy: str, steps: int, matmul_dtype: str | None = None, host_gib: float | None = None
+) -> dict[str, Any]:
     """The row of a policy, as the head of this module says. The first two of `steps`, at least 3, are not timed."""
     import jax
 
     facts: dict[str, Any] = {}
-    run = build(work, policy, facts, matmul_dtype)
+    run = build(work, policy, facts, matmul_dtype, host_gib)
     times, losses = [], []
     for _ in range(steps):
         start = time.perf_counter()
@@ -112,11 +120,12 @@ def measure(work: Work, policy: str, steps: int, matmul_dtype: str | None = None
     )
 
 
-def main(name: str, policy: str, steps: str, matmul_dtype: str | None = None) -> None:
+def main(name: str, policy: str, steps: str, matmul_dtype: str = "", host_gib: str = "") -> None:
     from jaxlora.offload import allow_memory
 
     allow_memory()
-    print(json.dumps(measure(Work.parse(name), policy, int(steps), matmul_dtype)), flush=True)
+    bound = float(host_gib) if host_gib else None
+    print(json.dumps(measure(Work.parse(name), policy, int(steps), matmul_dtype or None, bound)), flush=True)
 
 
 if __name__ == "__main__":
