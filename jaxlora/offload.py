@@ -25,10 +25,10 @@ _SHARE = 0.8
 # The same for the device's memory, of which XLA takes 75% without it.
 _DEVICE_SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _DEVICE_SHARE = 0.9
-# When a program seems not to fit, XLA computes values again to make it, and takes what lies in pinned host memory for
-# the device's. A step that offloads 96 GiB, with 15 on the device, so made norms anew for each product that reads
-# them: 30 more passes over the hidden state in a layer. This is in percent of the device's free memory: no bound. What
-# is computed again is decided by `remat`.
+# When a program seems not to fit, XLA computes values again to make it, and by what it did it takes what lies in pinned
+# host memory for the device's. A step that offloads 96 GiB, with 15 on the device, so made norms anew for each product
+# that reads them: by compiling, 30 more passes over the hidden state in a layer. This is in percent of the device's
+# free memory: no bound. What is computed again is decided by `remat`.
 _XLA_FLAGS = "XLA_FLAGS"
 _FIT_FLAG, _FIT_PERCENT = "--xla_gpu_memory_limit_slop_factor", 10000
 _CGROUP_BOUNDS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))

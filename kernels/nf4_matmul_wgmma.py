@@ -24,8 +24,9 @@ proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own c
 two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, 256
-for x's reading and 64 for its writing, 128 for codes and some 50 for scales; 121 instructions a warp, 484 cycles. By
-the clock of an H100 a block takes some 1,000, of which a warp spends 500 at lookups and none waiting for products.
+for x's reading and 64 for its writing, 128 for codes and some 50 for scales; 121 instructions a warp, 484 cycles. An
+H100 takes some 1,000; by its clock, read when x was waited for every second block, a warp spends 500 of them at lookups
+and none waiting for products.
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 
@@ -277,8 +278,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
 
     @triton.jit
     def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
-        """The weight (as `one_of_stack`) that rows g of a tile are of, and that of rows g + 8; the tile's first row,
-        and the distance of rows g + 8."""
+        """The weight (as `one_of_stack`) that rows g of a tile are of, and that of rows g + 8; the tile's first row."""
         if GATED:
             return weights[0], weights[1], ROWS // 2 * tile
         weight = weights[0]

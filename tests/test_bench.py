@@ -129,7 +129,7 @@ def test_a_bound_of_the_host_reaches_the_model(monkeypatch):
     models = []
     monkeypatch.setattr(step, "random_model", lambda *args: models.append(random_model(*args)) or models[-1])
     row = step.measure(Work.parse("tiny-1x8"), "offload", 3, host_gib=0.25)
-    assert row["loss_last"] < row["loss_first"] and models[0].host_bytes == 1 << 28
+    assert row["loss_last"] < row["loss_first"] and models[0].host_bytes == 1 << 28 and row["host_gib"] == 0.25
 
 
 def test_a_device_that_cannot_be_had_is_one_line(tmp_path):

@@ -111,6 +111,7 @@ def measure(
         mode=mode_of(facts["policy"]),
         policy=facts.pop("policy"),
         **({} if matmul_dtype is None else dict(matmul_dtype=matmul_dtype)),
+        **({} if host_gib is None else dict(host_gib=host_gib)),
         tok_s=round(work.tokens / seconds),
         gib=None if peak is None else round(peak / GIB, 2),
         ms=round(seconds * 1e3, 1),
