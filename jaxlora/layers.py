@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import fp8, quant, remat
@@ -20,8 +19,9 @@ from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
-from jaxlora.kernels.parts import Parts, summed
+from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, Residual
+from jaxlora.kernels.residual_norm import added
 from jaxlora.offload import take_rows
 
 
@@ -472,11 +472,6 @@ class Norm(Weighted):
         return x, out.astype(x.dtype)
 
 
-def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"] | Parts, multiplier: float) -> Float[Array, "*shape"]:
-    """The residual stream x with one more part, as checkpointing policies know it."""
-    return checkpoint_name(x + multiplier * summed(y), "residual")
-
-
 def rms_normed(x: Float[Array, "*batch features"], eps: float) -> Float[Array, "*batch features"]:
     """x over the root of the mean square of its last axis, the statistics in float32: a `Norm` without a weight."""
     wide = x.astype(jnp.float32)
@@ -529,7 +524,7 @@ class Identity(nnx.Module):
 
     def after(self, x, y, multiplier: float = 1.0):
         """(x + multiplier * y) twice, as `Norm.after`."""
-        x = added(x, y, multiplier)
+        x = x if y is None else added(x, y, multiplier)
         return x, x
 
 
@@ -570,7 +565,7 @@ def read_by(linears: list, x: Float[Array, "*batch d"] | Unnormed) -> tuple[Floa
 
 def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Array, Array]:
     """The residual stream, which may be `Unsummed`, and what the norm makes of it."""
-    return norm.after(*x, multiplier) if isinstance(x, Unsummed) else (x, norm(x))
+    return norm.after(*(x if isinstance(x, Unsummed) else (x, None)), multiplier)
 
 
 def summed_and_unnormed(x: Any, norm: Norm | Identity, multiplier: float) -> tuple[Any, Any]:

@@ -30,6 +30,11 @@ MOST_TOKENS = 64
 MOST_FEATURES = 16384
 
 
+def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"] | Parts, multiplier: float) -> Float[Array, "*shape"]:
+    """The residual stream x with one more part, as checkpointing policies know it."""
+    return checkpoint_name(x + multiplier * summed(y), "residual")
+
+
 def residual_norm_reference(
     x: Float[Array, "*batch d"],
     y: Float[Array, "*batch d"] | Parts | None,
@@ -50,7 +55,7 @@ def residual_norm_reference(
       offset: the gain is offset + weight, in float32; with 0 it is the weight, in x's dtype.
       multiplier: of y.
     """
-    total = x if y is None else checkpoint_name(x + multiplier * summed(y), "residual")
+    total = x if y is None else added(x, y, multiplier)
     wide = total.astype(jnp.float32)
     if index is not None:
         weight = jax.lax.dynamic_index_in_dim(weight, index, keepdims=False)
