@@ -145,6 +145,48 @@ def by_rows(function: Callable, rows: int, stacked: bool) -> Callable:
     return batched
 
 
+def with_gradients(
+    forward: Callable, backward: Callable, backward_onto: Callable, *, stacked: bool, eps: float, offset: float
+) -> Callable:
+    """The function of (x, weight, index) that gives (x, its norm), made of what gives one array of rows:
+
+    Args:
+      forward: of (x, weight, index), the norm.
+      backward: of (x, dout, weight, index), dx.
+      backward_onto: of (x, dout, dtotal, weight, index), dx with dtotal.
+      stacked: whether the weight is a stack; else the index says nothing.
+      eps, offset: as in `residual_norm_reference`, which gives the weight's gradient.
+    """
+    forward, backward, backward_onto = (
+        by_rows(function, rows, stacked) for rows, function in enumerate((forward, backward, backward_onto), 1)
+    )
+
+    @jax.custom_vjp
+    def normed(x, weight, index):
+        return x, forward(x, weight, index)
+
+    def kept(x, weight, index):
+        saved = x.value, weight.value, index.value
+        return normed(*saved), saved
+
+    def gradients(saved, cotangents):
+        (x, weight, index), (dtotal, dout) = saved, cotangents
+        if isinstance(dout, SymbolicZero):
+            return None if isinstance(dtotal, SymbolicZero) else dtotal, None, None
+        if isinstance(dtotal, SymbolicZero):
+            dx = backward(x, dout, weight, index)
+        else:
+            dx = backward_onto(x, dout, dtotal, weight, index)
+
+        def of_weight(weight):  # most often unused, and then removed
+            return residual_norm_reference(x, None, weight, index if stacked else None, eps=eps, offset=offset)[1]
+
+        return dx, *jax.vjp(of_weight, weight)[1](dout), None
+
+    normed.defvjp(kept, gradients, symbolic_zeros=True)
+    return normed
+
+
 def residual_norm(
     x: Float[Array, "*batch d"],
     y: Float[Array, "*batch d"] | Parts | None,
@@ -179,51 +221,27 @@ def residual_norm(
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
     forward_kernel, backward_kernel = _kernels()
-    options = dict(eps=eps, offset=offset)
 
-    def launch(kernel, operands, like, **more):
+    def launch(kernel, operands, **more):
         return jax_triton.triton_call(
             *operands,
             kernel=kernel,
-            out_shape=jax.ShapeDtypeStruct(like.shape, like.dtype),
-            grid=(like.size // features,),
-            **constants(features, stacked=stacked, **options),
+            out_shape=jax.ShapeDtypeStruct(operands[0].shape, operands[0].dtype),
+            grid=(operands[0].size // features,),
+            **constants(features, eps, offset, stacked),
             **more,
         )
 
     def forward(x, weight, index):
-        return launch(forward_kernel, (x, weight, index), x)
+        return launch(forward_kernel, (x, weight, index))
 
     def backward(x, dout, weight, index):
-        return launch(backward_kernel, (x, dout, dout, weight, index), x, HAS_STREAM=False)
+        return launch(backward_kernel, (x, dout, dout, weight, index), HAS_STREAM=False)
 
     def backward_onto(x, dout, dtotal, weight, index):
-        operands = x, dout, dtotal, weight, index
-        return launch(backward_kernel, operands, x, HAS_STREAM=True, input_output_aliases={2: 0})
+        over_dtotal = dict(input_output_aliases={2: 0})
+        return launch(backward_kernel, (x, dout, dtotal, weight, index), HAS_STREAM=True, **over_dtotal)
 
-    place = jnp.int32(0) if index is None else index
-
-    @jax.custom_vjp
-    def normed(x, weight, place):
-        return x, by_rows(forward, 1, stacked)(x, weight, place)
-
-    def kept(x, weight, place):
-        x, weight, place = x.value, weight.value, place.value
-        return normed(x, weight, place), (x, weight, place)
-
-    def gradients(saved, cotangents):
-        (x, weight, place), (dtotal, dout) = saved, cotangents
-        if isinstance(dout, SymbolicZero):
-            return None if isinstance(dtotal, SymbolicZero) else dtotal, None, None
-        if isinstance(dtotal, SymbolicZero):
-            dx = by_rows(backward, 2, stacked)(x, dout, weight, place)
-        else:
-            dx = by_rows(backward_onto, 3, stacked)(x, dout, dtotal, weight, place)
-
-        def of_weight(weight):  # most often unused, and then removed
-            return residual_norm_reference(x, None, weight, place if stacked else None, **options)[1]
-
-        return dx, *jax.vjp(of_weight, weight)[1](dout), None
-
-    normed.defvjp(kept, gradients, symbolic_zeros=True)
-    return normed(x if y is None else added(x, y, multiplier), weight, place)
+    total = x if y is None else added(x, y, multiplier)
+    normed = with_gradients(forward, backward, backward_onto, stacked=stacked, eps=eps, offset=offset)
+    return normed(total, weight, jnp.int32(0) if index is None else index)
