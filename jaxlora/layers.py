@@ -5,6 +5,7 @@ The maths of LoRA is `Linear.__call__`: the frozen base, scaling * (x A^T) B^T, 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -324,7 +325,25 @@ def linear_each(linears: list, x: Float[Array, "*batch d_in"] | Unnormed, keys: 
         bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=parts)
         if parts:
             return bases
-    return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
+    reads: Any = branches(read, len(linears))
+    return [linear(x, key, base) for linear, x, key, base in zip(linears, reads, keys, bases, strict=True)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def branches(x: Float[Array, "*shape"], count: int) -> list[Float[Array, "*shape"]]:
+    """x so many times. Its gradients are added up from the last to the first, each to the sum so far: XLA has a product
+    add to what it makes the first operand of a sum, and cannot have one add to two sums."""
+    return [x] * count
+
+
+def _add_up(count, _, gradients):
+    total = gradients[-1]
+    for gradient in gradients[-2::-1]:
+        total = gradient + total
+    return (total,)
+
+
+branches.defvjp(lambda x, count: (branches(x, count), None), _add_up)
 
 
 def gated_linear(
