@@ -23,6 +23,7 @@ from jaxlora.kernels.lora import lora_delta, row_norms
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, Residual
 from jaxlora.kernels.residual_norm import added
+from jaxlora.kernels.rms_norm import LEAST_TOKENS
 from jaxlora.offload import take_rows
 
 
@@ -444,6 +445,7 @@ class Norm(Weighted):
         self.weight = base_param(jnp.full((*lead, *shape), 1.0 - offset, dtype), (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, *shape), dtype), (*lead_axes, *axes)) if bias else None
         self.index = nnx.data(None)  # which of a stack, see `at`
+        self.read_in: str | None = None  # the `matmul_dtype` of the products that read the result
         self.without_copies()
 
     @property
@@ -477,9 +479,10 @@ class Norm(Weighted):
     ) -> tuple[Float[Array, "*batch features"], Float[Array, "*batch features"]]:
         """(x + multiplier * y, the norm of that), where y is None (x, its norm). Few tokens take one launch for it."""
         if self._is_rms_norm:
-            return kernels.residual_norm(
-                x, y, self.current_weight(), self.index, eps=self.eps, offset=self.offset, multiplier=multiplier
-            )
+            options: dict[str, Any] = dict(eps=self.eps, offset=self.offset, multiplier=multiplier)
+            if self.read_in is not None and math.prod(x.shape[:-1]) >= LEAST_TOKENS:
+                options["implementation"] = "reference"  # XLA norms where it looks for the scales, and where it rounds
+            return kernels.residual_norm(x, y, self.current_weight(), self.index, **options)
         x = x if y is None else added(x, y, multiplier)
         wide, weight = x.astype(jnp.float32), self.current_weight()
         if self.kind == "layer_norm":
