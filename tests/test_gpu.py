@@ -206,11 +206,11 @@ def test_many_tokens_are_normed_by_kernels_under_every_policy():
         return compiled(trainable)
 
     with jax.default_matmul_precision("highest"):
-        exact = gradients("none", jnp.float32)
+        _, exact = gradients("none", jnp.float32)
     flat = lambda tree: np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
     far = lambda tree: np.linalg.norm(flat(tree) - flat(exact)) / np.linalg.norm(flat(exact))
     for policy in ("none", "projections", "attention", "full", "offload", "offload_attention", "offload_residual"):
-        assert far(gradients(policy)) < 3e-2, policy
+        assert far(gradients(policy)[1]) < 2e-2, policy
     model = model_of("full")
     lora.multiply_in(model, "fp8")  # but for the last norm they are left to XLA, which rounds in the same kernels
     assert {"residual_norm.reference", "residual_norm.triton_many"} <= api.implementations_in(
