@@ -5,13 +5,13 @@ The maths of LoRA is `Linear.__call__`: the frozen base, scaling * (x A^T) B^T, 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import fp8, quant, remat
@@ -21,8 +21,10 @@ from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
 from jaxlora.kernels.ordered import Ordered, plain
-from jaxlora.kernels.parts import Parts, summed
+from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, Residual
+from jaxlora.kernels.residual_norm import added
+from jaxlora.kernels.rms_norm import LEAST_TOKENS
 from jaxlora.offload import take_rows
 
 
@@ -331,8 +333,25 @@ def linear_each(
         bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=parts)
         if parts:
             return bases
-    read = plain(read)
-    return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
+    reads: Any = branches(plain(read), len(linears))
+    return [linear(x, key, base) for linear, x, key, base in zip(linears, reads, keys, bases, strict=True)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def branches(x: Float[Array, "*shape"], count: int) -> list[Float[Array, "*shape"]]:
+    """x so many times. Its gradients are added up from the last to the first, each to the sum so far: XLA has a product
+    add to what it makes the first operand of a sum, and cannot have one add to two sums."""
+    return [x] * count
+
+
+def _add_up(count, _, gradients):
+    total = gradients[-1]
+    for gradient in gradients[-2::-1]:
+        total = gradient + total
+    return (total,)
+
+
+branches.defvjp(lambda x, count: (branches(x, count), None), _add_up)
 
 
 def gated_linear(
@@ -444,6 +463,7 @@ class Norm(Weighted):
         self.weight = base_param(jnp.full((*lead, *shape), 1.0 - offset, dtype), (*lead_axes, *axes))
         self.bias = base_param(jnp.zeros((*lead, *shape), dtype), (*lead_axes, *axes)) if bias else None
         self.index = nnx.data(None)  # which of a stack, see `at`
+        self.read_in: str | None = None  # the `matmul_dtype` of the products that read the result
         self.without_copies()
 
     @property
@@ -479,7 +499,9 @@ class Norm(Weighted):
         """(x + multiplier * y, the norm of that), where y is None (x, its norm). Few tokens take one launch for it, and
         with `ordered` the norm may be `Ordered`."""
         if self._is_rms_norm:
-            options: Any = dict(eps=self.eps, offset=self.offset, multiplier=multiplier, ordered=ordered)
+            options: dict[str, Any] = dict(eps=self.eps, offset=self.offset, multiplier=multiplier, ordered=ordered)
+            if self.read_in is not None and math.prod(x.shape[:-1]) >= LEAST_TOKENS:
+                options["implementation"] = "reference"  # XLA norms where it looks for the scales, and where it rounds
             return kernels.residual_norm(x, y, self.current_weight(), self.index, **options)
         x = x if y is None else added(x, y, multiplier)
         wide, weight = x.astype(jnp.float32), self.current_weight()
@@ -490,11 +512,6 @@ class Norm(Weighted):
         if self.bias is not None:
             out = out + self.current_bias().astype(jnp.float32)
         return x, out.astype(x.dtype)
-
-
-def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"] | Parts, multiplier: float) -> Float[Array, "*shape"]:
-    """The residual stream x with one more part, as checkpointing policies know it."""
-    return checkpoint_name(x + multiplier * summed(y), "residual")
 
 
 def rms_normed(x: Float[Array, "*batch features"], eps: float) -> Float[Array, "*batch features"]:
@@ -549,7 +566,7 @@ class Identity(nnx.Module):
 
     def after(self, x, y, multiplier: float = 1.0, ordered: bool = False):
         """(x + multiplier * y) twice, as `Norm.after`."""
-        x = added(x, y, multiplier)
+        x = x if y is None else added(x, y, multiplier)
         return x, x
 
 
@@ -591,7 +608,7 @@ def read_by(linears: list, x: Float[Array, "*batch d"] | Ordered | Unnormed) -> 
 def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float, ordered: bool = False) -> tuple[Array, Any]:
     """The residual stream, which may be `Unsummed`, and what the norm makes of it; with `ordered` that may be
     `Ordered`."""
-    return norm.after(*x, multiplier, ordered) if isinstance(x, Unsummed) else (x, norm(x))
+    return norm.after(*(x if isinstance(x, Unsummed) else (x, None)), multiplier, ordered)
 
 
 def summed_and_unnormed(x: Any, norm: Norm | Identity, multiplier: float, linears: list) -> tuple[Any, Any]:

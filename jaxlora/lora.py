@@ -36,6 +36,7 @@ from jaxlora.layers import (
     Embedding,
     Linear,
     LoraParam,
+    Norm,
     TrainableParam,
     Weighted,
 )
@@ -477,6 +478,9 @@ def multiply_in(model: CausalLM, matmul_dtype: str) -> None:
     for linear in named_nodes(model, Linear):
         if linear.node.stack is not None:
             linear.node.matmul_dtype = matmul_dtype
+    for norm in named_nodes(model, Norm):
+        if norm.node.stack is not None:
+            norm.node.read_in = matmul_dtype
 
 
 def prepare_qat(model: CausalLM, scheme: str, lora_dropout: float = 0.0) -> None:

@@ -25,6 +25,7 @@ from jaxlora.kernels import (
     nf4_merge,
     nf4_merge16,
     reference,
+    rms_norm,
 )
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
@@ -139,7 +140,11 @@ _OPS: dict[str, dict[str, Callable]] = {
         "reference": reference.matmul_nf4,
     },
     "matmul_dense": {"triton": on_gpu(dense_matmul.matmul_dense), "reference": reference.matmul_dense},
-    "residual_norm": {"triton": on_gpu(norm.residual_norm), "reference": norm.residual_norm_reference},
+    "residual_norm": {
+        "triton": on_gpu(norm.residual_norm),
+        "triton_many": on_gpu(rms_norm.residual_norm),
+        "reference": norm.residual_norm_reference,
+    },
     "gated": {"triton": on_gpu(gating.gated), "reference": gating.gated_reference},
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
     "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
@@ -272,11 +277,12 @@ def residual_norm(
     offset: float = 0.0,
     multiplier: float = 1.0,
     ordered: bool = False,
-    implementation: Literal["triton", "reference"] | None = None,
+    implementation: Literal["triton", "triton_many", "reference"] | None = None,
 ) -> tuple[Float[Array, "*batch d"], Any]:
     """(x + multiplier * y, its RMS norm), or of x alone. See `residual_norm.residual_norm_reference`.
 
-    Made for few tokens: "triton" takes at most `residual_norm.MOST_TOKENS`. With `ordered` its norm may be `Ordered`.
+    Made for few tokens is "triton", at most `residual_norm.MOST_TOKENS`; for at least `rms_norm.LEAST_TOKENS`, and
+    their gradients, "triton_many". With `ordered` the norm of few tokens may be `Ordered`.
     """
     options = dict(eps=eps, offset=offset, multiplier=multiplier, ordered=ordered)
     return dispatch("residual_norm", _OPS["residual_norm"], implementation, x, y, weight, index, **options)

@@ -34,6 +34,11 @@ MOST_TOKENS = 64
 MOST_FEATURES = 16384
 
 
+def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"] | Parts, multiplier: float) -> Float[Array, "*shape"]:
+    """The residual stream x with one more part, as checkpointing policies know it."""
+    return checkpoint_name(x + multiplier * summed(y), "residual")
+
+
 def residual_norm_reference(
     x: Float[Array, "*batch d"],
     y: Float[Array, "*batch d"] | Parts | None,
@@ -56,7 +61,7 @@ def residual_norm_reference(
       multiplier: of y.
       ordered: whether out may be `Ordered`, as a kernel makes it. Here it is not.
     """
-    total = x if y is None else checkpoint_name(x + multiplier * summed(y), "residual")
+    total = x if y is None else added(x, y, multiplier)
     wide = total.astype(jnp.float32)
     if index is not None:
         weight = jax.lax.dynamic_index_in_dim(weight, index, keepdims=False)
