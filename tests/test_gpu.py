@@ -119,7 +119,9 @@ def tiny(dtype, policy, quant_config=None, config=CONFIG):
 def batch(length=512):
     # Eight tokens over and over: something to learn, which random tokens are not.
     ids = jnp.tile(jax.random.randint(jax.random.key(3), (2, 8), 0, CONFIG.vocab_size, jnp.int32), (1, length // 8))
-    return {"input_ids": ids, "labels": ids, "segment_ids": PACKED[:, :length]}
+    segments = PACKED[:, :length]
+    # What padding attends to is nobody's business, so nobody asks what comes after it.
+    return {"input_ids": ids, "labels": jnp.where(segments > 0, ids, -100), "segment_ids": segments}
 
 
 def loss_and_gradients(model, data):
@@ -288,7 +290,8 @@ def test_decoding_by_kernels_draws_what_one_pass_would(quant_config, rank):
 def test_many_rows_add_up_no_parts_by_themselves(quant_config):
     """Eight launches a layer, or seven; and each token is one of those that a pass over the finished text finds
     likeliest."""
-    widths = dict(hidden_size=1024, intermediate_size=8192, num_attention_heads=8, num_key_value_heads=4, head_dim=128)
+    # Keys are 256 wide: XLA splits the head, which is 512 wide, too, and may add that up.
+    widths = dict(hidden_size=1024, intermediate_size=8192, num_attention_heads=8, num_key_value_heads=2, head_dim=128)
     config = dataclasses.replace(CONFIG, **widths)
     model = CausalLM(config, dtype=jnp.bfloat16, quant_config=quant_config, rngs=nnx.Rngs(0))
     prompts = np.random.default_rng(0).integers(3, 512, (64, 50))
@@ -308,7 +311,7 @@ def test_many_rows_add_up_no_parts_by_themselves(quant_config):
         assert not re.search(r"^ *%?\S*transpose\S* = bf16\[", program, re.MULTILINE)
     assert re.search(r" = \(f32\[\d+,64,1024\].* custom-call\(", program)  # there are parts
     fusions = re.findall(r"^%fused\S* \((.*)\) -> ", program, re.MULTILINE)
-    assert fusions and not [fusion for fusion in fusions if re.search(r"f32\[\d+,64,(1,)?(1024|512)\]", fusion)]
+    assert fusions and not [fusion for fusion in fusions if re.search(r"f32\[\d+,64,(1,)?(1024|256)\]", fusion)]
 
     ids = generate(model, prompts, max_new_tokens=40, eos_token_id=[])
     scores = jax.jit(lambda model, ids: model(ids))(model, ids)[:, 49:-1]

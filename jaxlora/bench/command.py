@@ -40,7 +40,8 @@ def bench(
     where these ran in the same call.
 
     Args:
-        work: steps to measure, SHAPE-BATCHxTOKENS: a shape is "8b", "1b", "70b", "135m" or "tiny", which needs no GPU.
+        work: steps to measure, SHAPE-BATCHxTOKENS: a shape is "8b", "1b", "7b" (of Qwen2.5), "70b", "135m" or "tiny",
+            which needs no GPU.
         policies: values of use_gradient_checkpointing, each measured in a process of its own.
         steps: steps of a measurement, of which the first two are not timed.
         kernels: measure the kernels at the shapes of the work too.

@@ -35,6 +35,11 @@ CONFIGS = {
         num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
         tie_word_embeddings=True, rope_theta=500000.0, rms_norm_eps=1e-5,
     ),
+    "7b": dict(  # Qwen2.5-7B: biases on queries, keys and values
+        model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, head_dim=128, max_position_embeddings=32768,
+        tie_word_embeddings=False, rope_theta=1000000.0, rms_norm_eps=1e-6,
+    ),
     "8b": dict(
         model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,

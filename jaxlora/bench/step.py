@@ -1,5 +1,5 @@
-"""One QLoRA training step of random weights and tokens, timed: NF4 with double quantisation, r = 16 on the seven
-linears of every layer, bfloat16, AdamW.
+"""One training step of random weights and tokens, timed: bfloat16, AdamW, and if nothing else is asked for QLoRA's, NF4
+with double quantisation, r = 16 on the seven linears of every layer.
 
 `python -m jaxlora.bench.step 8b-4x2048 full 8 [dtype [GiB]]` measures 8 steps in this process and prints a JSON line,
 with products in a dtype ("fp8", or "") and so much on the host at most. tok_s:
@@ -18,8 +18,11 @@ from typing import Any
 
 from jaxlora import remat
 from jaxlora.bench.shapes import ALPHA, RANK, Work, random_model
+from jaxlora.config import LoraConfig, QuantConfig
 
 GIB = 2.0**30
+NF4 = QuantConfig()
+ADAPTERS = LoraConfig(r=RANK, lora_alpha=ALPHA)
 
 
 def mode_of(policy: str) -> str:
@@ -34,10 +37,13 @@ def build(
     facts: dict[str, Any] | None = None,
     matmul_dtype: str | None = None,
     host_gib: float | None = None,
+    quant_config: QuantConfig | None = NF4,
+    lora_config: LoraConfig = ADAPTERS,
 ) -> Callable[[], float]:
     """A function that takes one step and returns its loss; `facts` is filled with what building it measured.
 
     policy: a value of `use_gradient_checkpointing`. matmul_dtype: as in `from_pretrained`. host_gib: as in `bench`.
+    quant_config: of the frozen weights, None for bfloat16.
     """
     import jax
     import jax.numpy as jnp
@@ -45,13 +51,12 @@ def build(
     from flax import nnx
 
     from jaxlora import lora
-    from jaxlora.config import LoraConfig, QuantConfig
     from jaxlora.remat_auto import choose_policy
     from jaxlora.train import TrainState, make_train_step
 
     start = time.perf_counter()
-    model = random_model(work.shape, QuantConfig(), jnp.bfloat16)
-    lora.add_adapters(model, LoraConfig(r=RANK, lora_alpha=ALPHA), jax.random.key(0))
+    model = random_model(work.shape, quant_config, jnp.bfloat16)
+    lora.add_adapters(model, lora_config, jax.random.key(0))
     jax.block_until_ready(nnx.state(model))
     loaded = time.perf_counter()
     model.remat_policy = remat.resolve(policy)
@@ -92,13 +97,20 @@ def build(
 
 
 def measure(
-    work: Work, policy: str, steps: int, matmul_dtype: str | None = None, host_gib: float | None = None
+    work: Work,
+    policy: str,
+    steps: int,
+    matmul_dtype: str | None = None,
+    host_gib: float | None = None,
+    quant_config: QuantConfig | None = NF4,
+    lora_config: LoraConfig = ADAPTERS,
 ) -> dict[str, Any]:
-    """The row of a policy, as the head of this module says. The first two of `steps`, at least 3, are not timed."""
+    """The row of a policy, as the head of this module says, its arguments those of `build`. The first two of `steps`,
+    at least 3, are not timed."""
     import jax
 
     facts: dict[str, Any] = {}
-    run = build(work, policy, facts, matmul_dtype, host_gib)
+    run = build(work, policy, facts, matmul_dtype, host_gib, quant_config, lora_config)
     times, losses = [], []
     for _ in range(steps):
         start = time.perf_counter()
