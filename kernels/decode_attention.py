@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlora.kernels.attention import attention_reference
+from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.ordered import STEP, Ordered, padded, shape_of
 from jaxlora.kernels.parts import Parts, summed
@@ -345,7 +346,7 @@ def decode_attention(
             f"the kernel takes bfloat16 or float16, q, k, v and cache alike, not {q.dtype.name} over {keys.dtype.name}"
         )
     try:
-        import jax_triton
+        import jax_triton  # noqa: F401
     except ImportError as error:
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
@@ -360,7 +361,7 @@ def decode_attention(
     out_shape = shape_of(batch, heads * width) if ordered else (split, *q.shape)
     shapes = [jax.ShapeDtypeStruct(out_shape, out_dtype), part, part]
     call = functools.partial(
-        jax_triton.triton_call,
+        triton_call,
         kernel=_kernel(),
         out_shape=[*shapes, *(jax.ShapeDtypeStruct(stack.shape, stack.dtype) for stack in (keys, values))],
         input_output_aliases={3: 3, 4: 4},

@@ -55,6 +55,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels import nf4_lookup, reference
+from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_matmul_kernel import MOST_TOKENS_OF_FOUR_COLUMNS, kernel, shared_bytes
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
@@ -185,13 +186,11 @@ def matmul_nf4(
     config = heuristics(tokens, tiles, columns) if config is None else config
     _check_around(x, norm, residual, config.num_warps)
     check(x, weights, shapes, MOST_TOKENS)
-    import jax_triton
-
     kept = x.size if norm is not None else staged(tokens, config)
     padding = [0] * (MOST_WEIGHTS - len(rows))
     outputs = [*rows, *padding] if act is None else [rows[0], 0, 0]
     call = functools.partial(
-        jax_triton.triton_call,
+        triton_call,
         kernel=kernel(x.dtype, config.num_warps, tokens, kept),
         out_shape=[jax.ShapeDtypeStruct((tokens, max(n, 1)), x.dtype) for n in outputs],
         grid=(min(config.programs, tiles if act is None else -(-rows[0] // 8)),),
