@@ -22,8 +22,11 @@ from typing import no_type_check
 import jax.numpy as jnp
 import numpy as np
 
+MOST_ROWS = 8
 MOST_HEADS = 8  # of a key head
 WIDTHS = (64, 128)
+NUM_WARPS = 8
+EACH = 32  # places of a warp at a time, of which 8 warps have 256 on their way
 PAD = 64  # bytes behind a head in shared memory, so that no bank is asked twice
 
 
@@ -315,9 +318,9 @@ def kernel(dtype: np.dtype, num_warps: int, group: int, width: int):
         top = tl.full((THREADS,), float("-inf"), tl.float32)
         sum_ = tl.zeros((THREADS,), tl.float32)
         sums = ()
-        for j in tl.static_range(VALUE_PIECES):
+        for _ in tl.static_range(VALUE_PIECES):
             of_piece = ()
-            for e in tl.static_range(16):
+            for _ in tl.static_range(16):
                 of_piece = of_piece + (tl.zeros((THREADS,), tl.float32),)
             sums = sums + (of_piece,)
         for tile in range(low, high):
@@ -325,9 +328,7 @@ def kernel(dtype: np.dtype, num_warps: int, group: int, width: int):
             asked_keys = ()
             for n in tl.static_range(EACH // 8):
                 s = base + 8 * n + group
-                asked_keys = asked_keys + (
-                    asked_key(keys + (start + s.to(tl.int64) * (K * H) + 8 * t), s < written),
-                )
+                asked_keys = asked_keys + (asked_key(keys + (start + s.to(tl.int64) * (K * H) + 8 * t), s < written),)
             asked_values, seen = (), ()
             for n in tl.static_range(EACH // 4):
                 s = base + (8 * (n // 2) + 2 * t + n % 2)
@@ -447,12 +448,12 @@ def kernel(dtype: np.dtype, num_warps: int, group: int, width: int):
 
 
 def constants(
-    q_shape, cache_shape, one_offset, pairs, interleaved, scale, softcap, window, split, num_warps=8, each=32
+    q_shape, cache_shape, one_offset, pairs, interleaved, scale, softcap, window, split, warps=NUM_WARPS
 ) -> dict:
     """The kernel's compile-time arguments."""
     (batch, heads, width), (_, _, places, kv, _) = q_shape, cache_shape
     return dict(
         B=batch, N=heads, S=places, K=kv, H=width, ONE_OFFSET=one_offset, PAIRS=pairs, INTERLEAVED=interleaved,
-        SCALE=scale * 1.4426950408889634, SOFTCAP=softcap or 0.0, WINDOW=window or 0, SPLIT=split, WARPS=num_warps,
-        EACH=each,
+        SCALE=scale * 1.4426950408889634, SOFTCAP=softcap or 0.0, WINDOW=window or 0, SPLIT=split, WARPS=warps,
+        EACH=EACH,
     )  # fmt: skip
