@@ -1,8 +1,8 @@
 """The Triton function of `decode_attention` for few rows, in which each warp attends to places of its own.
 
 A program alone on its SM waits for memory and for its warps, and hides neither: as `tl.dot` lays a tile out, all warps
-meet several times for each. Here they meet twice. Before the first time the program turns q and its own key, a pair of
-pairs a thread, and leaves them in shared memory, while what the warps have asked of the cache is on its way. Then each
+meet several times for each. Here they meet once for 256 places, and twice at the end. The program turns q and its own
+key, a pair of pairs a thread, and leaves them in shared memory, while what the warps ask of the cache is on its way. Each
 warp goes through its places by itself and leaves for each head the largest score, the sum of weights and the weighted
 sum of values, which threads put together in one order, with the token itself.
 
@@ -312,9 +312,6 @@ def kernel(dtype: np.dtype, num_warps: int, group: int, width: int):
         each = (tiles + SPLIT - 1) // SPLIT
         low = first_tile + part * each
         high = tl.minimum(low + each, first_tile + tiles)
-        area = met(area)
-        place = area + group * ROW + 16 * t
-        query = read_head(place, group < GROUP)
         top = tl.full((THREADS,), float("-inf"), tl.float32)
         sum_ = tl.zeros((THREADS,), tl.float32)
         sums = ()
@@ -340,6 +337,10 @@ def kernel(dtype: np.dtype, num_warps: int, group: int, width: int):
                 if WINDOW:
                     is_seen = is_seen & (here - s < WINDOW)
                 seen = seen + (is_seen,)
+            # All warps have left q, and nothing is asked for across a barrier: else the assembler asks for some of K,
+            # multiplies by it, and then asks for more.
+            area = met(area)
+            query = read_head(area + group * ROW + 16 * t, group < GROUP)
             scores, now = (), top
             for n in tl.static_range(EACH // 8):
                 pair = scores_of(query, asked_keys[n])
@@ -387,6 +388,8 @@ def kernel(dtype: np.dtype, num_warps: int, group: int, width: int):
         own_value = (v + (b * K + head) * H).to(tl.pointer_type(tl.uint32))
         word = tl.load(own_value + thread, mask=is_word, other=0)
         tl.store((new_values + cached).to(tl.pointer_type(tl.uint32)) + thread, word, mask=is_word & is_own)
+        area = met(area)
+        query = read_head(area + group * ROW + 16 * t, group < GROUP)
         own_score, _ = scores_of(query, read_head(area + GROUP * ROW + 16 * t, group < 8))
         own_score = capped(own_score * SCALE, SOFTCAP)
 
