@@ -2,9 +2,9 @@
 
 A program alone on its SM waits for memory and for its warps, and hides neither: as `tl.dot` lays a tile out, all warps
 meet several times for each. Here they meet once for 256 places, and twice at the end. The program turns q and its own
-key, a pair of pairs a thread, and leaves them in shared memory, while what the warps ask of the cache is on its way. Each
-warp goes through its places by itself and leaves for each head the largest score, the sum of weights and the weighted
-sum of values, which threads put together in one order, with the token itself.
+key, a pair of pairs a thread, and leaves them in shared memory, while what the warps ask of the cache is on its way.
+Each warp goes through its places by itself and leaves for each head the largest score, the sum of weights and the
+weighted sum of values, which threads put together in one order, with the token itself.
 
 A warp takes 16 places or 32 at a time, and multiplies with `mma.m16n8k16`, whose operands it loads straight to the
 lanes where the tensor cores want them, as `nf4_matmul` does. Lane 4 g + t holds
