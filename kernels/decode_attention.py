@@ -10,7 +10,8 @@ divide the places and leave float32 parts, which XLA puts together: softmax over
 exp(max - largest max). The new key and value never come from memory: the first program has them in registers and is the
 only one to touch their place, so that no program waits for another. q, k and v may be products that are not added up
 yet (`parts.Parts`): a program adds up what it reads of them, and rounds the sums before it turns them.
-The result may be `Ordered` for the product that reads it.
+The result may be `Ordered` for the product that reads it. Where a program is alone on its SM, its warps divide the
+places once more (`decode_attention_warps`, which says how).
 
 Layout: q [B, N, H]; k, v [B, K, H], or parts [P, B, ...] of each; keys, values [layers, B, S, K, H]; cos, sin float32
 [B, pairs]; segments [B, S], of which a place is seen whose id is that of the token's own place; offset int32 [] or [B].
@@ -23,7 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlora.kernels import decode_attention_warps as by_warps
 from jaxlora.kernels.attention import attention_reference
+from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.ordered import STEP, Ordered, padded, shape_of
 from jaxlora.kernels.parts import Parts, summed
@@ -298,6 +301,13 @@ def split_of(rows: int, places: int) -> int:
     return split
 
 
+def is_by_warps(rows: int, programs: int, group: int, width: int, pairs: int) -> bool:
+    """Whether `decode_attention_warps` attends: each program is alone on its SM, and there are no more rows than
+    products leave whole and plain, for it reads neither parts nor writes `Ordered`."""
+    fits = group <= by_warps.MOST_HEADS and width in by_warps.WIDTHS and pairs % 2 == 0
+    return rows <= by_warps.MOST_ROWS and programs <= SMS and fits
+
+
 def layout(programs: int) -> dict[str, int]:
     """Warps of each of so many programs, and tiles under way. A program alone on its SM fetches ahead; where there are
     several, one computes while others wait, and tiles under way only take the room of more of them.
@@ -345,7 +355,7 @@ def decode_attention(
             f"the kernel takes bfloat16 or float16, q, k, v and cache alike, not {q.dtype.name} over {keys.dtype.name}"
         )
     try:
-        import jax_triton
+        import jax_triton  # noqa: F401
     except ImportError as error:
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
@@ -359,26 +369,21 @@ def decode_attention(
     ordered = ordered and split == 1 and width % 128 == 0 and heads * width % STEP == 0
     out_shape = shape_of(batch, heads * width) if ordered else (split, *q.shape)
     shapes = [jax.ShapeDtypeStruct(out_shape, out_dtype), part, part]
+    programs, one_offset = batch * kv * split, jnp.ndim(offset) == 0
+    options = q.shape, keys.shape, one_offset, pairs, interleaved, scale, softcap, window, split
+    if not parts and not ordered and is_by_warps(batch, programs, heads // kv, width, pairs):
+        kernel = by_warps.kernel(q.dtype, by_warps.NUM_WARPS, heads // kv, width)
+        how = dict(num_warps=by_warps.NUM_WARPS, **by_warps.constants(*options))
+    else:
+        kernel = _kernel()
+        how = layout(programs) | constants(*options, parts, padded(batch) if ordered else 0)
     call = functools.partial(
-        jax_triton.triton_call,
-        kernel=_kernel(),
+        triton_call,
+        kernel=kernel,
         out_shape=[*shapes, *(jax.ShapeDtypeStruct(stack.shape, stack.dtype) for stack in (keys, values))],
         input_output_aliases={3: 3, 4: 4},
         grid=(batch * kv, split),
-        **layout(batch * kv * split),
-        **constants(
-            q.shape,
-            keys.shape,
-            jnp.ndim(offset) == 0,
-            pairs,
-            interleaved,
-            scale,
-            softcap,
-            window,
-            split,
-            parts,
-            padded(batch) if ordered else 0,
-        ),
+        **how,
     )
 
     @jax.custom_batching.sequential_vmap

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.kernels import reference
+from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.grouped_triton import ROOMY
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.parts import Parts, cotangent
@@ -247,7 +248,7 @@ def matmul_dense(
     if len({*is_stacked}) > 1:
         raise NotImplementedError("the kernel takes weights that are all stacked or none")
     try:
-        import jax_triton
+        import jax_triton  # noqa: F401
     except ImportError as error:
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
@@ -258,7 +259,7 @@ def matmul_dense(
     dtype = jnp.float32 if is_split else x.dtype
     shape_of = lambda n: (config.split, tokens, n) if is_split else (tokens, n)
     call = functools.partial(
-        jax_triton.triton_call,
+        triton_call,
         kernel=_kernel(),
         out_shape=[jax.ShapeDtypeStruct(shape_of(n) if n else (1,), dtype) for n in widths],
         grid=(sum(-(-n // config.rows) for n in rows), config.split),

@@ -19,7 +19,10 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jaxtyping import Array, Float
 
+from jaxlora.kernels.graph_call import triton_call
+
 BLOCK = 2048  # elements of a program
+FEW = 64  # tokens of a decode step
 NUM_WARPS = 4
 
 
@@ -138,7 +141,9 @@ def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) ->
     def launcher(kernel, inputs: int, outputs: int) -> Callable:
         def launch(*arrays):
             like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-            outs = jax_triton.triton_call(
+            # In training it is called as it was measured: by itself, between what is copied meanwhile.
+            is_few = like.size <= FEW * like.shape[-1]
+            outs = (triton_call if is_few else jax_triton.triton_call)(
                 *arrays,
                 kernel=kernel,
                 out_shape=[like] * outputs,

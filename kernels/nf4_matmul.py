@@ -55,6 +55,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels import nf4_lookup, reference
+from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_matmul_kernel import MOST_TOKENS_OF_FOUR_COLUMNS, kernel, shared_bytes
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
@@ -86,21 +87,28 @@ class Config:
                 raise ValueError(f"{field} must be 1 or more, not {getattr(self, field)}")
 
 
-def heuristics(tokens: int, tiles: int, columns: int) -> Config:
+def heuristics(tokens: int, tiles: int, columns: int, is_gated: bool = False) -> Config:
     """The configuration for so many tokens, tiles of 16 rows, and elements of a row; with it no warp is idle.
 
     By its registers an SM holds two programs of 16 warps with 64 a thread, as one or two tokens take where rows are
-    whole steps, or three of 8 warps with 80; of more tokens two of 8 warps. On an H100, at one token, q, k
-    and v of an 8B (384 tiles) took 9.5 us with three programs and 10.3 with two, which some SMs must fill twice; o
-    (256) 7.8 and 7.4, gate and up (1792) 28.9 and 27.9, down 17.8 and 17.5; with norm and gate in the launch gate and
-    up took 24.1 and 24.6 (in a whole step not tried), q, k and v 9.3 and 11.3.
+    whole steps, or three of 8 warps with 80; of more tokens two of 8 warps. Three where two would be filled twice and
+    three not, where rows are too short for 16 warps, and for a gate, whose epilogue is long and so better hidden by
+    two other programs than by one; but not if then the last round of tiles is less than half full. On an H100, at one
+    token, q, k and v of an 8B (384 tiles) took 9.5 us with three programs and 10.3 with two, which some SMs must fill
+    twice; o (256) 7.8 and 7.4, gate and up (1792) 28.9 and 27.9, down 17.8 and 17.5; with norm and gate in the launch
+    gate and up took 24.1 and 24.6, q, k and v 9.3 and 11.3.
     """
     config = Config() if tokens <= MOST_TOKENS_OF_FOUR_COLUMNS else Config(num_warps=8)
-    if config.programs < tiles <= 3 * SMS:
-        config = Config(num_warps=8, programs=3 * SMS)
     num_warps, steps = config.num_warps, -(-columns // (4 * reference.NF4_BLOCK))
     while num_warps > steps:
         num_warps //= 2
+    three = Config(num_warps=min(num_warps, 8), programs=3 * SMS)
+    if tokens <= MOST_TOKENS_OF_FOUR_COLUMNS:
+        is_short, is_last_full = num_warps == 8, -tiles % three.programs <= three.programs // 2
+        if is_short or (is_gated and is_last_full and num_warps > 8):
+            return three
+    if config.programs < tiles <= three.programs:
+        return three
     return dataclasses.replace(config, num_warps=num_warps)
 
 
@@ -182,16 +190,14 @@ def matmul_nf4(
     tokens, columns = x.shape
     rows = [rows for rows, _ in shapes]
     tiles = sum(-(-n // 16) for n in rows)
-    config = heuristics(tokens, tiles, columns) if config is None else config
+    config = heuristics(tokens, tiles, columns, act is not None) if config is None else config
     _check_around(x, norm, residual, config.num_warps)
     check(x, weights, shapes, MOST_TOKENS)
-    import jax_triton
-
     kept = x.size if norm is not None else staged(tokens, config)
     padding = [0] * (MOST_WEIGHTS - len(rows))
     outputs = [*rows, *padding] if act is None else [rows[0], 0, 0]
     call = functools.partial(
-        jax_triton.triton_call,
+        triton_call,
         kernel=kernel(x.dtype, config.num_warps, tokens, kept),
         out_shape=[jax.ShapeDtypeStruct((tokens, max(n, 1)), x.dtype) for n in outputs],
         grid=(min(config.programs, tiles if act is None else -(-rows[0] // 8)),),

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
+from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
@@ -464,8 +465,6 @@ def matmul_nf4(
     if norm is not None or act is not None or residual is not None:
         raise NotImplementedError("the kernel multiplies and nothing else")
     nf4_matmul.check(x, weights, shapes, MOST_TOKENS)
-    import jax_triton
-
     tokens, columns = x.shape
     rows = [rows for rows, _ in shapes]
     config = heuristics(rows, columns) if config is None else config
@@ -473,7 +472,7 @@ def matmul_nf4(
     leading, dtype = ((), x.dtype) if split == 1 else ((split,), jnp.dtype(jnp.float32))
     padding = [0] * (MOST_WEIGHTS - len(rows))
     call = functools.partial(
-        jax_triton.triton_call,
+        triton_call,
         kernel=_kernel(x.dtype, tokens),
         out_shape=[jax.ShapeDtypeStruct((*leading, tokens, n), dtype) for n in rows]
         + [jax.ShapeDtypeStruct((1,), dtype) for _ in padding],

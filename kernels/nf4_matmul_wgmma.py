@@ -45,6 +45,7 @@ import numpy as np
 
 from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
 from jaxlora.kernels.gated import activation_kernel
+from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
@@ -605,8 +606,6 @@ def matmul_nf4(
             f"the kernel gates one weight's products by another's of its shape, not {list(shapes)}"
         )
     nf4_matmul.check(x, weights, shapes, MOST_TOKENS)
-    import jax_triton
-
     tokens, columns = x.shape
     rows = [rows for rows, _ in shapes]
     config = heuristics(tokens, rows, columns, is_gated=act is not None) if config is None else config
@@ -617,7 +616,7 @@ def matmul_nf4(
     outputs = rows if act is None else rows[:1]
     tiles = tiles_of(rows if act is None else [2 * rows[0]], config.num_warps)
     call = functools.partial(
-        jax_triton.triton_call,
+        triton_call,
         kernel=_kernel(x.dtype, tokens, config.num_warps),
         out_shape=[
             jax.ShapeDtypeStruct(shape_of(tokens, n) if ordered else (*leading, tokens, n), dtype) for n in outputs

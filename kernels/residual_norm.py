@@ -27,6 +27,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.ordered import STEP, Ordered, padded, plain, shape_of
 from jaxlora.kernels.parts import Parts, summed
 
@@ -158,7 +159,7 @@ def residual_norm(
     if weight.shape[weight.ndim - 1 :] != (features,) or weight.ndim != (1 if index is None else 2):
         raise NotImplementedError(f"the kernel takes a weight [{features}] or a stack, not {list(weight.shape)}")
     try:
-        import jax_triton
+        import jax_triton  # noqa: F401
     except ImportError as error:
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
@@ -167,7 +168,7 @@ def residual_norm(
     shapes = (1,) if y is None else x.shape, shape_of(tokens, features) if ordered else x.shape
     more = dict(parts=(y.count, tokens) if isinstance(y, Parts) else (0, 0), padded=padded(tokens) if ordered else 0)
     call = functools.partial(
-        jax_triton.triton_call,
+        triton_call,
         kernel=_kernel(),
         out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes],
         grid=(tokens,),

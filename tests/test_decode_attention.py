@@ -101,6 +101,24 @@ def test_how_many_programs_divide_the_places(rows, places, split):
     assert decode_attention.split_of(rows, places) == split
 
 
+@pytest.mark.parametrize(
+    "rows, programs, group, width, pairs, by_warps",
+    [
+        (1, 8, 4, 128, 64, True),
+        (8, 64, 4, 64, 32, True),
+        (1, 128, 8, 128, 0, True),
+        (9, 72, 4, 128, 64, False),
+        (8, 256, 1, 128, 64, False),
+        (1, 1, 9, 128, 64, False),
+        (1, 8, 4, 256, 64, False),
+        (1, 8, 4, 80, 10, False),
+        (1, 8, 4, 64, 5, False),
+    ],
+)
+def test_where_warps_have_places_of_their_own(rows, programs, group, width, pairs, by_warps):
+    assert decode_attention.is_by_warps(rows, programs, group, width, pairs) == by_warps
+
+
 def test_parts_are_put_together_as_if_there_were_one(key):
     """A softmax over [4, 50] places, of which the last part sees none."""
     scores, values = jax.random.normal(key, (4, 50)).at[3].set(-jnp.inf), jax.random.normal(key, (4, 50, 8))
@@ -126,6 +144,10 @@ def test_parts_are_put_together_as_if_there_were_one(key):
         (16, 8, 8, 80, 300, 299, 10, True),
         (1, 8, 4, 256, 1024, 1000, 0, False),
         (2, 8, 2, 64, 4096, [4000, 130], 16, False),
+        (1, 32, 8, 128, 512, 511, 32, True),
+        (8, 16, 2, 128, 300, [256, 0, 64, 299, 300, 255, 257, 31], 0, False),
+        (1, 7, 1, 64, 8192, 8000, 32, False),
+        (12, 32, 8, 128, 512, 300, 64, False),
     ],
 )
 def test_triton_equals_attention(key, options, batch, heads, kv, dim, places, offset, pairs, interleaved):

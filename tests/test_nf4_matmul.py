@@ -12,6 +12,7 @@ import pytest
 from jaxlora import quant
 from jaxlora.kernels import api, nf4_lookup, nf4_matmul, reference
 from jaxlora.kernels.gated import ACTIVATIONS
+from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_matmul import Config
 from jaxlora.kernels.nf4_matmul_kernel import _put_joined_assembly, shared_bytes
 from jaxlora.kernels.reference import InputNorm, Residual
@@ -112,6 +113,23 @@ def test_no_warp_of_a_configuration_is_idle(tokens, columns, tiles):
     config = nf4_matmul.heuristics(tokens, tiles, columns)
     assert config.num_warps == 1 or 256 * (config.num_warps - 1) < columns
     assert 512 * config.num_warps > columns or config.num_warps >= 8
+
+
+@pytest.mark.parametrize(
+    "tokens, tiles, columns, is_gated, warps, programs",
+    [
+        (1, 1792, 4096, True, 8, 3 * SMS),  # gate and up of an 8B
+        (1, 1792, 4096, False, 16, 2 * SMS),
+        (1, 384, 4096, False, 8, 3 * SMS),  # its q, k and v
+        (1, 256, 14336, False, 16, 2 * SMS),  # its down
+        (2, 3584, 8192, True, 16, 2 * SMS),  # of a 70B, whose last round would be 20 tiles of 396
+        (1, 1024, 2048, True, 8, 3 * SMS),  # of a 1B, whose rows are 8 steps
+        (8, 1792, 4096, True, 8, 2 * SMS),
+    ],
+)
+def test_programs_of_an_sm(tokens, tiles, columns, is_gated, warps, programs):
+    config = nf4_matmul.heuristics(tokens, tiles, columns, is_gated)
+    assert (config.num_warps, config.programs) == (warps, programs)
 
 
 @pytest.mark.parametrize("num_warps", [1, 2, 4, 8, 16])
