@@ -226,6 +226,16 @@ class Linear(Adapted):
             return self.lora_A is None or not quant.is_merging_cheaper(tokens, weight.shape)
         return not isinstance(weight, quant.MergedArray)
 
+    @property
+    def has_plain_adapter(self) -> bool:
+        """Whether there is an adapter, without DoRA and dropout."""
+        return self.lora_A is not None and self.lora_magnitude is None and self.lora_dropout == 0.0
+
+    @property
+    def is_adapted_product(self) -> bool:
+        """Whether it is linear in x, and its adapter's gradient is made of x."""
+        return self.has_plain_adapter and self.qat_scheme is None and self.matmul_dtype is None
+
     def is_product(self, tokens: int) -> bool:
         """Whether for so many tokens the result is x W^T and reads x for nothing else."""
         return self.has_base_product(tokens) and self.lora_A is None and self.trained_weight is None
@@ -290,12 +300,11 @@ class Linear(Adapted):
         weight = self.weight.get_value()
         if not isinstance(weight, quant.QuantizedArray):
             return copy
-        has_plain_adapter = self.lora_A is not None and self.lora_magnitude is None and self.lora_dropout == 0.0
         is_many = quant.is_merging_cheaper(tokens, weight.shape)
-        if self.matmul_dtype is not None and is_many and (has_plain_adapter or self.lora_A is None):
+        if self.matmul_dtype is not None and is_many and (self.has_plain_adapter or self.lora_A is None):
             adapter = None if self.lora_A is None else jax.lax.stop_gradient(self._low_rank())
             dense = fp8.round_both(weight, adapter)
-        elif has_plain_adapter and self.qat_scheme is None and is_many:
+        elif self.has_plain_adapter and self.qat_scheme is None and is_many:
             dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(self._low_rank()), dtype))
         else:
             dense = quant.dequantize(weight, dtype)
@@ -367,6 +376,47 @@ def gated_linear(
         )[0]
     left, right = linear_each([gate, up], x, keys)
     return kernels.gated(left, right, act)
+
+
+def of_gate(
+    linear: Linear, gate: Float[Array, "*batch d_in"], up: Float[Array, "*batch d_in"], act: str, key: Any
+) -> Float[Array, "*batch d_out"]:
+    """linear(act(gate) * up, key), of any number of tokens.
+
+    What the linear reads is not kept. The gradient of an adapter reads it again, and then it is made with the gate's
+    gradients, by one kernel where there is one.
+    """
+    if not linear.is_adapted_product:
+        # Where it is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
+        implementation = None if linear.matmul_dtype is None else "reference"
+        return linear(kernels.gated(gate, up, act, implementation=implementation), key)
+    structure, learning, frozen = nnx.split(linear, nnx.Param, ...)
+    return _of_gate(act, structure, gate, up, learning, frozen)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_gate(act: str, structure: nnx.GraphDef, gate, up, learning: nnx.State, frozen: nnx.State):
+    return nnx.merge(structure, learning, frozen)(kernels.gated(gate, up, act))
+
+
+def _of_gate_forward(act, structure, *args):
+    return _of_gate(act, structure, *args), args
+
+
+def _of_gate_backward(act, structure, saved, dy):
+    gate, up, learning, frozen = saved
+
+    def product(learning, h):
+        return nnx.merge(structure, learning, frozen)(h)
+
+    # A linear's gradient by what it reads is the same for whatever it reads.
+    dh = jax.vjp(functools.partial(product, learning), jnp.zeros_like(gate))[1](dy)[0]
+    h, dgate, dup = kernels.gated_backward(gate, up, dh, act)
+    d_learning = jax.vjp(lambda learning: product(learning, h), learning)[1](dy)[0]
+    return dgate, dup, d_learning, None  # None: a zero, for what is constant
+
+
+_of_gate.defvjp(_of_gate_forward, _of_gate_backward)
 
 
 def read_ordered(linears: list, x: Float[Array, "*batch d"]) -> bool:
