@@ -108,26 +108,30 @@ def _kernels():
         tl.store(out + at, (value.to(u.dtype).to(tl.float32) * u.to(tl.float32)).to(u.dtype), mask=inside)
 
     @triton.jit
-    def gradients(gate, up, dout, dgate, dup, COUNT: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
-        """Stores dgate and dup, and returns act(gate) * up."""
-        at, inside = places(COUNT, BLOCK)
+    def gradients(gate, up, dout, at, inside, ACT: tl.constexpr):
+        """(act(gate) * up, dgate, dup)."""
         u = tl.load(up + at, mask=inside)
         d = tl.load(dout + at, mask=inside).to(tl.float32)
         value, slope = activation(tl.load(gate + at, mask=inside).to(tl.float32), ACT)
         value = value.to(u.dtype).to(tl.float32)
-        tl.store(dup + at, (d * value).to(u.dtype), mask=inside)
-        dvalue = (d * u.to(tl.float32)).to(u.dtype).to(tl.float32)
-        tl.store(dgate + at, (dvalue * slope).to(u.dtype), mask=inside)
-        return (value * u.to(tl.float32)).to(u.dtype)
+        wide = u.to(tl.float32)
+        dvalue = (d * wide).to(u.dtype).to(tl.float32)
+        return (value * wide).to(u.dtype), (dvalue * slope).to(u.dtype), (d * value).to(u.dtype)
 
     @triton.jit
     def gated_backward(gate, up, dout, dgate, dup, COUNT: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
-        gradients(gate, up, dout, dgate, dup, COUNT, ACT, BLOCK)
+        at, inside = places(COUNT, BLOCK)
+        _, by_gate, by_up = gradients(gate, up, dout, at, inside, ACT)
+        tl.store(dgate + at, by_gate, mask=inside)
+        tl.store(dup + at, by_up, mask=inside)
 
     @triton.jit
     def gated_both(gate, up, dout, out, dgate, dup, COUNT: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
         at, inside = places(COUNT, BLOCK)
-        tl.store(out + at, gradients(gate, up, dout, dgate, dup, COUNT, ACT, BLOCK), mask=inside)
+        product, by_gate, by_up = gradients(gate, up, dout, at, inside, ACT)
+        tl.store(out + at, product, mask=inside)
+        tl.store(dgate + at, by_gate, mask=inside)
+        tl.store(dup + at, by_up, mask=inside)
 
     return gated, gated_backward, gated_both
 
