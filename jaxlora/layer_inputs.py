@@ -199,6 +199,8 @@ class _Tap:
     def has_base_product(self, tokens: int) -> bool:
         return False  # so that `layers.linear_each` calls it
 
+    is_merged = has_base_product
+
     def __call__(self, x: Array, key: Any = None, base: None = None) -> Array:
         self.see(x)
         return self.linear(x, key, base)

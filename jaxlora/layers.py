@@ -211,6 +211,9 @@ class Linear(Adapted):
     ) -> Float[Array, "*batch d_out"]:
         """base: x W^T where it is known already, see `linear_each`."""
         y = self._product(x, key, base) if self.qat_scheme is None else self._rounded_product(x, self.qat_scheme)
+        return self.biased(y)
+
+    def biased(self, y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
         return y if self.bias is None else y + self.current_bias().astype(y.dtype)
 
     def has_base_product(self, tokens: int) -> bool:
@@ -235,6 +238,14 @@ class Linear(Adapted):
     def is_adapted_product(self) -> bool:
         """Whether it is linear in x, and its adapter's gradient is made of x."""
         return self.has_plain_adapter and self.qat_scheme is None and self.matmul_dtype is None
+
+    def is_merged(self, tokens: int) -> bool:
+        """Whether so many tokens are multiplied by a weight with the adapter in it, and that is all but a bias."""
+        weight = self.weight.get_value()
+        if not self.is_adapted_product or self.trained_weight is not None:
+            return False
+        is_quantized = isinstance(weight, quant.QuantizedArray) and quant.is_merging_cheaper(tokens, weight.shape)
+        return is_quantized or isinstance(weight, quant.MergedArray)
 
     def is_product(self, tokens: int) -> bool:
         """Whether for so many tokens the result is x W^T and reads x for nothing else."""
@@ -276,7 +287,7 @@ class Linear(Adapted):
         matmul = quant.matmul if self.matmul_dtype is None or self.trained_weight is not None else fp8.matmul
         if self.lora_A is None:
             return matmul(x, weight) if base is None else base
-        adapter = self._low_rank()
+        adapter = self.low_rank()
         dropped = dropout(x, self.lora_dropout, key)
         if self.lora_magnitude is None:
             if base is not None:
@@ -291,7 +302,8 @@ class Linear(Adapted):
         y, extra, delta = (part.astype(jnp.float32) for part in parts)  # a gain is near 1
         return (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
 
-    def _low_rank(self) -> quant.LowRank:
+    def low_rank(self) -> quant.LowRank:
+        """Its adapter."""
         return quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
 
     def dense(self, dtype: Any, tokens: int) -> Linear:
@@ -302,10 +314,10 @@ class Linear(Adapted):
             return copy
         is_many = quant.is_merging_cheaper(tokens, weight.shape)
         if self.matmul_dtype is not None and is_many and (self.has_plain_adapter or self.lora_A is None):
-            adapter = None if self.lora_A is None else jax.lax.stop_gradient(self._low_rank())
+            adapter = None if self.lora_A is None else jax.lax.stop_gradient(self.low_rank())
             dense = fp8.round_both(weight, adapter)
         elif self.has_plain_adapter and self.qat_scheme is None and is_many:
-            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(self._low_rank()), dtype))
+            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(self.low_rank()), dtype))
         else:
             dense = quant.dequantize(weight, dtype)
         copy.weight.set_value(dense)
@@ -332,8 +344,9 @@ def linear_each(
     linears: list, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, keys: list, parts: bool = False
 ) -> list[Any]:
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
-    `quant.matmul_each`, and are normed in it if they are `Unnormed`. With `parts`, for those who add them up, results
-    that are products and nothing else may be `Parts`."""
+    `quant.matmul_each`, and are normed in it if they are `Unnormed`; many tokens are read by the gradients of all their
+    adapters together. With `parts`, for those who add them up, results that are products and nothing else may be
+    `Parts`."""
     read, norm = read_by(linears, x)
     tokens = math.prod(read.shape[:-1])
     bases: list[Any] = [None] * len(linears)
@@ -342,25 +355,21 @@ def linear_each(
         bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=parts)
         if parts:
             return bases
+    if all(linear.is_merged(tokens) for linear in linears):
+        weights, adapters = zip(*((linear.weight.get_value(), linear.low_rank()) for linear in linears), strict=True)
+        ys = quant.matmul_merged(plain(read), weights, adapters)
+        return [linear.biased(y) for linear, y in zip(linears, ys, strict=True)]
     reads: Any = branches(plain(read), len(linears))
     return [linear(x, key, base) for linear, x, key, base in zip(linears, reads, keys, bases, strict=True)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def branches(x: Float[Array, "*shape"], count: int) -> list[Float[Array, "*shape"]]:
-    """x so many times. Its gradients are added up from the last to the first, each to the sum so far: XLA has a product
-    add to what it makes the first operand of a sum, and cannot have one add to two sums."""
+    """x so many times. Its gradients are added up in the order of `quant.added_up`."""
     return [x] * count
 
 
-def _add_up(count, _, gradients):
-    total = gradients[-1]
-    for gradient in gradients[-2::-1]:
-        total = gradient + total
-    return (total,)
-
-
-branches.defvjp(lambda x, count: (branches(x, count), None), _add_up)
+branches.defvjp(lambda x, count: (branches(x, count), None), lambda count, _, gradients: (quant.added_up(gradients),))
 
 
 def gated_linear(
@@ -379,7 +388,7 @@ def gated_linear(
 
 
 def of_gate(
-    linear: Linear, gate: Float[Array, "*batch d_in"], up: Float[Array, "*batch d_in"], act: str, key: Any
+    linear: Any, gate: Float[Array, "*batch d_in"], up: Float[Array, "*batch d_in"], act: str, key: Any
 ) -> Float[Array, "*batch d_out"]:
     """linear(act(gate) * up, key), of any number of tokens.
 
