@@ -355,21 +355,12 @@ def linear_each(
         bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=parts)
         if parts:
             return bases
+    read = plain(read)
     if all(linear.is_merged(tokens) for linear in linears):
         weights, adapters = zip(*((linear.weight.get_value(), linear.low_rank()) for linear in linears), strict=True)
-        ys = quant.matmul_merged(plain(read), weights, adapters)
+        ys = quant.matmul_merged(read, weights, adapters)
         return [linear.biased(y) for linear, y in zip(linears, ys, strict=True)]
-    reads: Any = branches(plain(read), len(linears))
-    return [linear(x, key, base) for linear, x, key, base in zip(linears, reads, keys, bases, strict=True)]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def branches(x: Float[Array, "*shape"], count: int) -> list[Float[Array, "*shape"]]:
-    """x so many times. Its gradients are added up in the order of `quant.added_up`."""
-    return [x] * count
-
-
-branches.defvjp(lambda x, count: (branches(x, count), None), lambda count, _, gradients: (quant.added_up(gradients),))
+    return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
 
 
 def gated_linear(
