@@ -360,6 +360,7 @@ def linear_each(
         weights, adapters = zip(*((linear.weight.get_value(), linear.low_rank()) for linear in linears), strict=True)
         ys = quant.matmul_merged(read, weights, adapters)
         return [linear.biased(y) for linear, y in zip(linears, ys, strict=True)]
+    # The same array for all: by that `layer_inputs` knows what they have in common.
     return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
 
 
