@@ -176,7 +176,7 @@ def test_a_step_runs_the_gpu_kernels_and_learns():
     model = tiny(jnp.bfloat16, "full", QuantConfig())
     f, trainable = loss_and_gradients(model, batch())
     ran = api.implementations_in(jax.grad(f), trainable)
-    assert {"merge_nf4.triton16", "attention.cudnn"} <= ran
+    assert {"merge_nf4.triton16", "attention.cudnn", "gated.triton", "gated_backward.triton"} <= ran
     assert not {"merge_nf4.reference", "dequantize_nf4.reference"} & ran
 
     graphdef, trainable, frozen = lora.partition(model)
