@@ -177,7 +177,7 @@ def _adapted_forward(x, w, a, b, scaling):
 
 def _adapted_backward(residuals, dy):
     x, w, a, b, scaling = residuals
-    da, db, _ = lora_gradients(x, dy, a, b, scaling)
+    [(da, db, _)] = lora_gradients(x, [dy], [(a, b, scaling)])
     return _unless_vmapped(dy, w, LowRank(a, b, scaling), True), None, da, db, None
 
 

@@ -191,11 +191,15 @@ def _tap(block: nnx.Module, names: Sequence[str], see: Callable) -> None:
 
 
 class _Tap:
+    is_adapted_product = False  # so that `layers.of_gate` calls it
+
     def __init__(self, linear: Linear, see: Callable):
         self.linear, self.see, self.matmul_dtype = linear, see, linear.matmul_dtype
 
     def has_base_product(self, tokens: int) -> bool:
         return False  # so that `layers.linear_each` calls it
+
+    is_merged = has_base_product
 
     def __call__(self, x: Array, key: Any = None, base: None = None) -> Array:
         self.see(x)

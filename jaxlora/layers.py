@@ -211,6 +211,9 @@ class Linear(Adapted):
     ) -> Float[Array, "*batch d_out"]:
         """base: x W^T where it is known already, see `linear_each`."""
         y = self._product(x, key, base) if self.qat_scheme is None else self._rounded_product(x, self.qat_scheme)
+        return self.biased(y)
+
+    def biased(self, y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
         return y if self.bias is None else y + self.current_bias().astype(y.dtype)
 
     def has_base_product(self, tokens: int) -> bool:
@@ -225,6 +228,24 @@ class Linear(Adapted):
         if isinstance(weight, quant.QuantizedArray):
             return self.lora_A is None or not quant.is_merging_cheaper(tokens, weight.shape)
         return not isinstance(weight, quant.MergedArray)
+
+    @property
+    def has_plain_adapter(self) -> bool:
+        """Whether there is an adapter, without DoRA and dropout."""
+        return self.lora_A is not None and self.lora_magnitude is None and self.lora_dropout == 0.0
+
+    @property
+    def is_adapted_product(self) -> bool:
+        """Whether it is linear in x, and its adapter's gradient is made of x."""
+        return self.has_plain_adapter and self.qat_scheme is None and self.matmul_dtype is None
+
+    def is_merged(self, tokens: int) -> bool:
+        """Whether so many tokens are multiplied by a weight with the adapter in it, and that is all but a bias."""
+        weight = self.weight.get_value()
+        if not self.is_adapted_product or self.trained_weight is not None:
+            return False
+        is_quantized = isinstance(weight, quant.QuantizedArray) and quant.is_merging_cheaper(tokens, weight.shape)
+        return is_quantized or isinstance(weight, quant.MergedArray)
 
     def is_product(self, tokens: int) -> bool:
         """Whether for so many tokens the result is x W^T and reads x for nothing else."""
@@ -266,7 +287,7 @@ class Linear(Adapted):
         matmul = quant.matmul if self.matmul_dtype is None or self.trained_weight is not None else fp8.matmul
         if self.lora_A is None:
             return matmul(x, weight) if base is None else base
-        adapter = self._low_rank()
+        adapter = self.low_rank()
         dropped = dropout(x, self.lora_dropout, key)
         if self.lora_magnitude is None:
             if base is not None:
@@ -281,7 +302,8 @@ class Linear(Adapted):
         y, extra, delta = (part.astype(jnp.float32) for part in parts)  # a gain is near 1
         return (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
 
-    def _low_rank(self) -> quant.LowRank:
+    def low_rank(self) -> quant.LowRank:
+        """Its adapter."""
         return quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
 
     def dense(self, dtype: Any, tokens: int) -> Linear:
@@ -290,13 +312,12 @@ class Linear(Adapted):
         weight = self.weight.get_value()
         if not isinstance(weight, quant.QuantizedArray):
             return copy
-        has_plain_adapter = self.lora_A is not None and self.lora_magnitude is None and self.lora_dropout == 0.0
         is_many = quant.is_merging_cheaper(tokens, weight.shape)
-        if self.matmul_dtype is not None and is_many and (has_plain_adapter or self.lora_A is None):
-            adapter = None if self.lora_A is None else jax.lax.stop_gradient(self._low_rank())
+        if self.matmul_dtype is not None and is_many and (self.has_plain_adapter or self.lora_A is None):
+            adapter = None if self.lora_A is None else jax.lax.stop_gradient(self.low_rank())
             dense = fp8.round_both(weight, adapter)
-        elif has_plain_adapter and self.qat_scheme is None and is_many:
-            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(self._low_rank()), dtype))
+        elif self.has_plain_adapter and self.qat_scheme is None and is_many:
+            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(self.low_rank()), dtype))
         else:
             dense = quant.dequantize(weight, dtype)
         copy.weight.set_value(dense)
@@ -323,8 +344,9 @@ def linear_each(
     linears: list, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, keys: list, parts: bool = False
 ) -> list[Any]:
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
-    `quant.matmul_each`, and are normed in it if they are `Unnormed`. With `parts`, for those who add them up, results
-    that are products and nothing else may be `Parts`."""
+    `quant.matmul_each`, and are normed in it if they are `Unnormed`; many tokens are read by the gradients of all their
+    adapters together. With `parts`, for those who add them up, results that are products and nothing else may be
+    `Parts`."""
     read, norm = read_by(linears, x)
     tokens = math.prod(read.shape[:-1])
     bases: list[Any] = [None] * len(linears)
@@ -333,25 +355,13 @@ def linear_each(
         bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=parts)
         if parts:
             return bases
-    reads: Any = branches(plain(read), len(linears))
-    return [linear(x, key, base) for linear, x, key, base in zip(linears, reads, keys, bases, strict=True)]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def branches(x: Float[Array, "*shape"], count: int) -> list[Float[Array, "*shape"]]:
-    """x so many times. Its gradients are added up from the last to the first, each to the sum so far: XLA has a product
-    add to what it makes the first operand of a sum, and cannot have one add to two sums."""
-    return [x] * count
-
-
-def _add_up(count, _, gradients):
-    total = gradients[-1]
-    for gradient in gradients[-2::-1]:
-        total = gradient + total
-    return (total,)
-
-
-branches.defvjp(lambda x, count: (branches(x, count), None), _add_up)
+    read = plain(read)
+    if all(linear.is_merged(tokens) for linear in linears):
+        weights, adapters = zip(*((linear.weight.get_value(), linear.low_rank()) for linear in linears), strict=True)
+        ys = quant.matmul_merged(read, weights, adapters)
+        return [linear.biased(y) for linear, y in zip(linears, ys, strict=True)]
+    # The same array for all: by that `layer_inputs` knows what they have in common.
+    return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
 
 
 def gated_linear(
@@ -367,6 +377,47 @@ def gated_linear(
         )[0]
     left, right = linear_each([gate, up], x, keys)
     return kernels.gated(left, right, act)
+
+
+def of_gate(
+    linear: Any, gate: Float[Array, "*batch d_in"], up: Float[Array, "*batch d_in"], act: str, key: Any
+) -> Float[Array, "*batch d_out"]:
+    """linear(act(gate) * up, key), of any number of tokens.
+
+    What the linear reads is not kept. The gradient of an adapter reads it again, and then it is made with the gate's
+    gradients, by one kernel where there is one.
+    """
+    if not linear.is_adapted_product:
+        # Where it is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
+        implementation = None if linear.matmul_dtype is None else "reference"
+        return linear(kernels.gated(gate, up, act, implementation=implementation), key)
+    structure, learning, frozen = nnx.split(linear, nnx.Param, ...)
+    return _of_gate(act, structure, gate, up, learning, frozen)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_gate(act: str, structure: nnx.GraphDef, gate, up, learning: nnx.State, frozen: nnx.State):
+    return nnx.merge(structure, learning, frozen)(kernels.gated(gate, up, act))
+
+
+def _of_gate_forward(act, structure, *args):
+    return _of_gate(act, structure, *args), args
+
+
+def _of_gate_backward(act, structure, saved, dy):
+    gate, up, learning, frozen = saved
+
+    def product(learning, h):
+        return nnx.merge(structure, learning, frozen)(h)
+
+    # A linear's gradient by what it reads is the same for whatever it reads.
+    dh = jax.vjp(functools.partial(product, learning), jnp.zeros_like(gate))[1](dy)[0]
+    h, dgate, dup = kernels.gated_backward(gate, up, dh, act)
+    d_learning = jax.vjp(lambda learning: product(learning, h), learning)[1](dy)[0]
+    return dgate, dup, d_learning, None  # None: a zero, for what is constant
+
+
+_of_gate.defvjp(_of_gate_forward, _of_gate_backward)
 
 
 def read_ordered(linears: list, x: Float[Array, "*batch d"]) -> bool:

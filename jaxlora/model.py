@@ -47,6 +47,7 @@ from jaxlora.layers import (
     base_param,
     gated_linear,
     linear_each,
+    of_gate,
     read_by_index,
     read_ordered,
     summed_and_normed,
@@ -107,7 +108,9 @@ class MLP(TokenwiseModule):
         self.down_proj = make_linear(inner, width, ("embed", "mlp"), bias)
 
     def _forward(self, x, keys: list):
-        return self.multiplier * self.down_proj(self._inner(x, keys), keys[2])
+        if not self.gated:
+            return self.multiplier * self.down_proj(self._inner(x, keys), keys[2])
+        return self.multiplier * of_gate(self.down_proj, *self._gate_and_up(x, keys), self.hidden_act, keys[2])
 
     def onto(self, stream, x, multiplier: float, keys: list):
         """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`, or `Ordered`;
@@ -126,19 +129,20 @@ class MLP(TokenwiseModule):
             return [self.gate_up_proj]
         return [self.gate_proj, self.up_proj] if self.gated else [self.up_proj]
 
-    def _inner(self, x, keys: list):
-        """What `down_proj` reads. x may be `Unnormed`, or `Ordered`."""
-        if not self.gated:
-            [up] = linear_each(self.projections, x, keys[1:2])
-            return ACTIVATIONS[self.hidden_act](checkpoint_name(up, "up"))
+    def _gate_and_up(self, x, keys: list):
+        """What the gate makes of x, and what it is multiplied by. x may be `Unnormed`, or `Ordered`."""
         if self.fused is not None:
             gate, up = jnp.split(linear_each(self.projections, x, keys[:1])[0], 2, axis=-1)
         else:
             gate, up = linear_each(self.projections, x, keys[:2])
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        # Where h is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
-        implementation = None if self.down_proj.matmul_dtype is None else "reference"
-        return kernels.gated(self.gate_multiplier * gate, up, self.hidden_act, implementation=implementation)
+        return self.gate_multiplier * checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+
+    def _inner(self, x, keys: list):
+        """What `down_proj` reads. x may be `Unnormed`, or `Ordered`."""
+        if self.gated:
+            return kernels.gated(*self._gate_and_up(x, keys), self.hidden_act)
+        [up] = linear_each(self.projections, x, keys[1:2])
+        return ACTIVATIONS[self.hidden_act](checkpoint_name(up, "up"))
 
 
 class DecoderLayer(nnx.Module):

@@ -3,8 +3,9 @@
 `jax.checkpoint` can offload too, but asks for a layer's values when that layer's turn has come, and waits for them.
 Here the backward pass is a scan whose carry holds the values of two layers: while one is at work, those of the layer
 below come back, and since they depend on nothing of that layer, the copy runs beside it. In the forward pass a value
-leaves when it is there, beside the rest of its layer, and the last layer's stay on the device as well. Where the host
-has no room for all layers, those of the last ones stay on the device, which needs them first.
+leaves when it is there, beside the rest of its layer, and the last layer's stay on the device as well, but for its x:
+carried to the next turn x would be copied in each, and from the host it is there again before the loss is. Where the
+host has no room for all layers, those of the last ones stay on the device, which needs them first.
 
 Nothing else in a layer may be left to the copy engine meanwhile. XLA has it copy whatever is a slice of a stack and no
 more, and such a copy waits for the one to the host, and the layer for it: a layer's norm weights cost 2.6 ms so, on an
@@ -89,7 +90,7 @@ def scan_prefetched(
         recipe = None
 
         def differentiated(x, leaves):
-            """What the layer returns, and what is to be kept of it."""
+            """What the layer returns, and what is to be kept of it: x, and the rest."""
             nonlocal recipe
 
             def of_learning(x, learning, shared):
@@ -105,17 +106,17 @@ def scan_prefetched(
 
         def leaving(carry, _):
             x, _, i = carry
-            (after, out), kept = differentiated(x, [_row(leaf, i) for leaf in flat])
-            return (after, kept, i + 1), (_move(kept, jax.memory.Space.Host), out)
+            (after, out), (x, rest) = differentiated(x, [_row(leaf, i) for leaf in flat])
+            return (after, rest, i + 1), (_move((x, rest), jax.memory.Space.Host), out)
 
         def staying(carry, _):
             x, i = carry
             (after, out), kept = differentiated(x, [_row(leaf, i) for leaf in flat])
             return (after, i + 1), (kept, out)
 
-        nothing = jax.eval_shape(lambda x, flat: differentiated(x, [leaf[0] for leaf in flat])[1], x, flat)
-        there = count if host_bytes is None else min(count, host_bytes // _bytes_of(nothing))
-        nothing = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), nothing)
+        shapes = jax.eval_shape(lambda x, flat: differentiated(x, [leaf[0] for leaf in flat])[1], x, flat)
+        there = count if host_bytes is None else min(count, host_bytes // _bytes_of(shapes))
+        nothing = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), shapes[1])
         (last, top, i), (hosted, outs) = jax.lax.scan(leaving, (x, nothing, jnp.int32(0)), length=there)
         here = None
         if there < count:
@@ -152,6 +153,8 @@ def scan_prefetched(
 
         zeros = lambda leaves: [jnp.zeros_like(leaf) for leaf in leaves]
         d_shared, d_learning = zeros(_select(recipe.constant_learns, constants)), zeros(_select(recipe.learns, flat))
+        if there:
+            top = _move(_indexed(hosted[0], jnp.int32(there - 1)), jax.memory.Space.Device), top
         dx = d_last
         # Loops of their own, not scans: see `_index_p`.
         if here is not None:

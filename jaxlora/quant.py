@@ -339,10 +339,10 @@ def matmul(
             raise TypeError(
                 "matmul takes a MergedArray with the adapter that is in it, which its gradients are made of"
             )
-        return _matmul_merged(x, w, *adapter)
+        return matmul_merged(x, [w], [adapter])[0]
     if adapter is not None:
         if isinstance(w, QuantizedArray) and is_merging_cheaper(x.size // x.shape[-1], w.shape):
-            return _matmul_merged(x, w, *adapter)
+            return matmul_merged(x, [w], [adapter])[0]
         return matmul(x, w) + lora_delta(x, *adapter)
     if isinstance(w, QuantizedArray):
         return cast(list, _matmul_quantized(False, x, (w,)))[0]
@@ -492,23 +492,40 @@ def _matmul_backward(parts, saved, dys):
 _matmul_quantized.defvjp(_matmul_forward, _matmul_backward)
 
 
+def matmul_merged(
+    x: Float[Array, "*batch in"], weights: Sequence[QuantizedArray | MergedArray], adapters: Sequence[LowRank]
+) -> list[Float[Array, "*batch _"]]:
+    """`matmul(x, w, adapter)` for each of some weights with the adapter in them: `MergedArray`s, or quantised ones to
+    which it is added. The gradients of all adapters read x together."""
+    return _matmul_merged(x, tuple(weights), tuple(adapters))
+
+
 @jax.custom_vjp
-def _matmul_merged(x: Float[Array, "*batch in"], w: QuantizedArray | MergedArray, a, b, scaling):
-    return _times_merged(1, x, w, LowRank(a, b, scaling))
+def _matmul_merged(x: Float[Array, "*batch in"], weights: tuple, adapters: tuple[LowRank, ...]) -> list:
+    return [_times_merged(1, x, w, adapter) for w, adapter in zip(weights, adapters, strict=True)]
 
 
-def _matmul_merged_forward(x, w, a, b, scaling):
-    return _matmul_merged(x, w, a, b, scaling), (x, w, a, b, scaling)
+def _matmul_merged_forward(*args):
+    return _matmul_merged(*args), args
 
 
-def _matmul_merged_backward(residuals, dy):
-    x, w, a, b, scaling = residuals
-    dx = _times_merged(0, dy, w, LowRank(a, b, scaling))
-    da, db, _ = lora_gradients(x, dy, a, b, scaling)
-    return dx, None, da, db, None  # None: a zero, for what is constant
+def _matmul_merged_backward(saved, dys):
+    x, weights, adapters = saved
+    dx = added_up([_times_merged(0, dy, *of) for dy, *of in zip(dys, weights, adapters, strict=True)])
+    gradients = lora_gradients(x, dys, adapters)
+    return dx, None, tuple(LowRank(da, db, None) for da, db, _ in gradients)  # None: a zero, for what is constant
 
 
 _matmul_merged.defvjp(_matmul_merged_forward, _matmul_merged_backward)
+
+
+def added_up(gradients: Sequence[Float[Array, "*shape"]]) -> Float[Array, "*shape"]:
+    """The sum, from the last to the first, each added to the sum so far: XLA has a product add to what it makes the
+    first operand of a sum, and cannot have one add to two sums."""
+    total = gradients[-1]
+    for gradient in gradients[-2::-1]:
+        total = gradient + total
+    return total
 
 
 def _times_merged(dimension: int, x: Array, w: QuantizedArray | MergedArray, adapter: LowRank) -> Array:

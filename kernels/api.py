@@ -146,6 +146,7 @@ _OPS: dict[str, dict[str, Callable]] = {
         "reference": norm.residual_norm_reference,
     },
     "gated": {"triton": on_gpu(gating.gated), "reference": gating.gated_reference},
+    "gated_backward": {"triton": on_gpu(gating.gated_backward), "reference": gating.gated_backward_reference},
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
     "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
     "decode_attention": {
@@ -297,6 +298,18 @@ def gated(
 ) -> Float[Array, "*shape"]:
     """act(gate) * up. See `gated.gated_reference`."""
     return dispatch("gated", _OPS["gated"], implementation, gate, up, act)
+
+
+def gated_backward(
+    gate: Float[Array, "*shape"],
+    up: Float[Array, "*shape"],
+    dout: Float[Array, "*shape"],
+    act: str,
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """act(gate) * up, and its gradients by both. See `gated.gated_backward_reference`."""
+    return dispatch("gated_backward", _OPS["gated_backward"], implementation, gate, up, dout, act)
 
 
 def grouped_dot(

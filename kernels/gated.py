@@ -8,6 +8,8 @@ each operation of an exponential or a tanh would round.
 The trade. All of it is traffic: forward reads two arrays and writes one, backward reads three and writes two. XLA makes
 two to four kernels of the backward pass, since each of its results goes to a product of its own: by their times, a tile
 of an MLP moved 17 arrays, where these move 8. A step of an 8B spends as long on that as on dequantising its weights.
+Where h is computed again for the product that reads it, the backward pass writes it as well, for it has read all that h
+is made of: 6 arrays, not 5 and 3.
 """
 
 import functools
@@ -48,6 +50,19 @@ def gated_reference(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], ac
     return ACTIVATIONS[act](gate) * up
 
 
+def gated_backward_reference(
+    gate: Float[Array, "*shape"], up: Float[Array, "*shape"], dout: Float[Array, "*shape"], act: str
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """(act(gate) * up, its gradients by gate and by up), in their dtype.
+
+    Args:
+      gate, up, dout: of one shape and dtype. dout: the gradient by the first.
+      act: a key of `ACTIVATIONS`.
+    """
+    out, pullback = jax.vjp(functools.partial(gated_reference, act=act), gate, up)
+    return out, *pullback(dout)
+
+
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
 def activation_kernel():
@@ -76,7 +91,8 @@ def activation_kernel():
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
 def _kernels():
-    """The Triton functions, (forward, backward). Built on first use: the library imports where Triton is missing."""
+    """The Triton functions (forward, backward, backward and forward), built on first use: the library imports where
+    Triton is missing."""
     import triton
     import triton.language as tl
 
@@ -95,16 +111,32 @@ def _kernels():
         tl.store(out + at, (value.to(u.dtype).to(tl.float32) * u.to(tl.float32)).to(u.dtype), mask=inside)
 
     @triton.jit
-    def gated_backward(gate, up, dout, dgate, dup, COUNT: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
-        at, inside = places(COUNT, BLOCK)
+    def gradients(gate, up, dout, at, inside, ACT: tl.constexpr):
+        """(act(gate) * up, dgate, dup)."""
         u = tl.load(up + at, mask=inside)
         d = tl.load(dout + at, mask=inside).to(tl.float32)
         value, slope = activation(tl.load(gate + at, mask=inside).to(tl.float32), ACT)
-        tl.store(dup + at, (d * value.to(u.dtype).to(tl.float32)).to(u.dtype), mask=inside)
-        dvalue = (d * u.to(tl.float32)).to(u.dtype).to(tl.float32)
-        tl.store(dgate + at, (dvalue * slope).to(u.dtype), mask=inside)
+        value = value.to(u.dtype).to(tl.float32)
+        wide = u.to(tl.float32)
+        dvalue = (d * wide).to(u.dtype).to(tl.float32)
+        return (value * wide).to(u.dtype), (dvalue * slope).to(u.dtype), (d * value).to(u.dtype)
 
-    return gated, gated_backward
+    @triton.jit
+    def gated_backward(gate, up, dout, dgate, dup, COUNT: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
+        at, inside = places(COUNT, BLOCK)
+        _, by_gate, by_up = gradients(gate, up, dout, at, inside, ACT)
+        tl.store(dgate + at, by_gate, mask=inside)
+        tl.store(dup + at, by_up, mask=inside)
+
+    @triton.jit
+    def gated_both(gate, up, dout, out, dgate, dup, COUNT: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
+        at, inside = places(COUNT, BLOCK)
+        product, by_gate, by_up = gradients(gate, up, dout, at, inside, ACT)
+        tl.store(out + at, product, mask=inside)
+        tl.store(dgate + at, by_gate, mask=inside)
+        tl.store(dup + at, by_up, mask=inside)
+
+    return gated, gated_backward, gated_both
 
 
 def sharded_alike(function: Callable, inputs: int, outputs: int) -> Callable:
@@ -123,52 +155,62 @@ def sharded_alike(function: Callable, inputs: int, outputs: int) -> Callable:
     return partitioned
 
 
+def _checked(*arrays: Float[Array, "*shape"]) -> None:
+    """
+    Raises:
+      NotImplementedError: jax-triton is not installed, or the arrays are not all bfloat16 or all float16.
+    """
+    names = [array.dtype.name for array in arrays]
+    if names[0] not in ("bfloat16", "float16") or len({*names}) > 1:
+        raise NotImplementedError(f"the kernel takes bfloat16 or float16, gate and up alike, not {' and '.join(names)}")
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:
+        raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
+
+
+def _launcher(kernel: Callable, act: str, inputs: int, outputs: int) -> Callable:
+    """The kernel as a function of so many arrays with so many results."""
+    import jax_triton
+
+    def launch(*arrays):
+        like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+        # In training it is called as it was measured: by itself, between what is copied meanwhile.
+        is_few = like.size <= FEW * like.shape[-1]
+        outs = (triton_call if is_few else jax_triton.triton_call)(
+            *arrays,
+            kernel=kernel,
+            out_shape=[like] * outputs,
+            grid=(-(-like.size // BLOCK),),
+            num_warps=NUM_WARPS,
+            COUNT=like.size,
+            ACT=act,
+            BLOCK=BLOCK,
+        )
+        return tuple(outs)
+
+    batched = jax.custom_batching.custom_vmap(sharded_alike(launch, inputs, outputs))
+
+    @batched.def_vmap
+    def _(axis_size, in_batched, *arrays):
+        wide = [
+            array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
+            for array, is_batched in zip(arrays, in_batched, strict=True)
+        ]
+        return batched(*wide), (True,) * outputs
+
+    return batched
+
+
 def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) -> Float[Array, "*shape"]:
     """`gated_reference` and its gradients, each as a Triton kernel, with the roundings of the reference.
 
     Raises:
       NotImplementedError: jax-triton is not installed, or the arrays are not both bfloat16 or both float16.
     """
-    if gate.dtype not in (jnp.bfloat16, jnp.float16) or up.dtype != gate.dtype:
-        raise NotImplementedError(
-            f"the kernel takes bfloat16 or float16, gate and up alike, not {gate.dtype.name} and {up.dtype.name}"
-        )
-    try:
-        import jax_triton
-    except ImportError as error:
-        raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
-
-    def launcher(kernel, inputs: int, outputs: int) -> Callable:
-        def launch(*arrays):
-            like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-            # In training it is called as it was measured: by itself, between what is copied meanwhile.
-            is_few = like.size <= FEW * like.shape[-1]
-            outs = (triton_call if is_few else jax_triton.triton_call)(
-                *arrays,
-                kernel=kernel,
-                out_shape=[like] * outputs,
-                grid=(-(-like.size // BLOCK),),
-                num_warps=NUM_WARPS,
-                COUNT=like.size,
-                ACT=act,
-                BLOCK=BLOCK,
-            )
-            return tuple(outs)
-
-        batched = jax.custom_batching.custom_vmap(sharded_alike(launch, inputs, outputs))
-
-        @batched.def_vmap
-        def _(axis_size, in_batched, *arrays):
-            wide = [
-                array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
-                for array, is_batched in zip(arrays, in_batched, strict=True)
-            ]
-            return batched(*wide), (True,) * outputs
-
-        return batched
-
-    forward_kernel, backward_kernel = _kernels()
-    forward, backward = launcher(forward_kernel, 2, 1), launcher(backward_kernel, 3, 2)
+    _checked(gate, up)
+    forward_kernel, backward_kernel, _ = _kernels()
+    forward, backward = _launcher(forward_kernel, act, 2, 1), _launcher(backward_kernel, act, 3, 2)
 
     @jax.custom_vjp
     def product(gate, up):
@@ -176,3 +218,15 @@ def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], act: str) ->
 
     product.defvjp(lambda gate, up: (product(gate, up), (gate, up)), lambda saved, dout: backward(*saved, dout))
     return product(gate, up)
+
+
+def gated_backward(
+    gate: Float[Array, "*shape"], up: Float[Array, "*shape"], dout: Float[Array, "*shape"], act: str
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """`gated_backward_reference` as one Triton kernel, with its roundings.
+
+    Raises:
+      NotImplementedError: jax-triton is not installed, or the arrays are not all bfloat16 or all float16.
+    """
+    _checked(gate, up, dout)
+    return _launcher(_kernels()[2], act, 3, 3)(gate, up, dout)

@@ -10,6 +10,9 @@ and is computed again.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -65,21 +68,28 @@ def _forward(x, a, b, scaling):
 
 def lora_gradients(
     x: Float[Array, "*batch d_in"],
-    dy: Float[Array, "*batch d_out"],
-    a: Float[Array, "r d_in"],
-    b: Float[Array, "d_out r"],
-    scaling: Float[Array, "*per_rank"],
-) -> tuple[Float[Array, "r d_in"], Float[Array, "d_out r"], Float[Array, "tokens r"]]:
-    """The gradients of A and B, in their dtype, and dz = scaling * dy B, of which dx = dz A."""
-    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    z = (_dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling).astype(x.dtype)
-    dz = (_dot(dy, b.astype(x.dtype), (1, 0), jnp.float32) * scaling).astype(x.dtype)
-    return _dot(dz, rows, (0, 0), a.dtype), _dot(dy, z, (0, 0), b.dtype), dz
+    dys: Sequence[Float[Array, "*batch _"]],
+    adapters: Sequence[tuple[Float[Array, "_ d_in"], Float[Array, "_ _"], Float[Array, "*per_rank"]]],
+) -> list[tuple[Float[Array, "_ d_in"], Float[Array, "_ _"], Float[Array, "tokens _"]]]:
+    """Of each of some adapters (A, B, scaling) that read the same x, the gradients of A and B, in their dtype, and
+    dz = scaling * dy B, of which dx = dz A.
+
+    x is what takes time, and is read twice for all of them: z = x A^T and dA = dz^T x of all are one product each.
+    """
+    rows, dys = x.reshape(-1, x.shape[-1]), [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    ends = [*itertools.accumulate(a.shape[0] for a, _, _ in adapters)][:-1]
+    all_a = jnp.concatenate([a for a, _, _ in adapters])
+    zs = jnp.split(_dot(rows, all_a.astype(x.dtype), (1, 1), jnp.float32), ends, axis=1)
+    each = [(*of, dy, (z * of[2]).astype(x.dtype)) for of, dy, z in zip(adapters, dys, zs, strict=True)]
+    dzs = [(_dot(dy, b.astype(x.dtype), (1, 0), jnp.float32) * s).astype(x.dtype) for _, b, s, dy, _ in each]
+    das = jnp.split(_dot(jnp.concatenate(dzs, axis=1), rows, (0, 0), all_a.dtype), ends)
+    dbs = [_dot(dy, z, (0, 0), b.dtype) for _, b, _, dy, z in each]
+    return [*zip(das, dbs, dzs, strict=True)]
 
 
 def _backward(residuals, dy):
     x, a, b, scaling = residuals
-    da, db, dz = lora_gradients(x, dy, a, b, scaling)
+    [(da, db, dz)] = lora_gradients(x, [dy], [(a, b, scaling)])
     dx = _dot(dz, a.astype(x.dtype), (1, 0), x.dtype).reshape(x.shape)
     return dx, da, db, jnp.zeros_like(scaling)
 

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlora.config import QuantConfig
 from jaxlora.kernels import api
 from jaxlora.kernels import gated as gating
+from jaxlora.layers import AdapterScale, Copy, Linear, LoraParam, of_gate
 from jaxlora.sharding import make_mesh
 
 ACTS = ["silu", "gelu", "gelu_pytorch_tanh", "relu"]
@@ -38,12 +41,57 @@ def test_the_reference_is_torchs(key, act):
         np.testing.assert_allclose(ours, other.detach().numpy(), rtol=1e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_backward_pass_gives_the_product_too(key, act, dtype):
+    arrays = operands(key, (5, 24), dtype)
+    for both, apart in zip(api.gated_backward(*arrays, act), with_gradients(*arrays, act), strict=True):
+        np.testing.assert_array_equal(both, apart)
+
+
+@pytest.mark.parametrize("scheme", [None, "nf4"])
+@pytest.mark.parametrize("tokens", [3, 200])  # added to the product, and merged into the weight
+def test_a_linear_behind_a_gate_has_its_gradients(key, scheme, tokens):
+    quant_config = scheme and QuantConfig(scheme=scheme)
+    linear = Linear(
+        128, 64, axes=("embed", "mlp"), dtype=jnp.float32, rngs=nnx.Rngs(0), bias=True, quant_config=quant_config
+    )
+    a, b = (jax.random.normal(key, shape, jnp.float32) for shape in ((4, 128), (64, 4)))
+    linear.lora_A, linear.lora_B = LoraParam(a), LoraParam(b)
+    linear.lora_scaling, linear.lora_ranks = AdapterScale(jnp.float32(0.5)), (4,)
+    linear.trained_bias = Copy(linear.bias.get_value(), ("embed",), (True,))
+    gate, up, _ = operands(key, (tokens, 128), jnp.float32)
+    dout = jax.random.normal(key, (tokens, 64), jnp.float32)
+    structure, learning, frozen = nnx.split(linear, nnx.Param, ...)
+
+    def run(function):
+        return jax.vjp(
+            lambda learning, *args: function(nnx.merge(structure, learning, frozen), *args), learning, gate, up
+        )
+
+    out, pullback = run(lambda linear, gate, up: of_gate(linear, gate, up, "silu", None))
+    expected, expected_pullback = run(lambda linear, gate, up: linear(api.gated(gate, up, "silu")))
+    np.testing.assert_array_equal(out, expected)
+    found, wanted = jax.tree.leaves(pullback(dout)), jax.tree.leaves(expected_pullback(dout))
+    assert len(found) == 5
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert jnp.any(ours != 0.0)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    # What the linear reads is not kept, and the way back makes no product but those of the gradients.
+    kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.shape == gate.shape]
+    assert len(kept) == 2
+    products = lambda pullback: jax.jit(pullback).lower(dout).compile().as_text().count(" dot(")
+    assert products(pullback) == products(expected_pullback)
+
+
 def test_the_kernel_says_why_it_cannot_run(key):
     gate, up, _ = operands(key, (5, 24), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         api.gated(gate, up, "silu", implementation="triton")
     with pytest.raises(NotImplementedError, match="not float32 and bfloat16"):
         gating.gated(gate.astype(jnp.float32), up, "silu")
+    with pytest.raises(NotImplementedError, match="not bfloat16 and bfloat16 and float32"):
+        gating.gated_backward(gate, up, up.astype(jnp.float32), "silu")
 
 
 def test_each_device_computes_its_shard(key):
@@ -87,6 +135,20 @@ def test_triton_equals_the_reference(key, dtype, act, shape):
         # cancels in float32 cancels in another order.
         np.testing.assert_allclose(ours, wanted, rtol=2 * eps, atol=2 * eps)
         assert np.mean(ours != other) < (0.04 if "gelu" in act else 0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 5, 776), (1, 1), (2048, 14336)], ids=str)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_triton_gives_all_three_as_it_gives_each(key, dtype, act, shape):
+    arrays = operands(key, shape, dtype)
+    run = functools.partial(api.gated_backward, act=act)
+    assert api.implementations_in(run, *arrays) == {"gated_backward.triton"}
+    apart = jax.jit(functools.partial(with_gradients, act=act))(*arrays)
+    for ours, theirs in zip(jax.jit(run)(*arrays), apart, strict=True):
+        assert ours.dtype == dtype and ours.shape == shape
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.gpu

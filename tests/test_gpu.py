@@ -178,7 +178,7 @@ def test_a_step_runs_the_gpu_kernels_and_learns():
     model = tiny(jnp.bfloat16, "full", QuantConfig())
     f, trainable = loss_and_gradients(model, batch())
     ran = api.implementations_in(jax.grad(f), trainable)
-    assert {"merge_nf4.triton16", "attention.cudnn"} <= ran
+    assert {"merge_nf4.triton16", "attention.cudnn", "gated.triton", "gated_backward.triton"} <= ran
     assert not {"merge_nf4.reference", "dequantize_nf4.reference"} & ran
 
     graphdef, trainable, frozen = lora.partition(model)
@@ -306,7 +306,7 @@ def test_many_rows_add_up_no_parts_by_themselves(quant_config):
     program = _decode.lower(model, cache, *arguments, sampling=None).compile().as_text()
     # A norm; q, k, v; attention; o; a norm; gate and up; what they gate, or not; down. And the last norm.
     launches = 7 if gates else 8
-    assert program.count('custom_call_target="triton_kernel_call"') == launches * config.num_hidden_layers + 1
+    assert program.count('custom_call_target="triton_kernel_call_ffi"') == launches * config.num_hidden_layers + 1
     if gates:  # nor does XLA put x into the order of the products
         assert not re.search(r"^ *%?\S*transpose\S* = bf16\[", program, re.MULTILINE)
     assert re.search(r" = \(f32\[\d+,64,1024\].* custom-call\(", program)  # there are parts
@@ -327,7 +327,7 @@ def test_a_row_takes_five_launches_a_layer():
     arguments = logits, jnp.full(1, 50, jnp.int32), jnp.int32(9), jnp.zeros(0, jnp.int32), jnp.int32(0)
     program = _decode.lower(model, cache, *arguments, sampling=None).compile().as_text()
     # q, k, v; attention; o; gate and up; down. And the last norm.
-    assert program.count('custom_call_target="triton_kernel_call"') == 5 * CONFIG.num_hidden_layers + 1
+    assert program.count('custom_call_target="triton_kernel_call_ffi"') == 5 * CONFIG.num_hidden_layers + 1
     found = generate(model, prompt, max_new_tokens=40, eos_token_id=[])
     scores = model(found)[:, 49:-1]
     drawn = jnp.take_along_axis(scores, found[:, 50:, None], axis=2)[..., 0]

@@ -12,9 +12,10 @@ from flax import nnx
 from helpers import DENSE, FAMILIES, HYBRID, SPARSE, TINY, VOCAB, make_pair, random_ids, relative_error, torch_model
 
 import jaxlora.model
+from jaxlora import quant
 from jaxlora.config import QuantConfig
 from jaxlora.converters.huggingface import SafetensorsSource, model_config, parameter_shapes
-from jaxlora.layers import BaseParam, branches
+from jaxlora.layers import AdapterScale, BaseParam, Linear, LoraParam, linear_each
 from jaxlora.model import CausalLM, layer_runs, named_nodes
 
 # Every family, the windows, and two runs of layers. "dynamic" is left out where documents are packed: its frequencies
@@ -38,15 +39,40 @@ def test_logits_equal_transformers(name, tmp_path):
         assert relative_error(logits, torch_logits(theirs, ids)) < 2e-5
 
 
-def test_gradients_of_branches_are_added_up_from_the_last(key):
-    x, *weights = jax.random.normal(key, (5, 7, 33))
-
-    def loss(x):
-        return sum(jnp.sum(branch * weight) for branch, weight in zip(branches(x, 4), weights, strict=True))
-
-    first, second, third, fourth = map(np.asarray, weights)
-    np.testing.assert_array_equal(jax.grad(loss)(x), first + (second + (third + fourth)))
+def test_gradients_are_added_up_from_the_last(key):
+    first, second, third, fourth = terms = [*jax.random.normal(key, (4, 7, 33))]
+    np.testing.assert_array_equal(quant.added_up(terms), first + (second + (third + fourth)))
     assert np.any((first + second) + (third + fourth) != first + (second + (third + fourth)))  # else it says nothing
+
+
+@pytest.mark.parametrize("is_tile", [False, True])
+def test_adapters_that_read_the_same_are_learned_as_each_by_itself(key, is_tile):
+    linears = []
+    for out, rank in ((64, 4), (16, 2), (32, 4)):
+        linear = Linear(
+            48, out, axes=("mlp", "embed"), dtype=jnp.float32, rngs=nnx.Rngs(out), bias=True, quant_config=QuantConfig()
+        )
+        a, b = (jax.random.normal(key, shape, jnp.float32) for shape in ((rank, 48), (out, rank)))
+        linear.lora_A, linear.lora_B, linear.lora_scaling = LoraParam(a), LoraParam(b), AdapterScale(jnp.float32(0.5))
+        linear.bias.set_value(jax.random.normal(key, (out,), jnp.float32))
+        linears.append(linear.dense(jnp.float32, 96) if is_tile else linear)
+    assert all(linear.is_merged(96) for linear in linears)
+    structure, learning, frozen = nnx.split(linears, nnx.Param, ...)
+    x = jax.random.normal(key, (2, 48, 48), jnp.float32)
+    dys = [jax.random.normal(key, (2, 48, out), jnp.float32) for out in (64, 16, 32)]
+
+    def run(function):
+        return jax.vjp(lambda learning, x: function(nnx.merge(structure, learning, frozen), x), learning, x)
+
+    ys, pullback = run(lambda linears, x: linear_each(linears, x, [None] * 3))
+    apart, apart_pullback = run(lambda linears, x: [linear(x) for linear in linears])
+    found, wanted = jax.tree.leaves((ys, pullback(dys))), jax.tree.leaves((apart, apart_pullback(dys)))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert jnp.any(ours != 0.0)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    # Two products read x for all, where there were two for each.
+    products = lambda pullback: jax.jit(pullback).lower(dys).as_text().count("stablehlo.dot_general")
+    assert products(pullback) == products(apart_pullback) - 4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
