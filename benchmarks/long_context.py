@@ -72,7 +72,9 @@ def main() -> None:
         seconds = time.perf_counter() - start
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
         row = dict(step=number + 1, loss=round(loss, 4), seconds=round(seconds, 2), tok_s=round(work.tokens / seconds))
-        row |= dict(gib=peak and round(peak / 2**30, 2), host_gib=round(analysis.host_temp_size_in_bytes / 2**30, 2))
+        row |= dict(
+            gib=peak and round(peak / 2**30, 2), host_temp_gib=round(analysis.host_temp_size_in_bytes / 2**30, 2)
+        )
         print(json.dumps(facts | row | dict(compile_s=round(compile_s, 1)) | about), flush=True)
     if args.adapter is not None:
         from flax import nnx

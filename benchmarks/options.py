@@ -42,6 +42,8 @@ def row_of(work: str, policy: str, steps: int, option: str) -> dict[str, Any]:
     from jaxlora.offload import allow_memory
 
     allow_memory()
+    import jax
+
     changes = OPTIONS[option]
     quant = changes.get("quant_config", {})
     row = measure(
@@ -51,7 +53,7 @@ def row_of(work: str, policy: str, steps: int, option: str) -> dict[str, Any]:
         quant_config=None if quant is None else dataclasses.replace(NF4, **quant),
         lora_config=dataclasses.replace(ADAPTERS, **changes.get("lora_config", {})),
     )
-    return dict(op="option", option=option) | row
+    return dict(op="option", option=option) | row | dict(device=jax.devices()[0].device_kind)
 
 
 def main() -> None:

@@ -40,9 +40,9 @@ def read(folder: Path) -> list[Row]:
 
 
 def standing(rows: Iterable[Row]) -> list[Row]:
-    """Of each device, work, policy and dtype of products the newest row, of those with a peer beside them if there are
-    any, the larger shapes and the smaller works first. Rows without a mode, or with a "superseded" that says by what,
-    are of forms of the code that are no more."""
+    """Of each device, work, policy, dtype of products and bound of the host the newest row, of those with a peer beside
+    them if there are any, the larger shapes and the smaller works first. Rows without a mode, or with a "superseded"
+    that says by what, are of forms of the code that are no more."""
     rows = sorted(rows, key=lambda row: any(f"{peer}_tok_s" in row for peer in PEERS))
     newest = {
         (row["device"], row["work"], _policy(row)): row for row in rows if "mode" in row and not row.get("superseded")
@@ -76,8 +76,11 @@ def steps(rows: Sequence[Row]) -> list[str]:
 
 
 def _policy(row: Row) -> str:
-    """The policy of a row in quotes, with what its products are in where that is not bfloat16."""
-    return f'"{row["policy"]}"' + (f", {row['matmul_dtype']}" if row.get("matmul_dtype") else "")
+    """The policy of a row in quotes, with what its products are in where that is not bfloat16, and the bound of what
+    may lie on the host where there was one."""
+    dtype, host = row.get("matmul_dtype"), row.get("host_gib")
+    bound = "" if host is None else f", at most {host:g} GiB on the host"
+    return f'"{row["policy"]}"' + (f", {dtype}" if dtype else "") + bound
 
 
 def _mfu(row: Row) -> str:
