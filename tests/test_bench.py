@@ -221,8 +221,10 @@ def test_the_newest_row_stands():
         ROW | dict(device="NVIDIA A100", tok_s=4000),
         ROW | dict(work="8b-1x8192", tok_s=9000, unsloth_tok_s=8000),
         ROW | dict(work="8b-1x8192", tok_s=9500),
+        ROW | dict(work="8b-1x8192", tok_s=9700, host_gib=1.5),
     ]
-    assert [row["tok_s"] for row in table.standing(rows)] == [4000, 12000, 16000, 9000, 60000]
+    assert [row["tok_s"] for row in table.standing(rows)] == [4000, 12000, 16000, 9000, 9700, 60000]
+    assert '"offload", at most 1.5 GiB on the host | 9,700 |' in "\n".join(table.steps(rows))
 
 
 def test_a_ratio_stands_only_where_both_ran():
