@@ -3,8 +3,8 @@
     python -P benchmarks/options.py 8b-4x2048 [--policies offload projections] [--steps 6] [--only int8 dora ...]
 
 Random weights, each measurement in a process of its own, as `jaxlora bench` makes them: the columns are its rows', and
-`of_nf4` is the tokens a second over those of the plain NF4 step with the same policy, in the same call. Shapes with
-biases ("7b") are for "bias".
+`of_nf4` is the tokens a second over those of the plain NF4 step with the same policy, in the same call. "bias" is for
+shapes that have some ("7b").
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 from typing import Any
 
-from jaxlora.bench.shapes import Work
+from jaxlora.bench.shapes import CONFIGS, Work
 from jaxlora.bench.step import ADAPTERS, NF4, measure
 
 # name: what differs from the plain step.
@@ -38,13 +38,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def row_of(work: str, policy: str, steps: int, option: str) -> dict[str, Any]:
-    """The row of an option, measured in this process."""
+    """The row of an option, measured in this process.
+
+    Raises:
+      ValueError: biases are to learn, and the shape has none.
+    """
     from jaxlora.offload import allow_memory
 
     allow_memory()
     import jax
 
-    changes = OPTIONS[option]
+    changes, shape = OPTIONS[option], Work.parse(work).shape
+    if "bias" in changes.get("lora_config", {}) and not has_biases(shape):
+        raise ValueError(f"{option!r} needs a shape with biases, such as 7b, and {shape} has none")
     quant = changes.get("quant_config", {})
     row = measure(
         Work.parse(work),
@@ -54,6 +60,17 @@ def row_of(work: str, policy: str, steps: int, option: str) -> dict[str, Any]:
         lora_config=dataclasses.replace(ADAPTERS, **changes.get("lora_config", {})),
     )
     return dict(op="option", option=option) | row | dict(device=jax.devices()[0].device_kind)
+
+
+def has_biases(shape: str) -> bool:
+    """Whether a model of the shape has a bias that could learn."""
+    from flax import nnx
+
+    from jaxlora.converters.huggingface import model_config
+    from jaxlora.model import CausalLM
+
+    model = nnx.eval_shape(lambda: CausalLM(model_config(CONFIGS[shape]), rngs=nnx.Rngs(0)))
+    return any(path[-1] == "bias" for path, _ in nnx.to_flat_state(nnx.state(model)))
 
 
 def main() -> None:

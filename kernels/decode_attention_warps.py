@@ -153,37 +153,23 @@ def kernel(dtype: np.dtype, num_warps: int, group: int, width: int):
         return tl.inline_asm_elementwise(barrier_assembly, "=r,r", [area], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
-    def asked_key(place, inside):
+    def asked(place, inside, assembly: tl.constexpr, operands: tl.constexpr, WORDS: tl.constexpr):
+        """Words from a place on, or zeros."""
         return tl.inline_asm_elementwise(
-            asked_key_assembly,
-            asked_key_operands,
-            [place, inside.to(tl.int32)],
-            dtype=(tl.uint32,) * KEY_WORDS,
-            is_pure=False,
-            pack=1,
+            assembly, operands, [place, inside.to(tl.int32)], dtype=(tl.uint32,) * WORDS, is_pure=False, pack=1
         )
+
+    @triton.jit
+    def asked_key(place, inside):
+        return asked(place, inside, asked_key_assembly, asked_key_operands, KEY_WORDS)
 
     @triton.jit
     def asked_value(place, inside):
-        return tl.inline_asm_elementwise(
-            asked_value_assembly,
-            asked_value_operands,
-            [place, inside.to(tl.int32)],
-            dtype=(tl.uint32,) * (4 * VALUE_PIECES),
-            is_pure=False,
-            pack=1,
-        )
+        return asked(place, inside, asked_value_assembly, asked_value_operands, 4 * VALUE_PIECES)
 
     @triton.jit
     def read_head(place, inside):
-        return tl.inline_asm_elementwise(
-            read_head_assembly,
-            read_head_operands,
-            [place, inside.to(tl.int32)],
-            dtype=(tl.uint32,) * KEY_WORDS,
-            is_pure=False,
-            pack=1,
-        )
+        return asked(place, inside, read_head_assembly, read_head_operands, KEY_WORDS)
 
     @triton.jit
     def scores_of(query, key):

@@ -156,7 +156,8 @@ def sharded_alike(function: Callable, inputs: int, outputs: int) -> Callable:
 
 
 def _checked(*arrays: Float[Array, "*shape"]) -> None:
-    """
+    """Refuse what the kernels do not take.
+
     Raises:
       NotImplementedError: jax-triton is not installed, or the arrays are not all bfloat16 or all float16.
     """

@@ -96,7 +96,8 @@ def heuristics(tokens: int, tiles: int, columns: int, is_gated: bool = False) ->
     two other programs than by one; but not if then the last round of tiles is less than half full. On an H100, at one
     token, q, k and v of an 8B (384 tiles) took 9.5 us with three programs and 10.3 with two, which some SMs must fill
     twice; o (256) 7.8 and 7.4, gate and up (1792) 28.9 and 27.9, down 17.8 and 17.5; with norm and gate in the launch
-    gate and up took 24.1 and 24.6, q, k and v 9.3 and 11.3.
+    gate and up took 24.1 and 24.6, q, k and v 9.3 and 11.3. Short rows, of 1B and 3B, were not timed; that a gate's
+    epilogue is what the third program hides was not shown.
     """
     config = Config() if tokens <= MOST_TOKENS_OF_FOUR_COLUMNS else Config(num_warps=8)
     num_warps, steps = config.num_warps, -(-columns // (4 * reference.NF4_BLOCK))

@@ -56,13 +56,13 @@ NAMES = ("gemma4_text", "mixtral", "qwen2_moe", "gpt_oss", "falcon_h1", "qwen3_5
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gpu_computes_what_the_cpu_does(name):
-    """In float32 the same losses and gradients; in bfloat16 with NF4 weights the same loss."""
+    """In float32 the same losses and gradients. In bfloat16 with NF4 weights it runs, and no more is shown: the loss of
+    a random model is that of any other, and quantising moves these gradients by up to a half."""
     cpu, gpu = jax.devices("cpu")[0], jax.devices()[0]
     exact = model_of(name, jnp.float32)
     (wanted_loss, wanted), (loss, found) = gradients(exact, cpu), gradients(exact, gpu)
     assert abs(loss - wanted_loss) < 1e-4 * wanted_loss
     assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
 
-    loss, found = gradients(model_of(name, jnp.bfloat16, QuantConfig()), gpu)
-    assert np.isfinite(found).all()
-    assert abs(loss - wanted_loss) < 2e-2 * wanted_loss
+    _, found = gradients(model_of(name, jnp.bfloat16, QuantConfig()), gpu)
+    assert np.isfinite(found).all() and np.any(found != 0.0)
