@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import fp8, quant, remat
@@ -184,8 +185,8 @@ class Linear(Adapted):
     """y = x W^T + b + scaling * (dropout(x) A^T) B^T, with W frozen, dense or quantised, and A, B the adapter if any.
 
     With DoRA both products are multiplied by `dora_gain`, which a merged weight has in it. `qat_scheme` is None, or
-    says what the merged weight and x are rounded to on the way (`kernels.fake_quant`). `matmul_dtype` is None, or "fp8" for products in float8
-    (`fp8.matmul`). Shapes: x [..., in] -> [..., out] in x's dtype.
+    says what the merged weight and x are rounded to on the way (`kernels.fake_quant`). `matmul_dtype` is None, or "fp8"
+    for products in float8 (`fp8.matmul`). Shapes: x [..., in] -> [..., out] in x's dtype.
     """
 
     qat_scheme: str | None
@@ -334,8 +335,12 @@ class Linear(Adapted):
         return copy
 
     def gained(self, y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
-        """A product of `low_rank`, with the gradient of DoRA's magnitudes, of a copy that knows its norms."""
-        return y if self.lora_norms is None else quant.with_gain(y, self.dora_gain(self.lora_norms.get_value()))
+        """A product of `low_rank`, with the gradient of DoRA's magnitudes, of a copy that knows its norms. That reads
+        the product, so it has a name, such as "mlp_to_embed" (see `remat`)."""
+        if self.lora_norms is None:
+            return y
+        y = checkpoint_name(y, f"{self.axes[1]}_to_{self.axes[0]}")
+        return quant.with_gain(y, self.dora_gain(self.lora_norms.get_value()))
 
     def times_adapted(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """The product alone, where it `is_adapted_product`."""
