@@ -1,4 +1,4 @@
-"""DoRA's gain where it lies: in a merged weight, with the gradient of the magnitudes made of what a product returned."""
+"""DoRA's gain: in a merged weight, with the gradient of the magnitudes made of what a product returned."""
 
 import functools
 
@@ -145,12 +145,13 @@ def test_a_magnitude_of_zero_has_its_gradient(key, scheme):
     linear.lora_magnitude.set_value(linear.lora_magnitude.get_value().at[5].set(0.0))
     x = jax.random.normal(key, (200, 128), jnp.float32)
     dy = jax.random.normal(key, (200, 64), jnp.float32)
-    loss = lambda function: lambda linear, x: jnp.sum(dy * function(linear, x))
     structure, learning, frozen = nnx.split(linear, nnx.Param, ...)
-    found, wanted = (
-        jax.grad(lambda learning: loss(f)(nnx.merge(structure, learning, frozen), x))(learning)
-        for f in (lambda linear, x: linear(x), elementwise)
-    )
+
+    def gradient(function):
+        loss = lambda learning: jnp.sum(dy * function(nnx.merge(structure, learning, frozen), x))
+        return jax.grad(loss)(learning)
+
+    found, wanted = gradient(lambda linear, x: linear(x)), gradient(elementwise)
     found, wanted = found["lora_magnitude"].get_value(), wanted["lora_magnitude"].get_value()
     assert abs(wanted[5]) > 1.0
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
