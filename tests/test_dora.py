@@ -1,6 +1,7 @@
 """DoRA's gain: in a merged weight, with the gradient of the magnitudes made of what a product returned."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax._src.ad_checkpoint import saved_residuals
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora import lora, quant, remat
-from jaxlora.config import LoraConfig, QuantConfig
+from jaxlora.config import LoraConfig, QuantConfig, QuantScheme
 from jaxlora.converters.huggingface import model_config
 from jaxlora.kernels import api, nf4_merge, nf4_merge16, reference
 from jaxlora.layers import AdapterScale, BaseSquare, Linear, LoraParam, linear_each, of_gate
@@ -19,7 +20,7 @@ from jaxlora.loss import causal_lm_loss
 from jaxlora.model import CausalLM
 
 
-def operands(key, scheme="nf4", out=96, d_in=128, tokens=128, dtype=jnp.float32):
+def operands(key, scheme: QuantScheme = "nf4", out=96, d_in=128, tokens=128, dtype=jnp.float32):
     keys = jax.random.split(key, 5)
     x = jax.random.normal(keys[0], (2, tokens // 2, d_in)).astype(dtype)
     q = quant.quantize(0.02 * jax.random.normal(keys[1], (out, d_in)), scheme=scheme)
@@ -81,10 +82,10 @@ def test_gains_of_adapters_that_are_vmapped(key):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], got), value_and_gradients(written_out, x, q, one), 1e-4)
 
 
-def dora(key, out, d_in, axes, scheme="nf4", bias=True, dtype=jnp.float32):
+def dora(key, out, d_in, axes, scheme: QuantScheme | None = "nf4", bias=True, dtype=jnp.float32):
     linear = Linear(
         d_in, out, axes=axes, dtype=dtype, rngs=nnx.Rngs(out), bias=bias,
-        quant_config=scheme and QuantConfig(scheme=scheme),
+        quant_config=None if scheme is None else QuantConfig(scheme=scheme),
     )  # fmt: skip
     a, b = jax.random.normal(key, (4, d_in)) / 8, 0.02 * jax.random.normal(key, (out, 4))
     linear.lora_A, linear.lora_B, linear.lora_scaling = LoraParam(a), LoraParam(b), AdapterScale(jnp.float32(0.5))
@@ -135,8 +136,11 @@ def test_a_linear_is_pefts(key, scheme, tokens, is_tile):
     ):
         assert len(jax.tree.leaves(found)) == len(jax.tree.leaves(wanted))
         assert_close(found, wanted, 1e-4)
-    wanted = pulled_back(lambda linear, *xs: elementwise(linear, api.gated(*xs, "silu")), originals[0], gate, x)
-    assert_close(pulled_back(lambda linear, *xs: of_gate(linear, *xs, "silu", None), linears[0], gate, x), wanted, 1e-4)
+    wanted = pulled_back(
+        lambda linear, gate, up: elementwise(linear, api.gated(gate, up, "silu")), originals[0], gate, x
+    )
+    found = pulled_back(lambda linear, gate, up: of_gate(linear, gate, up, "silu", None), linears[0], gate, x)
+    assert_close(found, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", None])
@@ -196,7 +200,8 @@ def test_every_policy_gives_the_same_gradients(policy):
     for name in ("none", policy):
         function, trainable = gradients_of(model_of(name), batch)
         results.append(jax.jit(function)(trainable))
-    assert_close(*results, 1e-3)
+    found, wanted = results
+    assert_close(found, wanted, 1e-3)
 
 
 def test_a_layer_that_keeps_its_product_does_not_make_it_again(key):
@@ -207,7 +212,7 @@ def test_a_layer_that_keeps_its_product_does_not_make_it_again(key):
         lora.add_adapters(model, LoraConfig(r=4, use_dora=use_dora), jax.random.key(1))
         model.remat_policy = policy
         function, trainable = gradients_of(model, batch_of(2, 128))
-        text = jax.jit(function).lower(trainable).compile().as_text()
+        text = cast(str, jax.jit(function).lower(trainable).compile().as_text())
         # Merges are made for each pass, but XLA may find two to be the same.
         return sum(" dot(" in line and "merge_nf4" not in line for line in text.splitlines())
 
@@ -228,7 +233,8 @@ def test_the_product_is_kept_where_all_have_room(key, there):
 
         return jnp.sum(remat.scan(body, x, w, "offload", there * x.nbytes)[0])
 
-    kept = [aval for aval, _ in saved_residuals(f, w, x) if aval.shape[1:] == x.shape]
+    residuals = cast(Any, saved_residuals(f, w, x))
+    kept = [aval for aval, _ in residuals if aval.shape[1:] == x.shape]
     on_host = [aval.shape[0] for aval in kept if aval.memory_space == jax.memory.Space.Host]
     assert on_host == ([3, 3] if there >= 6 else [min(there, 3)])
 
