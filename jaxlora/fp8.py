@@ -142,7 +142,7 @@ def matmul(
             return quant.matmul(x, w, adapter)
     if adapter is None:
         return _matmul(x, w)
-    return _matmul_adapted(x, w, *adapter)
+    return quant.scaled(_matmul_adapted(x, w, *adapter[:3]), adapter.gain)
 
 
 def _product(x: Array, w: Any, adapter: LowRank | None, transposed: bool) -> Array:

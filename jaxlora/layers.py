@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora import fp8, quant, remat
@@ -147,6 +148,7 @@ class Adapted(Adaptable, Weighted):
 
     lora_magnitude: Any  # or None without DoRA; and a BaseSquare
     lora_base_square: Any
+    lora_norms: Any  # an AdapterConstant, the `dora_norms`, of a copy that knows them; else None
     lora_start_A: Any  # an AdapterStart, or None where the base is what it was
     lora_start_B: Any
     lora_owns_base: bool  # whether the weight is not the checkpoint's any more, but one that goes with the adapter
@@ -154,28 +156,37 @@ class Adapted(Adaptable, Weighted):
 
     def without_adapter(self) -> None:
         super().without_adapter()
-        self.lora_magnitude = self.lora_base_square = nnx.data(None)
+        self.lora_magnitude = self.lora_base_square = self.lora_norms = nnx.data(None)
         self.lora_start_A = self.lora_start_B = nnx.data(None)
         self.lora_dropout, self.lora_owns_base = 0.0, False
 
-    def dora_gain(self, weight_a: Float[Array, "r d_out"]) -> Float[Array, " d_out"]:
-        """DoRA's factor on each output (arXiv:2402.09353, equation 5), m / ||W + scaling B A||, of one layer.
+    def dora_norms(self, weight_a: Float[Array, "*stack r d_out"]) -> Float[Array, "*stack d_out"]:
+        """||W + scaling B A|| of each output, which counts as a constant (arXiv:2402.09353, section 4.3).
 
-        The norm counts as a constant (section 4.3 there). weight_a: A W^T.
+        weight_a: A W^T, of one layer, or of each of the stack.
         """
-        a, b, scaling = self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value()
-        norms = row_norms(weight_a, a, b, scaling, self.lora_base_square.get_value())
-        gain = self.lora_magnitude.get_value() / jax.lax.stop_gradient(norms)
+        norms = row_norms if weight_a.ndim == 2 else jax.vmap(row_norms)
+        parts = self.lora_A, self.lora_B, self.lora_scaling, self.lora_base_square
+        return jax.lax.stop_gradient(norms(weight_a, *(part.get_value() for part in parts)))
+
+    def dora_gain(self, norms: Float[Array, " d_out"]) -> Float[Array, " d_out"]:
+        """DoRA's factor on each output (arXiv:2402.09353, equation 5), m / ||W + scaling B A||, of one layer."""
+        gain, scaling = self.lora_magnitude.get_value() / norms, self.lora_scaling.get_value()
+        # An output of magnitude 0 is as good as 0, and its gradient is made of it (`quant.with_gain`).
+        gain = gain + jnp.where(gain == 0.0, _LEAST_GAIN, 0.0)
         # A layer of the stack that has no adapter has no scaling but zeros.
         return gain if scaling.ndim == 0 else jnp.where(jnp.any(scaling != 0.0), gain, jnp.ones((), gain.dtype))
+
+
+_LEAST_GAIN = 2.0**-64
 
 
 class Linear(Adapted):
     """y = x W^T + b + scaling * (dropout(x) A^T) B^T, with W frozen, dense or quantised, and A, B the adapter if any.
 
-    With DoRA both products are multiplied by `dora_gain`. `qat_scheme` is None, or says what the merged weight and x
-    are rounded to on the way (`kernels.fake_quant`). `matmul_dtype` is None, or "fp8" for products in float8
-    (`fp8.matmul`). Shapes: x [..., in] -> [..., out] in x's dtype.
+    With DoRA both products are multiplied by `dora_gain`, which a merged weight has in it. `qat_scheme` is None, or
+    says what the merged weight and x are rounded to on the way (`kernels.fake_quant`). `matmul_dtype` is None, or "fp8"
+    for products in float8 (`fp8.matmul`). Shapes: x [..., in] -> [..., out] in x's dtype.
     """
 
     qat_scheme: str | None
@@ -231,8 +242,8 @@ class Linear(Adapted):
 
     @property
     def has_plain_adapter(self) -> bool:
-        """Whether there is an adapter, without DoRA and dropout."""
-        return self.lora_A is not None and self.lora_magnitude is None and self.lora_dropout == 0.0
+        """Whether there is an adapter, without dropout."""
+        return self.lora_A is not None and self.lora_dropout == 0.0
 
     @property
     def is_adapted_product(self) -> bool:
@@ -287,37 +298,66 @@ class Linear(Adapted):
         matmul = quant.matmul if self.matmul_dtype is None or self.trained_weight is not None else fp8.matmul
         if self.lora_A is None:
             return matmul(x, weight) if base is None else base
-        adapter = self.low_rank()
+        linear = self.with_norms(x.dtype)
+        adapter = linear.low_rank()
         dropped = dropout(x, self.lora_dropout, key)
-        if self.lora_magnitude is None:
-            if base is not None:
-                return base + lora_delta(dropped, *adapter)
-            if dropped is x:
-                return matmul(x, weight, adapter)
-            return matmul(x, weight) + lora_delta(dropped, *adapter)
-        gain = self.dora_gain(quant.matmul(adapter.a.astype(x.dtype), weight))
+        if base is not None:
+            return base + lora_delta(dropped, *adapter[:3])
         if dropped is x:
-            return (gain * matmul(x, weight, adapter).astype(jnp.float32)).astype(x.dtype)
-        parts = matmul(x, weight), matmul(dropped, weight), lora_delta(dropped, *adapter)
+            return linear.gained(matmul(x, weight, adapter))
+        if self.lora_magnitude is None:
+            return matmul(x, weight) + lora_delta(dropped, *adapter[:3])
+        gain = self.dora_gain(linear.lora_norms.get_value())
+        parts = matmul(x, weight), matmul(dropped, weight), lora_delta(dropped, *adapter[:3])
         y, extra, delta = (part.astype(jnp.float32) for part in parts)  # a gain is near 1
         return (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
 
     def low_rank(self) -> quant.LowRank:
-        """Its adapter."""
-        return quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value())
+        """Its adapter, with DoRA's gain, as a constant, of a copy that knows its norms (`with_norms`)."""
+        gain = None if self.lora_norms is None else jax.lax.stop_gradient(self.dora_gain(self.lora_norms.get_value()))
+        return quant.LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value(), gain)
+
+    def with_norms(self, dtype: Any) -> Linear:
+        """With DoRA a copy that knows its `dora_norms`; else itself. dtype: what A is multiplied by the weight in."""
+        if not self.wants_norms:
+            return self
+        return self.knowing(self.dora_norms(quant.matmul(self.lora_A.get_value().astype(dtype), self.current_weight())))
+
+    @property
+    def wants_norms(self) -> bool:
+        """Whether its products need `dora_norms` that it does not know."""
+        return self.lora_magnitude is not None and self.lora_norms is None and self.qat_scheme is None
+
+    def knowing(self, norms: Float[Array, "*stack d_out"]) -> Linear:
+        """A copy that knows these `dora_norms`."""
+        copy = jax.tree.map(lambda leaf: leaf, self)
+        copy.lora_norms = nnx.data(AdapterConstant(norms))
+        return copy
+
+    def gained(self, y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
+        """A product of `low_rank`, with the gradient of DoRA's magnitudes, of a copy that knows its norms. That reads
+        the product, so it has a name, such as "mlp_to_embed" (see `remat`)."""
+        if self.lora_norms is None:
+            return y
+        y = checkpoint_name(y, f"{self.axes[1]}_to_{self.axes[0]}")
+        return quant.with_gain(y, self.dora_gain(self.lora_norms.get_value()))
+
+    def times_adapted(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """The product alone, where it `is_adapted_product`."""
+        return quant.matmul(x, self.current_weight(), self.low_rank())
 
     def dense(self, dtype: Any, tokens: int) -> Linear:
         """A copy for so many tokens, some at a time: its weight is a dense constant, perhaps with the adapter in it."""
-        copy = jax.tree.map(lambda leaf: leaf, self)
+        copy = jax.tree.map(lambda leaf: leaf, self.with_norms(dtype))
         weight = self.weight.get_value()
         if not isinstance(weight, quant.QuantizedArray):
             return copy
-        is_many = quant.is_merging_cheaper(tokens, weight.shape)
-        if self.matmul_dtype is not None and is_many and (self.has_plain_adapter or self.lora_A is None):
+        is_many, is_plain = quant.is_merging_cheaper(tokens, weight.shape), self.lora_magnitude is None
+        if self.matmul_dtype is not None and is_many and is_plain and (self.has_plain_adapter or self.lora_A is None):
             adapter = None if self.lora_A is None else jax.lax.stop_gradient(self.low_rank())
             dense = fp8.round_both(weight, adapter)
-        elif self.has_plain_adapter and self.qat_scheme is None and is_many:
-            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(self.low_rank()), dtype))
+        elif self.is_adapted_product and is_many:
+            dense = quant.MergedArray(quant.merge(weight, jax.lax.stop_gradient(copy.low_rank()), dtype))
         else:
             dense = quant.dequantize(weight, dtype)
         copy.weight.set_value(dense)
@@ -336,7 +376,7 @@ class Linear(Adapted):
         a, b, scaling = self.lora_A.get_value(), self.lora_B.get_value(), self.lora_scaling.get_value()
         merged = weight.astype(jnp.float32) + jnp.matmul(b * scaling, a)
         if self.lora_magnitude is not None:
-            merged = self.dora_gain(quant.matmul(a, weight))[:, None] * merged
+            merged = self.dora_gain(self.dora_norms(quant.matmul(a, weight)))[:, None] * merged
         return merged.astype(dtype)
 
 
@@ -357,9 +397,10 @@ def linear_each(
             return bases
     read = plain(read)
     if all(linear.is_merged(tokens) for linear in linears):
+        linears = [linear.with_norms(read.dtype) for linear in linears]
         weights, adapters = zip(*((linear.weight.get_value(), linear.low_rank()) for linear in linears), strict=True)
         ys = quant.matmul_merged(read, weights, adapters)
-        return [linear.biased(y) for linear, y in zip(linears, ys, strict=True)]
+        return [linear.biased(linear.gained(y)) for linear, y in zip(linears, ys, strict=True)]
     # The same array for all: by that `layer_inputs` knows what they have in common.
     return [linear(read, key, base) for linear, key, base in zip(linears, keys, bases, strict=True)]
 
@@ -391,13 +432,14 @@ def of_gate(
         # Where it is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
         implementation = None if linear.matmul_dtype is None else "reference"
         return linear(kernels.gated(gate, up, act, implementation=implementation), key)
+    linear = linear.with_norms(gate.dtype)
     structure, learning, frozen = nnx.split(linear, nnx.Param, ...)
-    return _of_gate(act, structure, gate, up, learning, frozen)
+    return linear.biased(linear.gained(_of_gate(act, structure, gate, up, learning, frozen)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _of_gate(act: str, structure: nnx.GraphDef, gate, up, learning: nnx.State, frozen: nnx.State):
-    return nnx.merge(structure, learning, frozen)(kernels.gated(gate, up, act))
+    return nnx.merge(structure, learning, frozen).times_adapted(kernels.gated(gate, up, act))
 
 
 def _of_gate_forward(act, structure, *args):
@@ -408,7 +450,7 @@ def _of_gate_backward(act, structure, saved, dy):
     gate, up, learning, frozen = saved
 
     def product(learning, h):
-        return nnx.merge(structure, learning, frozen)(h)
+        return nnx.merge(structure, learning, frozen).times_adapted(h)
 
     # A linear's gradient by what it reads is the same for whatever it reads.
     dh = jax.vjp(functools.partial(product, learning), jnp.zeros_like(gate))[1](dy)[0]
@@ -485,7 +527,7 @@ class Embedding(Adapted):
         delta = jnp.matmul(jnp.take(a.T, ids, axis=0) * scaling, b.T)
         out = rows.astype(jnp.float32) + delta
         if self.lora_magnitude is not None:
-            out = self.dora_gain(jnp.matmul(a, weight.astype(a.dtype))) * out
+            out = self.dora_gain(self.dora_norms(jnp.matmul(a, weight.astype(a.dtype)))) * out
         return out.astype(rows.dtype)
 
 
@@ -598,6 +640,26 @@ def _dense(module: nnx.Module, dtype: Any, tokens: int) -> Any:
         return quant.dequantize(leaf, dtype) if isinstance(leaf, quant.QuantizedArray) else leaf
 
     return jax.tree.map(one, module, is_leaf=lambda leaf: isinstance(leaf, Linear | quant.QuantizedArray))
+
+
+def with_norms(module: Any, layers: int, dtype: Any) -> Any:
+    """A copy, of a module that is a stack of so many layers, whose linears with DoRA know their `dora_norms`: those
+    depend on no token, and so neither a tile nor what is computed again makes them anew."""
+    leaves, structure = jax.tree.flatten(module, is_leaf=lambda leaf: isinstance(leaf, Linear))
+    wanting = [leaf for leaf in leaves if isinstance(leaf, Linear) and leaf.wants_norms]
+
+    def of_layer(index):
+        def one(linear):
+            weight, a = linear.weight.get_value(), linear.lora_A.get_value()[index].astype(dtype)
+            return quant.matmul(a, weight.at(index) if isinstance(weight, quant.QuantizedArray) else weight[index])
+
+        return [one(linear) for linear in wanting]
+
+    if not wanting:
+        return module
+    products = jax.lax.stop_gradient(jax.lax.map(of_layer, jnp.arange(layers, dtype=jnp.int32)))
+    known = iter(linear.knowing(linear.dora_norms(y)) for linear, y in zip(wanting, products, strict=True))
+    return structure.unflatten([next(known) if any(leaf is one for one in wanting) else leaf for leaf in leaves])
 
 
 def read_by_index(module: Any, x: Float[Array, "*batch d"]) -> Any:

@@ -52,6 +52,7 @@ from jaxlora.layers import (
     read_ordered,
     summed_and_normed,
     summed_and_unnormed,
+    with_norms,
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
@@ -310,7 +311,10 @@ class Run(nnx.Module):
                 return len(leaf.leading) == 1
             return isinstance(leaf, quant.StackedArray)
 
-        period = self.period if cache is None else read_by_index(self.period, jax.tree.leaves(x)[0])
+        if cache is None:
+            period = with_norms(self.period, self.repeats, x.dtype)
+        else:
+            period = read_by_index(self.period, jax.tree.leaves(x)[0])
         leaves, structure = jax.tree.flatten(period, is_leaf=is_stack)
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
 
@@ -649,7 +653,7 @@ class CausalLM(nnx.Module):
         low = (hidden @ a.astype(hidden.dtype).T) * scaling.astype(hidden.dtype)
         both = jnp.concatenate([weight, b.astype(hidden.dtype)], axis=1)
         if head.lora_magnitude is not None:
-            gain = head.dora_gain(quant.matmul(a.astype(hidden.dtype), weight))
+            gain = head.dora_gain(head.dora_norms(quant.matmul(a.astype(hidden.dtype), weight)))
             both = (gain[:, None] * both.astype(gain.dtype)).astype(hidden.dtype)
         return jnp.concatenate([hidden, low], axis=1), both
 

@@ -19,8 +19,7 @@ rest is what the policy keeps. What every layer reads alike stays on the device;
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,12 +50,13 @@ class _Recipe:
 
 
 def scan_prefetched(
-    body: Callable, x: Any, layers: Any, keeps: Callable, host_bytes: int | None = None
+    body: Callable, x: Any, layers: Any, choices: Sequence[Callable], host_bytes: int | None = None
 ) -> tuple[Any, Any]:
     """`jax.lax.scan(body, x, layers)` that keeps each layer's x, and what else is asked for, in pinned host memory.
 
-    body: (x, layer) -> (x, out). keeps: a policy of `jax.checkpoint`. host_bytes: the most that may lie there, None for
-    no bound; what is beyond it stays on the device.
+    body: (x, layer) -> (x, out). choices: policies of `jax.checkpoint`, from the one that keeps most on; the first is
+    taken of which all layers have room, or else the last. host_bytes: the most that may lie there, None for no bound;
+    what is beyond it stays on the device.
     """
     flat, structure = jax.tree.flatten(layers)
     count = flat[0].shape[0]
@@ -66,7 +66,6 @@ def scan_prefetched(
         x, one_layer
     )
 
-    @functools.partial(jax.checkpoint, policy=keeps, prevent_cse=False)
     def layer_of(constants, x, leaves):
         closed = jax.extend.core.ClosedJaxpr(traced.jaxpr, constants)
         outs = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves((x, leaves)))
@@ -87,14 +86,15 @@ def scan_prefetched(
         x, flat, constants = jax.tree.map(
             lambda leaf: leaf.value, (x, flat, constants), is_leaf=lambda leaf: hasattr(leaf, "perturbed")
         )
-        recipe = None
+        recipe, keeps = None, choices[0]
 
         def differentiated(x, leaves):
             """What the layer returns, and what is to be kept of it: x, and the rest."""
             nonlocal recipe
 
             def of_learning(x, learning, shared):
-                return layer_of(_merge(constant_learns, shared, constants), x, _merge(learns, learning, leaves))
+                layer = jax.checkpoint(layer_of, policy=keeps, prevent_cse=False)
+                return layer(_merge(constant_learns, shared, constants), x, _merge(learns, learning, leaves))
 
             learning, shared = _select(learns, leaves), _select(constant_learns, constants)
             result, pullback = jax.vjp(of_learning, x, learning, shared)
@@ -114,8 +114,12 @@ def scan_prefetched(
             (after, out), kept = differentiated(x, [_row(leaf, i) for leaf in flat])
             return (after, i + 1), (kept, out)
 
-        shapes = jax.eval_shape(lambda x, flat: differentiated(x, [leaf[0] for leaf in flat])[1], x, flat)
-        there = count if host_bytes is None else min(count, host_bytes // _bytes_of(shapes))
+        for one in choices:
+            keeps = one
+            shapes = jax.eval_shape(lambda x, flat: differentiated(x, [leaf[0] for leaf in flat])[1], x, flat)
+            there = count if host_bytes is None else min(count, host_bytes // _bytes_of(shapes))
+            if there == count:
+                break
         nothing = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), shapes[1])
         (last, top, i), (hosted, outs) = jax.lax.scan(leaving, (x, nothing, jnp.int32(0)), length=there)
         here = None

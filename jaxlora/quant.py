@@ -160,11 +160,21 @@ class StackedArray:
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to a weight [out, in], scaling * b a: a [r, in], b [out, r], scaling [] or [r], float32."""
+    """What an adapter makes of a weight, W + scaling * b a: a [r, in], b [out, r], scaling [] or [r], float32.
+
+    With DoRA each output of it is multiplied by its gain, float32 [out], which products take for a constant: see
+    `with_gain`.
+    """
 
     a: Any
     b: Any
     scaling: Any
+    gain: Any = None
+
+    @property
+    def gained_b(self) -> Float[Array, "d_out r"]:
+        """b, of which the rows are multiplied by their gain."""
+        return self.b if self.gain is None else self.gain[:, None] * self.b
 
 
 def _by_row(shape: tuple[int, int]) -> bool:
@@ -292,13 +302,37 @@ def dequantize(
 
 
 def merge(q: QuantizedArray, adapter: LowRank, dtype: jax.typing.DTypeLike) -> Float[Array, "out in"]:
-    """The dense weight with the adapter in it, W + scaling B A: summed in float32, rounded once to `dtype`."""
-    a, b = adapter.a, adapter.b * adapter.scaling
+    """The dense weight with the adapter in it, gain * (W + scaling B A): summed in float32, rounded once to `dtype`."""
+    a, b, gain = adapter.a, adapter.gained_b * adapter.scaling, adapter.gain
     if q.scheme == "nf4":
         fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
-        return api.merge_nf4(*fields, q.index, a, b, shape=q.shape, dtype=dtype)
-    low_rank = _contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32)
-    return (dequantize(q, jnp.float32) + low_rank).astype(dtype)
+        return api.merge_nf4(*fields, q.index, a, b, None, gain, shape=q.shape, dtype=dtype)
+    weight = dequantize(q, jnp.float32)
+    weight = weight if gain is None else gain[:, None] * weight
+    return (weight + _contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32)).astype(dtype)
+
+
+def scaled(y: Float[Array, "*batch d_out"], gain: Float[Array, " d_out"] | None) -> Float[Array, "*batch d_out"]:
+    """gain * y, multiplied in float32, in y's dtype."""
+    return y if gain is None else (gain * y.astype(jnp.float32)).astype(y.dtype)
+
+
+@jax.custom_vjp
+def with_gain(y: Float[Array, "*batch d_out"], gain: Float[Array, " d_out"]) -> Float[Array, "*batch d_out"]:
+    """y, which was made with a gain of each output that counted as a constant: the same, with the gradient of the gain.
+
+    y = gain * y0, so it is the sum of dy * y0, or dy * y / gain: one reading of what is there, and no product.
+    """
+    return y
+
+
+def _with_gain_backward(saved, dy):
+    y, gain = saved
+    tokens = tuple(range(y.ndim - 1))
+    return dy, jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=tokens) / gain
+
+
+with_gain.defvjp(lambda y, gain: (y, (y, gain)), _with_gain_backward)
 
 
 def is_merging_cheaper(tokens: int, shape: tuple[int, ...]) -> bool:
@@ -311,7 +345,7 @@ def matmul(
     w: Float[Array, "out in"] | QuantizedArray | MergedArray | StackedArray,
     adapter: LowRank | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x @ (w + scaling b a).T for a dense or a quantised weight, in x's dtype with float32 sums.
+    """x @ (gain * (w + scaling b a)).T for a dense or a quantised weight, in x's dtype with float32 sums.
 
     A dense weight is cast to x's dtype; a quantised one is dequantised to it, whatever its own `dtype`. The quantised
     one is a constant: its gradient is zero, and what the backward pass keeps of it is its packed form and nothing else.
@@ -343,7 +377,7 @@ def matmul(
     if adapter is not None:
         if isinstance(w, QuantizedArray) and is_merging_cheaper(x.size // x.shape[-1], w.shape):
             return matmul_merged(x, [w], [adapter])[0]
-        return matmul(x, w) + lora_delta(x, *adapter)
+        return scaled(matmul(x, w) + lora_delta(x, *adapter[:3]), adapter.gain)
     if isinstance(w, QuantizedArray):
         return cast(list, _matmul_quantized(False, x, (w,)))[0]
     if isinstance(w, StackedArray):
@@ -512,8 +546,9 @@ def _matmul_merged_forward(*args):
 def _matmul_merged_backward(saved, dys):
     x, weights, adapters = saved
     dx = added_up([_times_merged(0, dy, *of) for dy, *of in zip(dys, weights, adapters, strict=True)])
-    gradients = lora_gradients(x, dys, adapters)
-    return dx, None, tuple(LowRank(da, db, None) for da, db, _ in gradients)  # None: a zero, for what is constant
+    gradients = lora_gradients(x, dys, [(adapter.a, adapter.gained_b, adapter.scaling) for adapter in adapters])
+    each = [(da, adapter._replace(b=db).gained_b) for adapter, (da, db, _) in zip(adapters, gradients, strict=True)]
+    return dx, None, tuple(LowRank(da, db, None, None) for da, db in each)  # None: a zero, for what is constant
 
 
 _matmul_merged.defvjp(_matmul_merged_forward, _matmul_merged_backward)
@@ -541,10 +576,12 @@ def _times_merged(dimension: int, x: Array, w: QuantizedArray | MergedArray, ada
         def thin(x, w, adapter):
             if isinstance(w, MergedArray):
                 return _contract(x, w.weight, dimension)
-            a, b = adapter.a, adapter.b
+            a, b, before, after = adapter.a, adapter.b, None, adapter.gain
             if dimension == 0:
-                a, b = b.T, a.T
-            return _contract(x, dequantize(w, x.dtype), dimension) + lora_delta(x, a, b, adapter.scaling)
+                a, b, before, after = b.T, a.T, after, before
+            x = scaled(x, before)
+            y = _contract(x, dequantize(w, x.dtype), dimension) + lora_delta(x, a, b, adapter.scaling)
+            return scaled(y, after)
 
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
         return jax.vmap(thin, in_axes=tuple(axes), axis_size=axis_size)(x, w, adapter), True

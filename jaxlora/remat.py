@@ -14,6 +14,11 @@ D is the hidden size, Q and K the widths of the query and key projections, F the
 output and, with a flash kernel, the softmax statistics (4 bytes a head and token), so that attention is not run again.
 What is for the host stays on the device, of the last layers, as far as the host's pinned memory has no room for it.
 
+The gradient of DoRA's magnitudes reads what each linear returns. A linear that writes to the residual stream returns
+what nothing else in a backward pass reads, and would be computed again for that alone: all but "full" keep it too, 2 D
+of `down_proj` and, where the residual is kept, 2 D of `o_proj`; on the host only if all of that has room there.
+"projections" keeps what every linear returns, which is 2 (Q + K) more, where it is not what is kept anyway.
+
 The policies that keep little also cut the MLP into tiles of tokens (`mlp_tile`, arXiv:2506.13996 section 3.1): its
 intermediates, the widest arrays of a layer, then exist for one tile at a time. It costs no product more, since the
 tile's backward pass computes again what the layer's would have.
@@ -41,12 +46,14 @@ _FLASH = "dot_product_attention_fwd_wrapper"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """saved: names of values that are kept. flash: whether a flash kernel's results are. on_host: whether what is kept,
+    """saved: names of values that are kept. saved_with_room: of those that are on the host if all layers' fit there;
+    only with `on_host`. flash: whether a flash kernel's results are. on_host: whether what is kept,
     the layer's input with it, lies in pinned host memory. unrolled: layers one after the other in the program and not
     in a loop, which would copy what is kept into a stack and out again; the program takes longer to compile. mlp_tile:
     tokens of an MLP tile; None for no tiles. rematerialise: False keeps everything."""
 
     saved: tuple[str, ...] = ()
+    saved_with_room: tuple[str, ...] = ()
     flash: bool = False
     on_host: bool = False
     unrolled: bool = False
@@ -54,16 +61,30 @@ class Policy:
     rematerialise: bool = True
 
 
+# What linears with DoRA return, by the axes that they read and write.
+_OF_MLP, _OF_ATTENTION = "mlp_to_embed", "heads_to_embed"
+_OF_LAYER = _OF_MLP, _OF_ATTENTION, "embed_to_heads", "embed_to_kv_heads", "embed_to_mlp"
+
 POLICIES: dict[str, Policy] = {
     "none": Policy(rematerialise=False),
     "projections": Policy(
-        saved=("query", "key", "value", "attention_output", "residual", "gate", "up"), flash=True, unrolled=True
+        saved=("query", "key", "value", "attention_output", "residual", "gate", "up", *_OF_LAYER),
+        flash=True,
+        unrolled=True,
     ),
-    "attention": Policy(saved=("attention_output", "residual"), flash=True),
+    "attention": Policy(saved=("attention_output", "residual", _OF_MLP, _OF_ATTENTION), flash=True),
     "full": Policy(mlp_tile=4096),
-    "offload": Policy(on_host=True, mlp_tile=2048),
-    "offload_attention": Policy(saved=("attention_output",), flash=True, on_host=True, mlp_tile=2048),
-    "offload_residual": Policy(saved=("attention_output", "residual"), flash=True, on_host=True, mlp_tile=2048),
+    "offload": Policy(saved_with_room=(_OF_MLP,), on_host=True, mlp_tile=2048),
+    "offload_attention": Policy(
+        saved=("attention_output",), saved_with_room=(_OF_MLP,), flash=True, on_host=True, mlp_tile=2048
+    ),
+    "offload_residual": Policy(
+        saved=("attention_output", "residual"),
+        saved_with_room=(_OF_MLP, _OF_ATTENTION),
+        flash=True,
+        on_host=True,
+        mlp_tile=2048,
+    ),
 }
 # Tokens of a tile where the policy has none and `unsloth_tiled_mlp` asks for tiles.
 _ASKED_TILE = 2048
@@ -105,9 +126,9 @@ def _checkpointed(body: Callable, policy: Policy) -> Callable:
     return jax.checkpoint(body, policy=_keeps(policy), prevent_cse=False)
 
 
-def _keeps(policy: Policy) -> Callable:
+def _keeps(policy: Policy, with_room: bool = False) -> Callable:
     """The policy as `jax.checkpoint` wants it: is the result of this primitive kept?"""
-    by_name = jax.checkpoint_policies.save_only_these_names(*policy.saved)
+    by_name = jax.checkpoint_policies.save_only_these_names(*policy.saved, *(policy.saved_with_room * with_room))
 
     def keep(primitive, *avals, **params):
         return (policy.flash and primitive.name == _FLASH) or by_name(primitive, *avals, **params)
@@ -129,7 +150,7 @@ def scan(
     """
     policy = _policy(name)
     if policy.on_host:
-        return scan_prefetched(body, x, layers, _keeps(policy), host_bytes)
+        return scan_prefetched(body, x, layers, [_keeps(policy, True), _keeps(policy)], host_bytes)
     if policy.unrolled:
         outs, body = [], jax.checkpoint(body, policy=_keeps(policy))
         for layer in range(jax.tree.leaves(layers)[0].shape[0]):

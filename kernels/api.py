@@ -187,17 +187,19 @@ def merge_nf4(
     a: Float[Array, "r d_in"] | None = None,
     b: Float[Array, "d_out r"] | None = None,
     inverse: Float32[Array, ""] | None = None,
+    gain: Float32[Array, " d_out"] | None = None,
     *,
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
     implementation: Literal["triton16", "triton", "reference"] | None = None,
 ) -> Float[Array, "d0 d1"]:
-    """An NF4 weight, perhaps one of a stack, with b a added: [out, in], or [in, out]. See `reference.merge_nf4`.
+    """An NF4 weight, perhaps one of a stack, its rows times a gain each, with b a added: [out, in], or [in, out]. See
+    `reference.merge_nf4`.
 
     "triton16" is made for large weights of 16 bits, [out, in], with an adapter of at most `nf4_merge16.MOST_RANKS`.
     """
-    args = codes, absmax, nested_absmax, offset, index, a, b, inverse
+    args = codes, absmax, nested_absmax, offset, index, a, b, inverse, gain
     table = _OPS["merge_nf4"]
     return dispatch("merge_nf4", table, implementation, *args, shape=shape, dtype=dtype, transposed=transposed)
 

@@ -2,10 +2,11 @@
 
 The maths, for a weight [out, in] with the adapter B [out, r] and A [r, in], B already scaled:
 
-    out = round(dequantize_nf4(codes, ...) + B A)        sums in float32, rounded once to the output's dtype
+    out = round(gain * dequantize_nf4(codes, ...) + B A)        sums in float32, rounded once to the output's dtype
 
 so that x W'^T is one product of the tensor cores where x W^T + (x A^T) B^T is three, of which the two thin ones read x
-and write a result as large as the layer's. Rounding W' loses no more than rounding W does, since NF4 times its absmax
+and write a result as large as the layer's. A gain for each row is DoRA's; it multiplies the scale of each block, and B
+has it in it already. Rounding W' loses no more than rounding W does, since NF4 times its absmax
 lies anywhere between two 16-bit numbers: what B A adds is rounded up as often as down.
 
 The layout. A program makes a tile of `rows` x `columns`. The lookup of a code is `nf4.py`'s "table"; a row starts at a
@@ -63,6 +64,7 @@ def _kernel():
         nf4,  # float32 [16]
         dynamic_map,  # float32 [256]
         inverse,  # float32 []; unread unless SCALED
+        gain,  # float32 [rows]; unread unless GAINED
         out,  # [rows, columns], or [columns, rows] where TRANSPOSED
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
@@ -72,6 +74,7 @@ def _kernel():
         STACKED: tl.constexpr,
         PRECISION: tl.constexpr,
         SCALED: tl.constexpr,
+        GAINED: tl.constexpr,
         LARGEST: tl.constexpr,  # number of out's dtype
         TRANSPOSED: tl.constexpr,
         TILE_ROWS: tl.constexpr,
@@ -98,6 +101,8 @@ def _kernel():
         if NESTED:
             scale = tl.load(dynamic_map + scale.to(tl.int32))
             scale = scale * tl.load(nested_absmax + block // 256, mask=inside, other=0.0) + tl.load(offset)
+        if GAINED:
+            scale = scale * tl.load(gain + row, mask=row < ROWS, other=0.0)[:, None]
         packed = tl.load(codes.to(tl.pointer_type(tl.uint32)) + word, mask=inside, other=0)
         element = tl.arange(0, 8)[None, None, :]
         value = tl.load(nf4 + ((packed[:, :, None] >> ((4 * element) ^ 4)) & 15)) * scale[:, :, None]
@@ -141,6 +146,7 @@ def merge_nf4(
     a: jax.Array | None,
     b: jax.Array | None,
     inverse: jax.Array | None = None,
+    gain: jax.Array | None = None,
     *,
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
@@ -149,8 +155,8 @@ def merge_nf4(
 ) -> jax.Array:
     """`reference.merge_nf4` as a Triton kernel: the same arguments, the same result but for the order of the sum B A.
 
-    Without an adapter the bits are those of `reference.dequantize_nf4`. It may be vmapped (which loops) and is not
-    differentiable.
+    Without an adapter and a gain the bits are those of `reference.dequantize_nf4`. It may be vmapped (which loops) and
+    is not differentiable.
 
     Raises:
       NotImplementedError: jax-triton is not installed, the dtype is none of float32, bfloat16, float16 and, with an
@@ -189,6 +195,7 @@ def merge_nf4(
         STACKED=index is not None,
         PRECISION="ieee" if dtype == jnp.float32 else "tf32",
         SCALED=inverse is not None,
+        GAINED=gain is not None,
         LARGEST=float(jnp.finfo(dtype).max),
         TRANSPOSED=transposed,
         TILE_ROWS=config.rows,
@@ -197,9 +204,9 @@ def merge_nf4(
     factor = reference.factor_dtype(dtype)
 
     @jax.custom_batching.sequential_vmap
-    def run(codes, absmax, nested_absmax, offset, index, a, b, inverse):
+    def run(codes, absmax, nested_absmax, offset, index, a, b, inverse, gain):
         tables = jnp.asarray(reference.NF4), jnp.asarray(reference.DYNAMIC_MAP)
-        return call(codes, absmax, nested_absmax, offset, index, a, b, *tables, inverse)
+        return call(codes, absmax, nested_absmax, offset, index, a, b, *tables, inverse, gain)
 
     none = jnp.zeros((1,), jnp.float32)
     if nested_absmax is None:
@@ -211,4 +218,5 @@ def merge_nf4(
         padding = rank - a.shape[0]
         a = jnp.pad(a.astype(factor), ((0, padding), (0, 0)))
         b = jnp.pad(b.astype(factor), ((0, 0), (0, padding)))
-    return run(codes, absmax, nested_absmax, offset, index, a, b, none if inverse is None else inverse)
+    inverse, gain = none if inverse is None else inverse, none if gain is None else gain
+    return run(codes, absmax, nested_absmax, offset, index, a, b, inverse, gain)

@@ -1,7 +1,8 @@
 """The weight of a LoRA layer as one 16-bit matrix, [out, in]: what `nf4_merge.py` computes, laid out for the memory.
 
-The maths is that of `nf4_merge.py`: out = round(NF4[code] * scale + B A), sums in float32, rounded once. Products and
-sums of scales are rounded one by one, so where B A is 0 the bits are those of `reference.dequantize_nf4`.
+The maths is that of `nf4_merge.py`: out = round(NF4[code] * (gain * scale) + B A), sums in float32, rounded once.
+Products and sums of scales are rounded one by one, so where B A is 0 and there is no gain the bits are those of
+`reference.dequantize_nf4`.
 
 The layout. A warp makes 64 columns, one block of NF4, of 8 rows at a time, as the transposed sum of `mma.m16n8k16`: the
 16 rows of a product are columns of the weight, its 8 columns are rows. In it lane 4 g + t holds, of rows 2 t and
@@ -154,6 +155,12 @@ def _kernel(dtype: np.dtype):
         )
 
     @triton.jit
+    def two_floats(place):
+        return tl.inline_asm_elementwise(
+            two_assembly, "=f,=f,l", [place], dtype=(tl.float32,) * 2, is_pure=False, pack=1
+        )
+
+    @triton.jit
     def ask_row(codes, absmax, nested_absmax, row, block, g, policy, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
         """Begin to load a lane's word of a row, and the statistics of its block."""
         number = row * BLOCKS + block
@@ -194,7 +201,7 @@ def _kernel(dtype: np.dtype):
         return octets
 
     @triton.jit
-    def values(asked_row, mean, table, NESTED: tl.constexpr):
+    def values(asked_row, gain, mean, table, NESTED: tl.constexpr, GAINED: tl.constexpr):
         """A lane's 8 elements of a row."""
         word, scale, nested = asked_row
         if NESTED:
@@ -203,6 +210,8 @@ def _kernel(dtype: np.dtype):
             scale = tl.inline_asm_elementwise(
                 scale_assembly, "=f,f,f,f", [value, nested, mean], dtype=tl.float32, is_pure=True, pack=1
             )
+        if GAINED:
+            scale = scale * gain
         return tl.inline_asm_elementwise(
             values_assembly, values_operands, [word, scale, table], dtype=(tl.float32,) * 8, is_pure=False, pack=1
         )
@@ -240,12 +249,14 @@ def _kernel(dtype: np.dtype):
         b,  # [rows, RANK]
         nf4,  # float32 [16]
         dynamic_map,  # float32 [256]
+        gain,  # float32 [rows], up to a whole step; unread unless GAINED
         out,  # [rows, columns]
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         RANK: tl.constexpr,  # a multiple of 16
         NESTED: tl.constexpr,
         STACKED: tl.constexpr,
+        GAINED: tl.constexpr,
         WARPS: tl.constexpr,
         OCTETS: tl.constexpr,
         PROGRAMS: tl.constexpr,  # that share a group of columns
@@ -297,6 +308,13 @@ def _kernel(dtype: np.dtype):
             fill(table + (map_at + (i * THREADS + thread) * 4), entries[i])
         table = did(filled_assembly, table)
         for step in range(start, STEPS, PROGRAMS):
+            # Not asked for a step before: by the sm_90 code a thread would take 95 registers with 16 ranks, not 80.
+            gains = ()
+            for octet in tl.static_range(OCTETS):
+                pair = (1.0, 1.0)
+                if GAINED:
+                    pair = two_floats(gain + (step * STEP + 8 * octet + 2 * t))
+                gains = gains + (pair,)
             current = following
             following = ask(
                 codes, absmax, nested_absmax, b, tl.minimum(step + PROGRAMS, last) * STEP, block, g, t, policy,
@@ -304,8 +322,8 @@ def _kernel(dtype: np.dtype):
             )  # fmt: skip
             asked = did(asked_assembly, table)
             for octet in tl.static_range(OCTETS):
-                upper = values(current[octet][0], offset, asked, NESTED)
-                lower = values(current[octet][1], offset, asked, NESTED)
+                upper = values(current[octet][0], gains[octet][0], offset, asked, NESTED, GAINED)
+                lower = values(current[octet][1], gains[octet][1], offset, asked, NESTED, GAINED)
                 for chunk in tl.static_range(CHUNKS):
                     factors = current[octet][2][chunk]
                     p0, q0, r0, s0 = added(upper, lower, held[chunk], factors, 0)
@@ -330,6 +348,7 @@ def merge_nf4(
     a: jax.Array | None,
     b: jax.Array | None,
     inverse: jax.Array | None = None,
+    gain: jax.Array | None = None,
     *,
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
@@ -377,19 +396,21 @@ def merge_nf4(
         RANK=rank,
         NESTED=nested_absmax is not None,
         STACKED=index is not None,
+        GAINED=gain is not None,
         WARPS=config.num_warps,
         OCTETS=config.octets,
         PROGRAMS=programs,
     )
 
     @jax.custom_batching.sequential_vmap
-    def run(codes, absmax, nested_absmax, offset, index, a, b):
+    def run(codes, absmax, nested_absmax, offset, index, a, b, gain):
         tables = jnp.asarray(reference.NF4), jnp.asarray(reference.DYNAMIC_MAP)
-        return call(codes, absmax, nested_absmax, offset, index, a, b, *tables)
+        return call(codes, absmax, nested_absmax, offset, index, a, b, *tables, gain)
 
     if nested_absmax is None:
         nested_absmax = offset = jnp.zeros((1,), jnp.float32)
     index = jnp.zeros((), jnp.int32) if index is None else index
     padding = ((0, 0), (0, rank - a.shape[0]))
     a, b = jnp.pad(a.T.astype(dtype), padding), jnp.pad(b.astype(dtype), padding)
-    return run(codes, absmax, nested_absmax, offset, index, a, b)
+    gain = jnp.zeros((1,), jnp.float32) if gain is None else jnp.pad(gain, (0, -rows % (8 * config.octets)))
+    return run(codes, absmax, nested_absmax, offset, index, a, b, gain)

@@ -303,18 +303,21 @@ def merge_nf4(
     a: Float[Array, "r d_in"] | None,
     b: Float[Array, "d_out r"] | None,
     inverse: Float32[Array, ""] | None = None,
+    gain: Float32[Array, " d_out"] | None = None,
     *,
     shape: tuple[int, int],
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
 ) -> Float[Array, "d0 d1"]:
-    """A weight of NF4 with a low-rank update: dequantize_nf4(...) + b a, summed in float32 and rounded once to `dtype`.
+    """A weight of NF4 with a low-rank update: gain * dequantize_nf4(...) + b a, a gain for each row, summed in float32
+    and rounded once to `dtype`.
 
     Args:
       codes, absmax, nested_absmax, offset: as for `dequantize_nf4`; of a stack of weights if `index` is given.
       index: which weight of the stack; None where there is no stack.
       a, b: rounded to `dtype`, or bfloat16 for float8, before they are multiplied. None for no update.
       inverse: what the sum is multiplied by before it is rounded; for float8, whose largest number it stays within.
+      gain: what each row of the weight is multiplied by, before b a is added; None for 1.
       shape: (out, in).
       dtype: the result's.
       transposed: whether the result is [in, out].
@@ -323,6 +326,8 @@ def merge_nf4(
     if index is not None:
         fields = [None if field is None else lax.dynamic_index_in_dim(field, index, keepdims=False) for field in fields]
     weight = dequantize_nf4(*fields, shape=shape, dtype=jnp.float32)
+    if gain is not None:
+        weight = gain[:, None] * weight
     if a is not None and b is not None:
         exact = lax.Precision.HIGHEST if dtype == jnp.float32 else None
         factor = factor_dtype(dtype)
