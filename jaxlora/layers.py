@@ -18,6 +18,7 @@ from jaxlora import fp8, quant, remat
 from jaxlora.config import QuantConfig
 from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
+from jaxlora.kernels.dropout import dropout
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
 from jaxlora.kernels.lora import lora_delta, row_norms
 from jaxlora.kernels.ordered import Ordered, plain
@@ -452,14 +453,6 @@ class PlainLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         y = quant.matmul(x, self.weight.get_value())
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
-
-
-def dropout(x: Float[Array, "*shape"], rate: float, key: Any) -> Float[Array, "*shape"]:
-    """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate). No key means no dropout."""
-    if rate == 0.0 or key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 class Embedding(Adapted):
