@@ -20,7 +20,7 @@ from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.dropout import dropout
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
-from jaxlora.kernels.lora import lora_delta, row_norms
+from jaxlora.kernels.lora import dropped_delta, lora_delta, row_norms
 from jaxlora.kernels.ordered import Ordered, plain
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, Residual
@@ -289,16 +289,16 @@ class Linear(Adapted):
         if self.lora_A is None:
             return matmul(x, weight) if base is None else base
         adapter = self.low_rank()
-        dropped = dropout(x, self.lora_dropout, key)
+        is_dropping = self.lora_dropout > 0.0 and key is not None
         if self.lora_magnitude is None:
-            if base is not None:
-                return base + lora_delta(dropped, *adapter)
-            if dropped is x:
-                return matmul(x, weight, adapter)
-            return matmul(x, weight) + lora_delta(dropped, *adapter)
+            if not is_dropping:
+                return matmul(x, weight, adapter) if base is None else base + lora_delta(x, *adapter)
+            delta = dropped_delta(x, self.lora_dropout, key, *adapter)
+            return (matmul(x, weight) if base is None else base) + delta
         gain = self.dora_gain(quant.matmul(adapter.a.astype(x.dtype), weight))
-        if dropped is x:
+        if not is_dropping:
             return (gain * matmul(x, weight, adapter).astype(jnp.float32)).astype(x.dtype)
+        dropped = dropout(x, self.lora_dropout, key)
         parts = matmul(x, weight), matmul(dropped, weight), lora_delta(dropped, *adapter)
         y, extra, delta = (part.astype(jnp.float32) for part in parts)  # a gain is near 1
         return (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)

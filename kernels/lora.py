@@ -10,12 +10,17 @@ and is computed again.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxlora.kernels import api
+from jaxlora.kernels.dropout import kept, kept_bits
 
 
 def _dot(x: Array, w: Array, contract: tuple[int, int], out_dtype) -> Array:
@@ -62,8 +67,11 @@ def lora_delta(
 def _forward(x, a, b, scaling):
     rows = x.reshape(-1, x.shape[-1])
     z = _dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling
-    delta = _dot(z.astype(x.dtype), b.astype(x.dtype), (1, 1), x.dtype)
-    return delta.reshape(*x.shape[:-1], b.shape[0]), (x, a, b, scaling)
+    return _raised(z.astype(x.dtype), b).reshape(*x.shape[:-1], b.shape[0]), (x, a, b, scaling)
+
+
+def _raised(z: Float[Array, "*batch r"], b: Float[Array, "d_out r"]) -> Float[Array, "*batch d_out"]:
+    return _dot(z, b.astype(z.dtype), (z.ndim - 1, 1), z.dtype)
 
 
 def lora_gradients(
@@ -95,3 +103,31 @@ def _backward(residuals, dy):
 
 
 lora_delta.defvjp(_forward, _backward)
+
+
+def dropped_delta(
+    x: Float[Array, "*batch d_in"],
+    rate: float,
+    key: Any,
+    a: Float[Array, "r d_in"],
+    b: Float[Array, "d_out r"],
+    scaling: Float[Array, "*per_rank"],
+) -> Float[Array, "*batch d_out"]:
+    """`lora_delta` of dropout(x, rate, key), which keeps x and bits, and is not written forward where there is a
+    kernel."""
+    return _dropped_delta(rate, x, kept_bits(key, x.shape, rate), a, b, scaling)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dropped_delta(rate: float, x, bits, a, b, scaling):
+    z = api.dropped_product(x, bits, a.astype(x.dtype), rate) * scaling
+    return _raised(z.astype(x.dtype), b)
+
+
+def _dropped_backward(rate, saved, dy):
+    x, bits, *adapter = saved
+    dx, *gradients = _backward((kept(x, bits, rate), *adapter), dy)
+    return kept(dx, bits, rate), None, *gradients
+
+
+_dropped_delta.defvjp(lambda rate, *args: (_dropped_delta(rate, *args), args), _dropped_backward)

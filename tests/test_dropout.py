@@ -1,13 +1,17 @@
 """Dropout of what adapters read: the generator beside its authors' answers, and the masks that it draws."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlora.kernels import api
 from jaxlora.kernels import dropout as dropping
 from jaxlora.kernels.dropout import dropout
+from jaxlora.kernels.lora import dropped_delta, lora_delta
 from jaxlora.sharding import make_mesh
 
 
@@ -84,3 +88,81 @@ def test_each_device_draws_its_part(key):
     np.testing.assert_array_equal(run(split), dropout(x, 0.3, key))
     assert run(split).sharding == split.sharding
     assert "all-gather" not in run.as_text() and "u8[2,6,4]" in run.as_text()
+
+
+def adapter_of(key, d_in, d_out, r):
+    a, b = jax.random.normal(key, (r, d_in), jnp.float32), jax.random.normal(key, (d_out, r), jnp.float32)
+    return a / d_in**0.5, b, jnp.float32(0.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 40), (7, 13)], ids=str)
+def test_an_adapter_of_what_is_dropped_has_its_gradients(key, shape):
+    x = jax.random.normal(key, shape, jnp.float32)
+    adapter, dy = adapter_of(key, shape[-1], 24, 4), jax.random.normal(key, (*shape[:-1], 24))
+    apart = lambda x, *adapter: lora_delta(dropout(x, 0.25, key), *adapter)
+    y, pullback = jax.vjp(lambda x, *adapter: dropped_delta(x, 0.25, key, *adapter), x, *adapter)
+    expected, expected_pullback = jax.vjp(apart, x, *adapter)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(pullback(dy), expected_pullback(dy), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_each_device_multiplies_its_part(key):
+    """What the kernel is wrapped in, around the reference: rows and columns may be divided, and nothing is gathered."""
+    rate = 0.3
+    product = dropping.sharded(lambda *args: dropping.dropped_product_reference(*args, rate))
+    x, a = jax.random.normal(key, (4, 6, 64)), jax.random.normal(key, (8, 64))
+    bits = dropping.kept_bits(key, x.shape, rate)
+    expected = dropping.dropped_product_reference(x, bits, a, rate)
+    mesh = make_mesh(fsdp=2, tensor=2)
+    for spec in (("fsdp", None, None), ("fsdp", None, "tensor"), (None, "tensor", "fsdp"), ()):
+        split = jax.device_put((x, bits), NamedSharding(mesh, PartitionSpec(*spec)))
+        run = jax.jit(product).lower(*split, a).compile()
+        assert "all-gather" not in run.as_text()
+        np.testing.assert_allclose(run(*split, a), expected, rtol=1e-5, atol=1e-5)
+    # Columns that are no whole blocks of the mask are gathered.
+    split = jax.device_put(x[..., :56], NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor")))
+    found = jax.jit(product)(split, bits[..., :7], a[:, :56])
+    expected = dropping.dropped_product_reference(x[..., :56], bits[..., :7], a[:, :56], rate)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_says_why_it_cannot_run(key):
+    x, a = jnp.ones((5, 24), jnp.bfloat16), jnp.ones((4, 24), jnp.bfloat16)
+    bits = dropping.kept_bits(key, x.shape, 0.5)
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        api.dropped_product(x, bits, a, 0.5, implementation="triton")
+    with pytest.raises(NotImplementedError, match="not bfloat16 and float32"):
+        dropping.dropped_product(x, bits, a.astype(jnp.float32), 0.5)
+    with pytest.raises(NotImplementedError, match="at most 128 ranks, not 129"):
+        dropping.dropped_product(x, bits, jnp.ones((129, 24), jnp.bfloat16), 0.5)
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 2048), (2, 5, 776), (1, 3), (2048, 14336), (33, 1100)], ids=str)
+@pytest.mark.parametrize("r", [1, 16, 40, 128])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_triton_is_the_reference(key, dtype, r, shape):
+    x = jax.random.normal(key, shape, jnp.float32).astype(dtype)
+    a = jax.random.normal(key, (r, shape[-1]), jnp.float32).astype(dtype)
+    run = lambda x, a, **named: api.dropped_product(x, dropping.kept_bits(key, shape, 0.1), a, 0.1, **named)
+    assert api.implementations_in(run, x, a) == {"dropped_product.triton"}
+    wide = (array.astype(jnp.float32) for array in (x, a))
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(functools.partial(run, implementation="reference"))(*wide)
+    found = jax.jit(run)(x, a)
+    assert found.dtype == jnp.float32 and found.shape == (*shape[:-1], r)
+    # x and a are the same numbers in float32: what differs is the order of sums.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * shape[-1] ** 0.5)
+    np.testing.assert_array_equal(found, jax.jit(run)(x, a))
+
+
+@pytest.mark.gpu
+def test_the_gpu_draws_the_bits_of_the_cpu():
+    draw = jax.jit(lambda: dropping.kept_bits(jax.random.key(3), (64, 1000), 0.1))
+    drawn = np.asarray(draw())
+    with jax.default_device(jax.devices("cpu")[0]):
+        np.testing.assert_array_equal(drawn, draw())
