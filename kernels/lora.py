@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlora.kernels import api
-from jaxlora.kernels.dropout import kept, kept_bits
+from jaxlora.kernels.dropout import kept_bits
 
 
 def _dot(x: Array, w: Array, contract: tuple[int, int], out_dtype) -> Array:
@@ -113,21 +113,27 @@ def dropped_delta(
     b: Float[Array, "d_out r"],
     scaling: Float[Array, "*per_rank"],
 ) -> Float[Array, "*batch d_out"]:
-    """`lora_delta` of dropout(x, rate, key), which keeps x and bits, and is not written forward where there is a
-    kernel."""
+    """`lora_delta` of dropout(x, rate, key), which is not written where there is a kernel. The residuals are x, bits of
+    the mask, z, A and B."""
     return _dropped_delta(rate, x, kept_bits(key, x.shape, rate), a, b, scaling)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dropped_delta(rate: float, x, bits, a, b, scaling):
-    z = api.dropped_product(x, bits, a.astype(x.dtype), rate) * scaling
-    return _raised(z.astype(x.dtype), b)
+    return _dropped_forward(rate, x, bits, a, b, scaling)[0]
+
+
+def _dropped_forward(rate, x, bits, a, b, scaling):
+    z = (api.dropped_product(x, bits, a.astype(x.dtype), rate) * scaling).astype(x.dtype)
+    return _raised(z, b), (x, bits, z, a, b, scaling)
 
 
 def _dropped_backward(rate, saved, dy):
-    x, bits, *adapter = saved
-    dx, *gradients = _backward((kept(x, bits, rate), *adapter), dy)
-    return kept(dx, bits, rate), None, *gradients
+    x, bits, z, a, b, scaling = saved
+    dz = (_dot(dy, b.astype(x.dtype), (dy.ndim - 1, 0), jnp.float32) * scaling).astype(x.dtype)
+    dx, da = api.dropped_gradients(x, bits, a.astype(x.dtype), dz, rate)
+    db = _dot(dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]), (0, 0), b.dtype)
+    return dx, None, da.astype(a.dtype), db, jnp.zeros_like(scaling)
 
 
-_dropped_delta.defvjp(lambda rate, *args: (_dropped_delta(rate, *args), args), _dropped_backward)
+_dropped_delta.defvjp(_dropped_forward, _dropped_backward)

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.kernels import api
 from jaxlora.kernels import dropout as dropping
+from jaxlora.kernels import dropped_product as products
 from jaxlora.kernels.dropout import dropout
 from jaxlora.kernels.lora import dropped_delta, lora_delta
 from jaxlora.sharding import make_mesh
@@ -87,7 +88,7 @@ def test_each_device_draws_its_part(key):
     run = jax.jit(lambda x: dropout(x, 0.3, key)).lower(split).compile()
     np.testing.assert_array_equal(run(split), dropout(x, 0.3, key))
     assert run(split).sharding == split.sharding
-    assert "all-gather" not in run.as_text() and "u8[2,6,4]" in run.as_text()
+    assert "all-gather" not in text(run) and "u8[2,6,4]" in text(run)
 
 
 def adapter_of(key, d_in, d_out, r):
@@ -107,57 +108,89 @@ def test_an_adapter_of_what_is_dropped_has_its_gradients(key, shape):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_each_device_multiplies_its_part(key):
-    """What the kernel is wrapped in, around the reference: rows and columns may be divided, and nothing is gathered."""
-    rate = 0.3
-    product = dropping.sharded(lambda *args: dropping.dropped_product_reference(*args, rate))
-    x, a = jax.random.normal(key, (4, 6, 64)), jax.random.normal(key, (8, 64))
-    bits = dropping.kept_bits(key, x.shape, rate)
-    expected = dropping.dropped_product_reference(x, bits, a, rate)
+def operands(key, shape, r, dtype):
+    """x, bits, a, dz."""
+    arrays = (shape, (r, shape[-1]), (*shape[:-1], r))
+    x, a, dz = (
+        jax.random.normal(key, of, jnp.float32).astype(dtype)
+        for key, of in zip(jax.random.split(key, 3), arrays, strict=True)
+    )
+    return x, dropping.kept_bits(key, shape, 0.3), a, dz
+
+
+@pytest.mark.parametrize("columns", [64, 56])  # those of a device are whole blocks of the mask, or none
+def test_each_device_multiplies_its_part(key, columns):
+    """What the kernels are wrapped in, around the reference: rows and columns may be divided, and nothing is
+    gathered."""
+    product = products.sharded_product(lambda *args: products.dropped_product_reference(*args, 0.3))
+    back = products.sharded_back(lambda *args: products.dropped_back_reference(*args, 0.3))
+    outer = products.sharded_outer(lambda *args: products.dropped_outer_reference(*args, 0.3))
+    all_three = lambda x, bits, a, dz: (product(x, bits, a), back(bits, a, dz), outer(x, bits, dz))
+    whole = operands(key, (4, 6, columns), 8, jnp.float32)
+    x, bits, a, dz = whole
+    expected = products.dropped_product_reference(x, bits, a, 0.3), *products.dropped_gradients_reference(*whole, 0.3)
     mesh = make_mesh(fsdp=2, tensor=2)
-    for spec in (("fsdp", None, None), ("fsdp", None, "tensor"), (None, "tensor", "fsdp"), ()):
-        split = jax.device_put((x, bits), NamedSharding(mesh, PartitionSpec(*spec)))
-        run = jax.jit(product).lower(*split, a).compile()
-        assert "all-gather" not in run.as_text()
-        np.testing.assert_allclose(run(*split, a), expected, rtol=1e-5, atol=1e-5)
-    # Columns that are no whole blocks of the mask are gathered.
-    split = jax.device_put(x[..., :56], NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor")))
-    found = jax.jit(product)(split, bits[..., :7], a[:, :56])
-    expected = dropping.dropped_product_reference(x[..., :56], bits[..., :7], a[:, :56], rate)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for spec in (("fsdp", None, None), ("fsdp", None, "tensor"), (None, "tensor", "fsdp"), (("fsdp", "tensor"),), ()):
+        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        run = jax.jit(all_three).lower(split, *whole[1:]).compile()
+        if columns == 64:
+            assert "all-gather" not in text(run)
+        for ours, theirs in zip(run(split, *whole[1:]), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernel_says_why_it_cannot_run(key):
-    x, a = jnp.ones((5, 24), jnp.bfloat16), jnp.ones((4, 24), jnp.bfloat16)
-    bits = dropping.kept_bits(key, x.shape, 0.5)
+def text(compiled) -> str:
+    return compiled.as_text() or ""
+
+
+def test_adapters_side_by_side(key):
+    """Under `jax.vmap` the kernels are the reference."""
+    x, bits, a, _ = operands(key, (5, 40), 4, jnp.bfloat16)
+    unwanted = lambda x, bits, a: jnp.full((5, 4), jnp.nan)
+    reference = functools.partial(products.dropped_product_reference, rate=0.3)
+    many = jnp.stack([a, -a])
+    found = jax.vmap(products._unless_vmapped(unwanted, reference), in_axes=(None, None, 0))(x, bits, many)
+    for ours, one in zip(found, many, strict=True):
+        np.testing.assert_array_equal(ours, reference(x, bits, one))
+
+
+def test_the_kernels_say_why_they_cannot_run(key):
+    x, bits, a, dz = operands(key, (5, 24), 4, jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         api.dropped_product(x, bits, a, 0.5, implementation="triton")
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        api.dropped_gradients(x, bits, a, dz, 0.5, implementation="triton")
     with pytest.raises(NotImplementedError, match="not bfloat16 and float32"):
-        dropping.dropped_product(x, bits, a.astype(jnp.float32), 0.5)
+        products.dropped_product(x, bits, a.astype(jnp.float32), 0.5)
     with pytest.raises(NotImplementedError, match="at most 128 ranks, not 129"):
-        dropping.dropped_product(x, bits, jnp.ones((129, 24), jnp.bfloat16), 0.5)
+        products.dropped_product(x, bits, jnp.ones((129, 24), jnp.bfloat16), 0.5)
 
 
 # --- on a GPU ---
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(3, 2048), (2, 5, 776), (1, 3), (2048, 14336), (33, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2048), (2, 5, 776), (1, 3), (2048, 14336), (33, 1100), (1100, 300)], ids=str)
 @pytest.mark.parametrize("r", [1, 16, 40, 128])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_triton_is_the_reference(key, dtype, r, shape):
-    x = jax.random.normal(key, shape, jnp.float32).astype(dtype)
-    a = jax.random.normal(key, (r, shape[-1]), jnp.float32).astype(dtype)
-    run = lambda x, a, **named: api.dropped_product(x, dropping.kept_bits(key, shape, 0.1), a, 0.1, **named)
-    assert api.implementations_in(run, x, a) == {"dropped_product.triton"}
-    wide = (array.astype(jnp.float32) for array in (x, a))
+    def run(x, bits, a, dz, implementation=None):
+        z = api.dropped_product(x, bits, a, 0.3, implementation=implementation)
+        return z, *api.dropped_gradients(x, bits, a, dz, 0.3, implementation=implementation)
+
+    narrow = operands(key, shape, r, dtype)
+    assert api.implementations_in(run, *narrow) == {"dropped_product.triton", "dropped_gradients.triton"}
+    wide = [array.astype(jnp.float32) if array.dtype == dtype else array for array in narrow]
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(functools.partial(run, implementation="reference"))(*wide)
-    found = jax.jit(run)(x, a)
-    assert found.dtype == jnp.float32 and found.shape == (*shape[:-1], r)
-    # x and a are the same numbers in float32: what differs is the order of sums.
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * shape[-1] ** 0.5)
-    np.testing.assert_array_equal(found, jax.jit(run)(x, a))
+    found = jax.jit(run)(*narrow)
+    assert [array.dtype for array in found] == [jnp.float32, dtype, jnp.float32]
+    # The operands are the same numbers in float32: what differs is the order of sums, and that dx is rounded.
+    for ours, theirs, summed in zip(found, expected, (shape[-1], r, np.prod(shape[:-1])), strict=True):
+        eps = 1e-5 if ours.dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=eps, atol=1e-5 * summed**0.5)
+    for ours, again in zip(found, jax.jit(run)(*narrow), strict=True):
+        np.testing.assert_array_equal(ours, again)
 
 
 @pytest.mark.gpu
