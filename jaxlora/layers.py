@@ -238,7 +238,13 @@ class Linear(Adapted):
     @property
     def is_adapted_product(self) -> bool:
         """Whether it is linear in x, and its adapter's gradient is made of x."""
-        return self.has_plain_adapter and self.qat_scheme is None and self.matmul_dtype is None
+        return self.is_dropping_product and self.lora_dropout == 0.0
+
+    @property
+    def is_dropping_product(self) -> bool:
+        """Whether it `is_adapted_product`, but for a dropout of what its adapter reads."""
+        has_adapter = self.lora_A is not None and self.lora_magnitude is None
+        return has_adapter and self.qat_scheme is None and self.matmul_dtype is None
 
     def is_merged(self, tokens: int) -> bool:
         """Whether so many tokens are multiplied by a weight with the adapter in it, and that is all but a bias."""
@@ -388,17 +394,17 @@ def of_gate(
     What the linear reads is not kept. The gradient of an adapter reads it again, and then it is made with the gate's
     gradients, by one kernel where there is one.
     """
-    if not linear.is_adapted_product:
+    if not linear.is_dropping_product:
         # Where it is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
         implementation = None if linear.matmul_dtype is None else "reference"
         return linear(kernels.gated(gate, up, act, implementation=implementation), key)
     structure, learning, frozen = nnx.split(linear, nnx.Param, ...)
-    return _of_gate(act, structure, gate, up, learning, frozen)
+    return _of_gate(act, structure, gate, up, learning, frozen, key)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _of_gate(act: str, structure: nnx.GraphDef, gate, up, learning: nnx.State, frozen: nnx.State):
-    return nnx.merge(structure, learning, frozen)(kernels.gated(gate, up, act))
+def _of_gate(act: str, structure: nnx.GraphDef, gate, up, learning: nnx.State, frozen: nnx.State, key):
+    return nnx.merge(structure, learning, frozen)(kernels.gated(gate, up, act), key)
 
 
 def _of_gate_forward(act, structure, *args):
@@ -406,16 +412,16 @@ def _of_gate_forward(act, structure, *args):
 
 
 def _of_gate_backward(act, structure, saved, dy):
-    gate, up, learning, frozen = saved
+    gate, up, learning, frozen, key = saved
 
     def product(learning, h):
-        return nnx.merge(structure, learning, frozen)(h)
+        return nnx.merge(structure, learning, frozen)(h, key)
 
-    # A linear's gradient by what it reads is the same for whatever it reads.
+    # A linear's gradient by what it reads is the same for whatever it reads, for one mask.
     dh = jax.vjp(functools.partial(product, learning), jnp.zeros_like(gate))[1](dy)[0]
     h, dgate, dup = kernels.gated_backward(gate, up, dh, act)
     d_learning = jax.vjp(lambda learning: product(learning, h), learning)[1](dy)[0]
-    return dgate, dup, d_learning, None  # None: a zero, for what is constant
+    return dgate, dup, d_learning, None, None  # None: a zero, for what is constant
 
 
 _of_gate.defvjp(_of_gate_forward, _of_gate_backward)
