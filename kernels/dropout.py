@@ -6,7 +6,7 @@ serves 8 entries of a row with 16 bits each, and the rate is exact to 2^-16.
 
 The trade. Drawing takes more instructions than the memory takes time for what is dropped, so it is done once for all
 that reads the mask, and the mask is written, at a bit an entry: 9 instructions of a GPU an entry, where `jax.random`
-draws a block of Threefry2x32-20 for each. (With that, and what was dropped written, a step of an 8B took an H100 815 ms,
+draws a block of Threefry2x32-20 for each. (With that, and what was dropped written, a step of an 8B took 815 ms,
 not 670.) The backward pass keeps bits, not a byte an entry, and draws them again where layers are computed again.
 
 Layout: bit j of byte i of a row says whether entry 8 i + j is kept.
