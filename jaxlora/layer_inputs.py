@@ -191,7 +191,7 @@ def _tap(block: nnx.Module, names: Sequence[str], see: Callable) -> None:
 
 
 class _Tap:
-    is_adapted_product = False  # so that `layers.of_gate` calls it
+    is_dropping_product = False  # so that `layers.of_gate` calls it
 
     def __init__(self, linear: Linear, see: Callable):
         self.linear, self.see, self.matmul_dtype = linear, see, linear.matmul_dtype

@@ -19,8 +19,9 @@ from jaxlora import fp8, quant, remat
 from jaxlora.config import QuantConfig
 from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
+from jaxlora.kernels.dropout import dropout
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
-from jaxlora.kernels.lora import lora_delta, row_norms
+from jaxlora.kernels.lora import dropped_delta, lora_delta, row_norms
 from jaxlora.kernels.ordered import Ordered, plain
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, Residual
@@ -248,7 +249,13 @@ class Linear(Adapted):
     @property
     def is_adapted_product(self) -> bool:
         """Whether it is linear in x, and its adapter's gradient is made of x."""
-        return self.has_plain_adapter and self.qat_scheme is None and self.matmul_dtype is None
+        return self.is_dropping_product and self.lora_dropout == 0.0
+
+    @property
+    def is_dropping_product(self) -> bool:
+        """Whether it `is_adapted_product`, but for a dropout of what an adapter without DoRA reads."""
+        is_ours = self.lora_A is not None and self.qat_scheme is None and self.matmul_dtype is None
+        return is_ours and (self.lora_magnitude is None or self.lora_dropout == 0.0)
 
     def is_merged(self, tokens: int) -> bool:
         """Whether so many tokens are multiplied by a weight with the adapter in it, and that is all but a bias."""
@@ -300,14 +307,12 @@ class Linear(Adapted):
             return matmul(x, weight) if base is None else base
         linear = self.with_norms(x.dtype)
         adapter = linear.low_rank()
-        dropped = dropout(x, self.lora_dropout, key)
-        if base is not None:
-            return base + lora_delta(dropped, *adapter[:3])
-        if dropped is x:
+        if base is None and not self._is_dropping(key):
             return linear.gained(matmul(x, weight, adapter))
         if self.lora_magnitude is None:
-            return matmul(x, weight) + lora_delta(dropped, *adapter[:3])
+            return (matmul(x, weight) if base is None else base) + self._delta(x, key)
         gain = self.dora_gain(linear.lora_norms.get_value())
+        dropped = dropout(x, self.lora_dropout, key)
         parts = matmul(x, weight), matmul(dropped, weight), lora_delta(dropped, *adapter[:3])
         y, extra, delta = (part.astype(jnp.float32) for part in parts)  # a gain is near 1
         return (y + (gain - 1.0) * extra + gain * delta).astype(x.dtype)
@@ -342,9 +347,20 @@ class Linear(Adapted):
         y = checkpoint_name(y, f"{self.axes[1]}_to_{self.axes[0]}")
         return quant.with_gain(y, self.dora_gain(self.lora_norms.get_value()))
 
-    def times_adapted(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """The product alone, where it `is_adapted_product`."""
+    def times_adapted(self, x: Float[Array, "*batch d_in"], key: Any) -> Float[Array, "*batch d_out"]:
+        """The product alone, where it `is_dropping_product`."""
+        if self._is_dropping(key):
+            return quant.matmul(x, self.current_weight()) + self._delta(x, key)
         return quant.matmul(x, self.current_weight(), self.low_rank())
+
+    def _is_dropping(self, key: Any) -> bool:
+        return self.lora_dropout > 0.0 and key is not None
+
+    def _delta(self, x: Float[Array, "*batch d_in"], key: Any) -> Float[Array, "*batch d_out"]:
+        a, b, scaling, _ = self.low_rank()
+        if self._is_dropping(key):
+            return dropped_delta(x, self.lora_dropout, key, a, b, scaling)
+        return lora_delta(x, a, b, scaling)
 
     def dense(self, dtype: Any, tokens: int) -> Linear:
         """A copy for so many tokens, some at a time: its weight is a dense constant, perhaps with the adapter in it."""
@@ -428,18 +444,18 @@ def of_gate(
     What the linear reads is not kept. The gradient of an adapter reads it again, and then it is made with the gate's
     gradients, by one kernel where there is one.
     """
-    if not linear.is_adapted_product:
+    if not linear.is_dropping_product:
         # Where it is rounded to float8 XLA may make it where it looks for the scales: those steps were measured so.
         implementation = None if linear.matmul_dtype is None else "reference"
         return linear(kernels.gated(gate, up, act, implementation=implementation), key)
     linear = linear.with_norms(gate.dtype)
     structure, learning, frozen = nnx.split(linear, nnx.Param, ...)
-    return linear.biased(linear.gained(_of_gate(act, structure, gate, up, learning, frozen)))
+    return linear.biased(linear.gained(_of_gate(act, structure, gate, up, learning, frozen, key)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _of_gate(act: str, structure: nnx.GraphDef, gate, up, learning: nnx.State, frozen: nnx.State):
-    return nnx.merge(structure, learning, frozen).times_adapted(kernels.gated(gate, up, act))
+def _of_gate(act: str, structure: nnx.GraphDef, gate, up, learning: nnx.State, frozen: nnx.State, key):
+    return nnx.merge(structure, learning, frozen).times_adapted(kernels.gated(gate, up, act), key)
 
 
 def _of_gate_forward(act, structure, *args):
@@ -447,16 +463,16 @@ def _of_gate_forward(act, structure, *args):
 
 
 def _of_gate_backward(act, structure, saved, dy):
-    gate, up, learning, frozen = saved
+    gate, up, learning, frozen, key = saved
 
     def product(learning, h):
-        return nnx.merge(structure, learning, frozen).times_adapted(h)
+        return nnx.merge(structure, learning, frozen).times_adapted(h, key)
 
-    # A linear's gradient by what it reads is the same for whatever it reads.
+    # A linear's gradient by what it reads is the same for whatever it reads, for one mask.
     dh = jax.vjp(functools.partial(product, learning), jnp.zeros_like(gate))[1](dy)[0]
     h, dgate, dup = kernels.gated_backward(gate, up, dh, act)
     d_learning = jax.vjp(lambda learning: product(learning, h), learning)[1](dy)[0]
-    return dgate, dup, d_learning, None  # None: a zero, for what is constant
+    return dgate, dup, d_learning, None, None  # None: a zero, for what is constant
 
 
 _of_gate.defvjp(_of_gate_forward, _of_gate_backward)
@@ -494,14 +510,6 @@ class PlainLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         y = quant.matmul(x, self.weight.get_value())
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
-
-
-def dropout(x: Float[Array, "*shape"], rate: float, key: Any) -> Float[Array, "*shape"]:
-    """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate). No key means no dropout."""
-    if rate == 0.0 or key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 class Embedding(Adapted):

@@ -27,6 +27,7 @@ from jaxlora.kernels import (
     reference,
     rms_norm,
 )
+from jaxlora.kernels import dropped_product as dropping
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
@@ -147,6 +148,14 @@ _OPS: dict[str, dict[str, Callable]] = {
     },
     "gated": {"triton": on_gpu(gating.gated), "reference": gating.gated_reference},
     "gated_backward": {"triton": on_gpu(gating.gated_backward), "reference": gating.gated_backward_reference},
+    "dropped_product": {
+        "triton": on_gpu(dropping.dropped_product),
+        "reference": dropping.dropped_product_reference,
+    },
+    "dropped_gradients": {
+        "triton": on_gpu(dropping.dropped_gradients),
+        "reference": dropping.dropped_gradients_reference,
+    },
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
     "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
     "decode_attention": {
@@ -312,6 +321,31 @@ def gated_backward(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
     """act(gate) * up, and its gradients by both. See `gated.gated_backward_reference`."""
     return dispatch("gated_backward", _OPS["gated_backward"], implementation, gate, up, dout, act)
+
+
+def dropped_product(
+    x: Float[Array, "*rows d"],
+    bits: UInt8[Array, "*rows bytes"],
+    a: Float[Array, "r d"],
+    rate: float,
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> Float32[Array, "*rows r"]:
+    """dropout(x) a^T, of the bits of `dropout.kept_bits`. See `dropped_product.dropped_product_reference`."""
+    return dispatch("dropped_product", _OPS["dropped_product"], implementation, x, bits, a, rate)
+
+
+def dropped_gradients(
+    x: Float[Array, "*rows d"],
+    bits: UInt8[Array, "*rows bytes"],
+    a: Float[Array, "r d"],
+    dz: Float[Array, "*rows r"],
+    rate: float,
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> tuple[Float[Array, "*rows d"], Float32[Array, "r d"]]:
+    """Its gradients by x and a. See `dropped_product.dropped_gradients_reference`."""
+    return dispatch("dropped_gradients", _OPS["dropped_gradients"], implementation, x, bits, a, dz, rate)
 
 
 def grouped_dot(

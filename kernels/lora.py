@@ -10,12 +10,17 @@ and is computed again.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxlora.kernels import api
+from jaxlora.kernels.dropout import kept_bits
 
 
 def _dot(x: Array, w: Array, contract: tuple[int, int], out_dtype) -> Array:
@@ -62,8 +67,11 @@ def lora_delta(
 def _forward(x, a, b, scaling):
     rows = x.reshape(-1, x.shape[-1])
     z = _dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling
-    delta = _dot(z.astype(x.dtype), b.astype(x.dtype), (1, 1), x.dtype)
-    return delta.reshape(*x.shape[:-1], b.shape[0]), (x, a, b, scaling)
+    return _raised(z.astype(x.dtype), b).reshape(*x.shape[:-1], b.shape[0]), (x, a, b, scaling)
+
+
+def _raised(z: Float[Array, "*batch r"], b: Float[Array, "d_out r"]) -> Float[Array, "*batch d_out"]:
+    return _dot(z, b.astype(z.dtype), (z.ndim - 1, 1), z.dtype)
 
 
 def lora_gradients(
@@ -95,3 +103,37 @@ def _backward(residuals, dy):
 
 
 lora_delta.defvjp(_forward, _backward)
+
+
+def dropped_delta(
+    x: Float[Array, "*batch d_in"],
+    rate: float,
+    key: Any,
+    a: Float[Array, "r d_in"],
+    b: Float[Array, "d_out r"],
+    scaling: Float[Array, "*per_rank"],
+) -> Float[Array, "*batch d_out"]:
+    """`lora_delta` of dropout(x, rate, key), which is not written where there is a kernel. The residuals are x, bits of
+    the mask, z, A and B."""
+    return _dropped_delta(rate, x, kept_bits(key, x.shape, rate), a, b, scaling)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dropped_delta(rate: float, x, bits, a, b, scaling):
+    return _dropped_forward(rate, x, bits, a, b, scaling)[0]
+
+
+def _dropped_forward(rate, x, bits, a, b, scaling):
+    z = (api.dropped_product(x, bits, a.astype(x.dtype), rate) * scaling).astype(x.dtype)
+    return _raised(z, b), (x, bits, z, a, b, scaling)
+
+
+def _dropped_backward(rate, saved, dy):
+    x, bits, z, a, b, scaling = saved
+    dz = (_dot(dy, b.astype(x.dtype), (dy.ndim - 1, 0), jnp.float32) * scaling).astype(x.dtype)
+    dx, da = api.dropped_gradients(x, bits, a.astype(x.dtype), dz, rate)
+    db = _dot(dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]), (0, 0), b.dtype)
+    return dx, None, da.astype(a.dtype), db, jnp.zeros_like(scaling)
+
+
+_dropped_delta.defvjp(_dropped_forward, _dropped_backward)

@@ -19,7 +19,8 @@ from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters import peft as ours
 from jaxlora.converters.export import save_merged
 from jaxlora.converters.huggingface import model_config
-from jaxlora.layers import Adapted, Linear, dropout
+from jaxlora.kernels.dropout import dropout
+from jaxlora.layers import Adapted, Linear
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import QuantizedArray, dequantize

@@ -51,7 +51,8 @@ def test_the_backward_pass_gives_the_product_too(key, act, dtype):
 
 @pytest.mark.parametrize("scheme", [None, "nf4"])
 @pytest.mark.parametrize("tokens", [3, 200])  # added to the product, and merged into the weight
-def test_a_linear_behind_a_gate_has_its_gradients(key, scheme, tokens):
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_a_linear_behind_a_gate_has_its_gradients(key, scheme, tokens, rate):
     quant_config = scheme and QuantConfig(scheme=scheme)
     linear = Linear(
         128, 64, axes=("embed", "mlp"), dtype=jnp.float32, rngs=nnx.Rngs(0), bias=True, quant_config=quant_config
@@ -59,6 +60,7 @@ def test_a_linear_behind_a_gate_has_its_gradients(key, scheme, tokens):
     a, b = (jax.random.normal(key, shape, jnp.float32) for shape in ((4, 128), (64, 4)))
     linear.lora_A, linear.lora_B = LoraParam(a), LoraParam(b)
     linear.lora_scaling, linear.lora_ranks = AdapterScale(jnp.float32(0.5)), (4,)
+    linear.lora_dropout = rate
     linear.trained_bias = Copy(linear.bias.get_value(), ("embed",), (True,))
     gate, up, _ = operands(key, (tokens, 128), jnp.float32)
     dout = jax.random.normal(key, (tokens, 64), jnp.float32)
@@ -69,8 +71,8 @@ def test_a_linear_behind_a_gate_has_its_gradients(key, scheme, tokens):
             lambda learning, *args: function(nnx.merge(structure, learning, frozen), *args), learning, gate, up
         )
 
-    out, pullback = run(lambda linear, gate, up: of_gate(linear, gate, up, "silu", None))
-    expected, expected_pullback = run(lambda linear, gate, up: linear(api.gated(gate, up, "silu")))
+    out, pullback = run(lambda linear, gate, up: of_gate(linear, gate, up, "silu", key))
+    expected, expected_pullback = run(lambda linear, gate, up: linear(api.gated(gate, up, "silu"), key))
     np.testing.assert_array_equal(out, expected)
     found, wanted = jax.tree.leaves(pullback(dout)), jax.tree.leaves(expected_pullback(dout))
     assert len(found) == 5
@@ -81,7 +83,8 @@ def test_a_linear_behind_a_gate_has_its_gradients(key, scheme, tokens):
     kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.shape == gate.shape]
     assert len(kept) == 2
     products = lambda pullback: jax.jit(pullback).lower(dout).compile().as_text().count(" dot(")
-    assert products(pullback) == products(expected_pullback)
+    # Behind a dropout the other keeps x A^T too.
+    assert products(pullback) == products(expected_pullback) + (rate > 0.0)
 
 
 def test_the_kernel_says_why_it_cannot_run(key):

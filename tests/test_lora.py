@@ -25,7 +25,8 @@ from helpers import (
 
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.huggingface import model_config
-from jaxlora.layers import LoraParam, dropout
+from jaxlora.kernels.dropout import dropout
+from jaxlora.layers import LoraParam
 from jaxlora.lora import (
     adapters,
     add_adapters,
