@@ -2,9 +2,9 @@
 
     python -P benchmarks/wgmma_beside.py
 
-One JSON line each. The others do `wgmma`. First `wgmma.m64nNk16` alone: cycles of each, of 1, 2 and 4 warpgroups, with the left operand in
+One JSON line each. First `wgmma.m64nNk16` alone: cycles of each, of 1, 2 and 4 warpgroups, with the left operand in
 registers ("rs") or in shared memory ("ss"). Then each instruction: a warp's cycles for one, with two warps a scheduler,
-so 2 is one a cycle; `alone`, and `other` beside wgmma, whose cycles are there too (`ideal`: those of two warpgroups).
+so 2 is one a cycle; `alone`, and `other` where the two more do wgmma, whose cycles are there too (`ideal`: alone).
 """
 
 from __future__ import annotations
