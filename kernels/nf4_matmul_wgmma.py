@@ -15,19 +15,19 @@ s, at its elements 8 u + 2 t and the next. So x is read in that order, and in th
 program copies at once is in one piece. Who made x may have put it so (`Ordered`), else XLA does.
 
 The overlap. While the tensor cores multiply one block, the lanes look up the next, multiply by its scales, and begin
-its products; only then are those of the block before waited for, whose registers the block after the next takes. So the
-products of a block or two are in flight at any time. The totals are in the same registers in every statement of
-assembly (operands that are results as well), so that nothing copies them meanwhile. Warps do not wait for each other
-but by barriers in shared memory: one says that a step of x, 4 blocks, has come, another that all warps are done with
-it, which a warp says in the step after. So warps drift apart, and while some look up, the tensor cores have the
-products of others.
+its products; those of the block before are waited for only when the block after the next is to be put into their
+registers. So the products of a block or two are in flight at any time. The totals are in the same registers in every
+statement of assembly (operands that are results as well), so that nothing copies them meanwhile. Warps do not wait for
+each other but by barriers in shared memory: one says that a step of x, 4 blocks, has come, another that all warps are
+done with it, which a warp says in the step after. So warps drift apart, and while some look up, the tensor cores have
+the products of others.
 
 The stream. A step of x is copied by one lane, in bulk, up to two steps ahead; the copying is done by the asynchronous
 proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own codes to its own place in shared memory,
 two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, 256
-for x's reading and 64 for its writing, 128 for codes and some 30 for scales; 111 instructions a warp, 444 cycles.
+for x's reading and 64 for its writing, 128 for codes and some 30 for scales; 108 instructions a warp, 430 cycles.
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 
@@ -279,8 +279,6 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     )
     scale_assembly = tl.constexpr(_scale_assembly(dtype))
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
-    # A value that all lanes have, so that the assembler knows it: a descriptor is in registers of the warp.
-    uniform_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
 
     @triton.jit
@@ -544,23 +542,10 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                 is_pure=False,
                 pack=1,
             )
-            of_x = tl.inline_asm_elementwise(
-                uniform_assembly, "=r,r", [x_at + (STEP_BYTES // 16) * place], dtype=tl.uint32, is_pure=False, pack=1
-            )
+            of_x = x_at + (STEP_BYTES // 16) * place
             for i in tl.static_range(BLOCKS_OF_STEP):
                 totals = products(totals, words, of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16))
-                # The block before is done, and its words are free for the next one.
-                tl.inline_asm_elementwise(former_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
-                if i == 0:  # it was the last of its step
-                    tl.inline_asm_elementwise(
-                        done_assembly,
-                        "=r,r,r,r,r",
-                        [barriers + 8 * free_place, lane, step, start],
-                        dtype=tl.int32,
-                        is_pure=False,
-                        pack=1,
-                    )
-                    # Of the next step.
+                if i == 0:  # of the next step
                     above_now, below_now = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
                 if i == 1:
                     next_codes = take(codes_at + 32 * THREADS)
@@ -585,6 +570,17 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                 else:
                     unit_codes = next_codes
                     codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
+                # The block before this one is done, and its words are free for the next.
+                tl.inline_asm_elementwise(former_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+                if i == 0:  # it was the last of its step
+                    tl.inline_asm_elementwise(
+                        done_assembly,
+                        "=r,r,r,r,r",
+                        [barriers + 8 * free_place, lane, step, start],
+                        dtype=tl.int32,
+                        is_pure=False,
+                        pack=1,
+                    )
                 words = elements(codes, entry, of_next)
             free_place, free_phase = place, phase
             place += 1
