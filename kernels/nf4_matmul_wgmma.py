@@ -60,6 +60,7 @@ ROWS_OF_WARP = 16
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
 STEP = STEP_OF_X // reference.NF4_BLOCK  # blocks, a line of 128 bytes of codes
 UNIT = 2  # blocks that are copied at once
+MAP = 256 * 4  # bytes of `dynamic_map`
 STEPS_OF_X = 3  # that shared memory has places for
 UNITS_OF_CODES = 2
 # What `createpolicy.fractional.L2::evict_first` makes, as CUTLASS has it (`TMA::CacheHintSm90`): a constant takes no
@@ -208,7 +209,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     totals_dtypes = tl.constexpr((tl.float32,) * sums)
     former_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 1; mov.b32 $0, $1;")
     finish_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
-    BARRIERS_AT = tl.constexpr(PAIRS)
+    MAP_AT, BARRIERS_AT = tl.constexpr(PAIRS), tl.constexpr(PAIRS + MAP)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
     PLACES = tl.constexpr(STEPS_OF_X)
     step_bytes = STEP * tiles * 1024  # of x
@@ -220,10 +221,12 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     RING = tl.constexpr(max(1 << 14, 1 << (of_all // 4 - 1).bit_length()))
     # What comes before the ring is a multiple of 128 bytes, since the ring begins where it ends.
     table_assembly = tl.constexpr(
-        f"{{ .shared .align 128 .b8 table[{PAIRS + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
+        f"{{ .shared .align 128 .b8 table[{PAIRS + MAP + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
     )
     ring_assembly = tl.constexpr("mov.u32 $0, global_smem; add.u32 $0, $0, $1;")
     kept_assembly = tl.constexpr("mov.b32 $0, $1;")
+    mapped_assembly = tl.constexpr("ld.shared.f32 $0, [$1];")
+    put_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
     rows_bytes = 16 * 32 * num_warps  # of a unit of half of the rows
     ask_first_assembly, ask_second_assembly = (
         tl.constexpr(
@@ -347,19 +350,28 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
 
     @triton.jit
-    def asked_statistics(half, at, NESTED: tl.constexpr):
-        """Begin to load absmax, and nested absmax, of block `at` of a weight. Beyond the last block of a row it is that
-        of the last: there x is zero, and any finite scale will do."""
+    def asked_nested(half, at, NESTED: tl.constexpr):
+        """Begin to load nested absmax of block `at` of a weight."""
         nested = 0.0
         if NESTED:
             nested = tl.load(half[2] + (at >> 8))
+        return nested
+
+    @triton.jit
+    def asked_statistics(half, at, nested, NESTED: tl.constexpr, OF_ROW: tl.constexpr):
+        """Begin to load absmax, and nested absmax unless a row has but one, of block `at` of a weight. Beyond the last
+        block of a row it is that of the last: there x is zero, and any finite scale will do."""
+        if not OF_ROW:
+            nested = asked_nested(half, at, NESTED)
         return tl.load(half[1] + at), nested
 
     @triton.jit
-    def mapped(statistics, dynamic_map, NESTED: tl.constexpr):
+    def mapped(statistics, table, NESTED: tl.constexpr):
+        """Statistics whose absmax is looked up in shared memory, if it is a code."""
         value, nested = statistics
         if NESTED:
-            value = tl.load(dynamic_map + value.to(tl.int32))
+            place = table + (MAP_AT + 4 * value.to(tl.int32))
+            value = tl.inline_asm_elementwise(mapped_assembly, "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1)
         return value, nested
 
     @triton.jit
@@ -452,6 +464,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         THREADS: tl.constexpr = 32 * WARPS
         ROWS: tl.constexpr = 16 * WARPS  # of a tile
         BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
+        ROW_NESTED: tl.constexpr = 256 % BLOCKS == 0  # all blocks of a row have one nested absmax
         STEPS: tl.constexpr = (BLOCKS + BLOCKS_OF_STEP - 1) // BLOCKS_OF_STEP
         FIRST: tl.constexpr = (ROWS0 + ROWS - 1) // ROWS  # tiles before those of the second weight
         SECOND: tl.constexpr = FIRST + (ROWS1 + ROWS - 1) // ROWS
@@ -511,16 +524,28 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         block = tl.minimum(BLOCKS_OF_STEP * start + t, BLOCKS - 1)
         upper_at, lower_at = upper_row * BLOCKS + block, lower_row * BLOCKS + block
         upper_last, lower_last = upper_row * BLOCKS + (BLOCKS - 1), lower_row * BLOCKS + (BLOCKS - 1)
-        above = asked_statistics(upper, upper_at, NESTED)
-        below = asked_statistics(lower, lower_at, NESTED)
-        fill(table, nf4, thread, THREADS)
-        above, below = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
-        scales = scale_of(above, upper[3], NESTED), scale_of(below, lower[3], NESTED)
+        upper_nested, lower_nested = asked_nested(upper, upper_at, NESTED), asked_nested(lower, lower_at, NESTED)
+        above_now = asked_statistics(upper, upper_at, upper_nested, NESTED, True)
+        below_now = asked_statistics(lower, lower_at, lower_nested, NESTED, True)
         upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
         lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
-        above = asked_statistics(upper, upper_at, NESTED)
-        below = asked_statistics(lower, lower_at, NESTED)
+        above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)
+        below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
+        fill(table, nf4, thread, THREADS)
+        if NESTED:
+            for i in tl.static_range((256 + THREADS - 1) // THREADS):
+                code = (i * THREADS + thread) % 256
+                tl.inline_asm_elementwise(
+                    put_assembly,
+                    "=r,r,f",
+                    [table + (MAP_AT + 4 * code), tl.load(dynamic_map + code)],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+        above_now, below_now = mapped(above_now, table, NESTED), mapped(below_now, table, NESTED)
+        scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
 
         entry = table + lane * 4
         x_at = (ring >> 4) + ACROSS
@@ -529,7 +554,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - BLOCKS_OF_STEP
         ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
         codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
-        words = elements(codes, entry, from_lane(scales[0], scales[1], pair))
+        of_pair = from_lane(scales[0], scales[1], pair)
+        words = elements(codes, entry, of_pair)
         place, phase = start * 0, start * 0
         free_place, free_phase = place + (PLACES - 1), phase + 1  # of a place that was never used: done with
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
@@ -546,7 +572,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
             for i in tl.static_range(BLOCKS_OF_STEP):
                 totals = products(totals, words, of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16))
                 if i == 0:  # of the next step
-                    above_now, below_now = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
+                    above_now, below_now = mapped(above, table, NESTED), mapped(below, table, NESTED)
                 if i == 1:
                     next_codes = take(codes_at + 32 * THREADS)
                     ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
@@ -554,8 +580,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                     next_scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
                     upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
                     lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
-                    above = asked_statistics(upper, upper_at, NESTED)  # of the one after it
-                    below = asked_statistics(lower, lower_at, NESTED)
+                    above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)  # of the one after
+                    below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
                 if i == 3:
                     scales, next_codes = next_scales, take(codes_at)
                     upper_codes, lower_codes = next_line(upper_codes), next_line(lower_codes)
@@ -564,7 +590,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                     copy(x, free_place, free_phase, step + 2 >= end, barriers, ring, thread)
                     x += STEP_BYTES // 4
                 # The next block is looked up: its second one of two, or the first of the next two.
-                of_next = from_lane(scales[0], scales[1], pair + (i + 1) % 4 // 2 * 2)
+                if i % 2 == 1:
+                    of_pair = from_lane(scales[0], scales[1], pair + (i + 1) % 4)
                 if i % 2 == 0:
                     codes = unit_codes[2], unit_codes[3], unit_codes[6], unit_codes[7]
                 else:
@@ -581,7 +608,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                         is_pure=False,
                         pack=1,
                     )
-                words = elements(codes, entry, of_next)
+                words = elements(codes, entry, of_pair)
             free_place, free_phase = place, phase
             place += 1
             phase = tl.where(place == PLACES, 1 - phase, phase)
