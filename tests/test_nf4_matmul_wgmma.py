@@ -126,7 +126,7 @@ def test_the_scale_and_the_elements_of_a_block(dtype):
     as_float = lambda pair: np.asarray(pair, np.float32)
     registers: dict[str, Any] = {}
 
-    def value(name):
+    def value(name: str) -> Any:
         if name.startswith("0f"):
             return np.uint32(int(name[2:], 16)).view(np.float32)
         return registers[name] if name in registers else int(name, 0)
