@@ -14,19 +14,20 @@ each lane's are one block of the product, the second half the next, and word 2 s
 s, at its elements 8 u + 2 t and the next. So x is read in that order, and in that of shared memory (`ordered`): what a
 program copies at once is in one piece. Who made x may have put it so (`Ordered`), else XLA does.
 
-The overlap. While the tensor cores multiply one block, the lanes look up the next, all in one statement of assembly,
-which ends when both are done: the assembler sees no register of a product in flight change hands. Warps do not wait for
+The overlap. While the tensor cores multiply one block, the lanes look up the next, multiply by its scales, and begin
+its products; those of the block before are waited for only when the block after the next is to be put into their
+registers. So the products of a block or two are in flight at any time. The totals are in the same registers in every
+statement of assembly (operands that are results as well), so that nothing copies them meanwhile. Warps do not wait for
 each other but by barriers in shared memory: one says that a step of x, 4 blocks, has come, another that all warps are
-done with it. So warps drift apart, and while some look up, the tensor cores have the products of others.
+done with it, which a warp says in the step after. So warps drift apart, and while some look up, the tensor cores have
+the products of others.
 
 The stream. A step of x is copied by one lane, in bulk, up to two steps ahead; the copying is done by the asynchronous
 proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own codes to its own place in shared memory,
 two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, 256
-for x's reading and 64 for its writing, 128 for codes and some 50 for scales; 121 instructions a warp, 484 cycles. An
-H100 takes some 1,000; by its clock, read when x was waited for every second block, a warp spends 500 of them at lookups
-and none waiting for products.
+for x's reading and 64 for its writing, 128 for codes and some 30 for scales; 108 instructions a warp, 430 cycles.
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 
@@ -59,8 +60,12 @@ ROWS_OF_WARP = 16
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
 STEP = STEP_OF_X // reference.NF4_BLOCK  # blocks, a line of 128 bytes of codes
 UNIT = 2  # blocks that are copied at once
+MAP = 256 * 4  # bytes of `dynamic_map`
 STEPS_OF_X = 3  # that shared memory has places for
 UNITS_OF_CODES = 2
+# What `createpolicy.fractional.L2::evict_first` makes, as CUTLASS has it (`TMA::CacheHintSm90`): a constant takes no
+# registers. Codes are read once, and must not drive out of the cache what is read by every program or every layer.
+EVICT_FIRST = 0x12F0 << 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,48 +117,42 @@ def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
     return of_x, of_x + UNITS_OF_CODES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
 
 
-def _lookup_lines(dtype: np.dtype, outputs: int, codes: int, place: int) -> list[str]:
-    """PTX for 32 elements of a lane, 16 of each of its rows: words ${outputs} and on, from the four words of codes
-    ${codes} and on, two a row, and a lane's place in the table. Behind the place are the scales of both rows, each
-    twice in a word, and what rounding took from them."""
-    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
-    scales, lines = place + 1, []
-    for i in range(16):
-        lines += [
-            f"dp4a.u32.u32 at, ${codes + i // 4}, {128 << 8 * (i % 4):#x}, ${place};",
-            f"ld.shared.b32 w{i}, [at];",
-        ]
-    for i in range(16):
-        output, scale = f"${outputs + i}", scales + i // 8
-        lines += [
-            f"mul.rn.{kind} {output}, w{i}, ${scale + 2};",
-            f"fma.rn.{kind} {output}, w{i}, ${scale}, {output};",
-        ]
-    return lines
-
-
 def _lookup_assembly(dtype: np.dtype) -> str:
-    """PTX for the elements of a block, $0..$15, from 4 words of codes, a place in the table, and the scales."""
-    return "\n".join(["{", ".reg .b32 at, w<16>;", *_lookup_lines(dtype, 0, 16, 20), "}"])
+    """PTX for 32 elements of a lane, 16 of each of its rows: the words $0..$15, from four words of codes, $16..$19, two
+    a row, a lane's place in the table, $20, and the scales of both rows as `_scale_assembly` makes them."""
+    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    lines = [".reg .b32 at, w<16>, high, low;", ".reg .b16 lower, upper;"]
+    for row in range(2):
+        words = range(8 * row, 8 * row + 8)
+        # Halves of a scale are taken by the multiplications themselves: these are no instructions.
+        lines += [
+            f"mov.b32 {{lower, upper}}, ${21 + row};",
+            "mov.b32 low, {lower, lower};",
+            "mov.b32 high, {upper, upper};",
+        ]
+        for i in words:
+            lines += [
+                f"dp4a.u32.u32 at, ${16 + i // 4}, {128 << 8 * (i % 4):#x}, $20;",
+                f"ld.shared.b32 w{i}, [at];",
+            ]
+        for i in words:
+            lines += [f"mul.rn.{kind} ${i}, w{i}, low;", f"fma.rn.{kind} ${i}, w{i}, high, ${i};"]
+    return "\n".join(["{", *lines, "}"])
 
 
 def _products_assembly(dtype: np.dtype, tiles: int) -> str:
-    """PTX for a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens, and the elements of the next block.
+    """PTX that begins the products of a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens.
 
-    Results: the totals, 4 a tile, two of row g and two of g + 8; 16 words of the next block. Arguments: the totals so
-    far; the 16 words of this one; the lower word of the descriptor of its x; and what `_lookup_lines` takes for the
-    next one. The tensor cores multiply while the lanes look up, and are waited for before the end, so that nothing
-    outside has to know of them.
+    Results, in the registers of the first arguments: the totals, 4 a tile, two of row g and two of g + 8. Arguments:
+    the totals so far; the 16 words of the block; the lower word of the descriptor of its x. Neither totals nor words
+    may be touched before the products are waited for.
     """
     kind = "bf16" if dtype == jnp.bfloat16 else "f16"
     sums = 4 * tiles
-    before = sums + 16
-    words, x = before + sums, before + sums + 16
+    words, x = 2 * sums, 2 * sums + 16
     d = ", ".join(f"${i}" for i in range(sums))
     lines = [
         ".reg .b64 at64;",
-        ".reg .b32 low, at, w<16>;",
-        *(f"mov.f32 ${i}, ${before + i};" for i in range(sums)),
         "bar.warp.sync 0xffffffff;",
         "wgmma.fence.sync.aligned;",
     ]
@@ -161,18 +160,33 @@ def _products_assembly(dtype: np.dtype, tiles: int) -> str:
         a = ", ".join(f"${words + i + 2 * step}" for i in (0, 8, 1, 9))
         lines += [
             # The descriptor, in units of 16 bytes: the address, how far it is from 8 elements of k to the next 8, and
-            # from 8 tokens to the next 8. No swizzle.
-            f"add.u32 low, ${x}, {2 * 8 * tiles * step};",
-            "mov.b64 at64, {low, 8};",
+            # from 8 tokens to the next 8. No swizzle. An addition of 64 bits takes one instruction, of 32 three.
+            f"mov.b64 at64, {{${x}, 8}};",
+            f"add.u64 at64, at64, {2 * 8 * tiles * step};",
             f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, at64, 1, 1, 1, 0;",
         ]
     # Nothing is looked up across the barriers, else the assembler issues the products one by one between lookups.
-    lines += [
-        "wgmma.commit_group.sync.aligned;",
-        "bar.warp.sync 0xffffffff;",
-        *_lookup_lines(dtype, sums, x + 1, x + 5),
+    return "\n".join(["{", *lines, "wgmma.commit_group.sync.aligned;", "bar.warp.sync 0xffffffff;", "}"])
+
+
+def _scale_assembly(dtype: np.dtype) -> str:
+    """PTX for the scale $1 over the table's factor, rounded, in the upper half of a word, and what that lacks in the
+    lower one."""
+    unit = f"0f{np.float32(1 / FACTORS[dtype.name]).view(np.uint32):08x}"
+    if dtype == jnp.bfloat16:
+        kind, to_float = "bf16x2", ["mov.b32 rest, word;"]
+    else:
+        kind, to_float = "f16x2", ["mov.b32 {lower, upper}, word;", "cvt.f32.f16 rest, upper;"]
+    lines = [
+        ".reg .f32 scale, rest; .reg .b32 word; .reg .b16 lower, upper;",
+        f"mul.rn.f32 scale, $1, {unit};",
+        f"cvt.rn.{kind}.f32 word, scale, 0f00000000;",
+        *to_float,
+        "neg.f32 rest, rest;",
+        f"fma.rn.f32 rest, $1, {unit}, rest;",
+        f"cvt.rn.{kind}.f32 $0, scale, rest;",
     ]
-    return "\n".join(["{", *lines, "wgmma.wait_group.sync.aligned 0;", "}"])
+    return "\n".join(["{", *lines, "}"])
 
 
 @functools.cache
@@ -185,14 +199,17 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
     activation, fill, one_of_stack = activation_kernel(), nf4_lookup.fill_kernel(), nf4_lookup.stack_kernel()
     lookup_assembly = tl.constexpr(_lookup_assembly(dtype))
-    lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 9))
+    lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 7))
     tiles = -(-tokens // 8)
     sums = 4 * tiles
     products_assembly = tl.constexpr(_products_assembly(dtype, tiles))
-    products_operands = tl.constexpr(",".join(["=&f"] * sums + ["=&r"] * 16 + ["f"] * sums + ["r"] * (16 + 1 + 9)))
-    products_dtypes = tl.constexpr((tl.float32,) * sums + (tl.uint32,) * 16)
-    unit = tl.constexpr(1.0 / FACTORS[dtype.name])
-    BARRIERS_AT = tl.constexpr(PAIRS)
+    same_sums = ["=f"] * sums + [str(i) for i in range(sums)]  # results in the registers of the arguments
+    products_operands = tl.constexpr(",".join([*same_sums, *["r"] * (16 + 1)]))
+    finish_operands = tl.constexpr(",".join(same_sums))
+    totals_dtypes = tl.constexpr((tl.float32,) * sums)
+    former_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 1; mov.b32 $0, $1;")
+    finish_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
+    MAP_AT, BARRIERS_AT = tl.constexpr(PAIRS), tl.constexpr(PAIRS + MAP)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
     PLACES = tl.constexpr(STEPS_OF_X)
     step_bytes = STEP * tiles * 1024  # of x
@@ -204,25 +221,28 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     RING = tl.constexpr(max(1 << 14, 1 << (of_all // 4 - 1).bit_length()))
     # What comes before the ring is a multiple of 128 bytes, since the ring begins where it ends.
     table_assembly = tl.constexpr(
-        f"{{ .shared .align 128 .b8 table[{PAIRS + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
+        f"{{ .shared .align 128 .b8 table[{PAIRS + MAP + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
     )
     ring_assembly = tl.constexpr("mov.u32 $0, global_smem; add.u32 $0, $0, $1;")
     kept_assembly = tl.constexpr("mov.b32 $0, $1;")
-    # Codes are read once, and must not drive out of the cache what is read by every program or every layer.
-    policy_assembly = tl.constexpr("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;")
+    mapped_assembly = tl.constexpr("ld.shared.f32 $0, [$1];")
+    put_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
     rows_bytes = 16 * 32 * num_warps  # of a unit of half of the rows
     ask_first_assembly, ask_second_assembly = (
         tl.constexpr(
-            f"{{ .reg .pred p; setp.gt.s32 p, $5, {UNIT * half};\n"
+            "{ .reg .pred p; .reg .b64 policy;\n"
+            f"setp.gt.s32 p, $4, {UNIT * half};\n"
+            f"mov.b64 policy, {EVICT_FIRST:#x};\n"
             + "".join(
                 f"@p cp.async.cg.shared.global.L2::cache_hint"
-                f" [$1+{(2 * half + row) * rows_bytes}], [${2 + row}+{64 * half}], 16, $4;\n"
+                f" [$1+{(2 * half + row) * rows_bytes}], [${2 + row}+{64 * half}], 16, policy;\n"
                 for row in range(2)
             )
-            + "cp.async.commit_group; mov.b32 $0, $5; }"
+            + "cp.async.commit_group; mov.b32 $0, $4; }"
         )
         for half in range(2)
     )
+    next_line_assembly = tl.constexpr("add.u64 $0, $1, 128;")
     take_assembly = tl.constexpr(
         f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
@@ -257,9 +277,10 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
     done_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.eq.b32 p, $2, 0;\n"
+        "{ .reg .pred p; setp.eq.b32 p, $2, 0; setp.gt.and.s32 p, $3, $4, p;\n"
         f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STEPS_OF_X}]; mov.b32 $0, $1; }}"
     )
+    scale_assembly = tl.constexpr(_scale_assembly(dtype))
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
 
@@ -304,12 +325,17 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
 
     @triton.jit
-    def ask(assembly: tl.constexpr, upper, lower, left, codes, policy):
+    def ask(assembly: tl.constexpr, upper, lower, left, codes):
         """Begin to copy a lane's 16 bytes of the first or second unit of a step of each of its rows to its own place.
         What lies beyond the last block may be anything: there x is zero."""
         tl.inline_asm_elementwise(
-            assembly, "=r,r,l,l,l,r", [codes, upper, lower, policy, left], dtype=tl.int32, is_pure=False, pack=1
+            assembly, "=r,r,l,l,r", [codes, upper, lower, left], dtype=tl.int32, is_pure=False, pack=1
         )
+
+    @triton.jit
+    def next_line(codes):
+        """The address of a lane's codes of the next step; by itself the compiler would keep where it began as well."""
+        return tl.inline_asm_elementwise(next_line_assembly, "=l,l", [codes], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
     def take(codes):
@@ -324,39 +350,43 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
 
     @triton.jit
-    def asked_statistics(half, at, is_there, NESTED: tl.constexpr):
-        """Begin to load absmax, and nested absmax, of block `at` of a weight."""
+    def asked_nested(half, at, NESTED: tl.constexpr):
+        """Begin to load nested absmax of block `at` of a weight."""
         nested = 0.0
         if NESTED:
-            nested = tl.load(half[2] + (at >> 8), mask=is_there, other=0)
-        return tl.load(half[1] + at, mask=is_there, other=0), nested
+            nested = tl.load(half[2] + (at >> 8))
+        return nested
 
     @triton.jit
-    def mapped(statistics, dynamic_map, NESTED: tl.constexpr):
+    def asked_statistics(half, at, nested, NESTED: tl.constexpr, OF_ROW: tl.constexpr):
+        """Begin to load absmax, and nested absmax unless a row has but one, of block `at` of a weight. Beyond the last
+        block of a row it is that of the last: there x is zero, and any finite scale will do."""
+        if not OF_ROW:
+            nested = asked_nested(half, at, NESTED)
+        return tl.load(half[1] + at), nested
+
+    @triton.jit
+    def mapped(statistics, table, NESTED: tl.constexpr):
+        """Statistics whose absmax is looked up in shared memory, if it is a code."""
         value, nested = statistics
         if NESTED:
-            value = tl.load(dynamic_map + value.to(tl.int32))
+            place = table + (MAP_AT + 4 * value.to(tl.int32))
+            value = tl.inline_asm_elementwise(mapped_assembly, "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1)
         return value, nested
 
     @triton.jit
-    def twice(value):
-        return value.to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
-
-    @triton.jit
     def scale_of(statistics, mean, NESTED: tl.constexpr):
-        """The scale of a block of a row over the table's factor, in x's dtype, twice in a word; and what that lacks."""
+        """The scale of a block of a row over the table's factor, in two numbers of x's dtype, a word."""
         scale = statistics[0]
         if NESTED:
             scale = scale * statistics[1] + mean
-        scale *= unit
-        rounded = scale.to(narrow)
-        return twice(rounded), twice((scale - rounded.to(tl.float32)).to(narrow))
+        return tl.inline_asm_elementwise(scale_assembly, "=r,f", [scale], dtype=tl.uint32, is_pure=True, pack=1)
 
     @triton.jit
     def from_lane(above, below, lane):
         """The scales of both rows that a lane of four has, as `elements` takes them."""
-        values, scales = (above[0], below[0], above[1], below[1]), ()
-        for i in tl.static_range(4):
+        values, scales = (above, below), ()
+        for i in tl.static_range(2):
             scale = tl.inline_asm_elementwise(
                 from_lane_assembly, "=r,r,r", [values[i], lane], dtype=tl.uint32, is_pure=True, pack=1
             )
@@ -376,15 +406,23 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
 
     @triton.jit
-    def products(totals, words, x, codes, place, scales):
-        """The totals with a block's products, and the elements of the next block."""
+    def products(totals, words, x):
+        """Begin to add a block's products to the totals, which are right when they are `finished`. The words may change
+        when the group of products is waited for."""
         return tl.inline_asm_elementwise(
             products_assembly,
             products_operands,
-            totals + words + (x,) + codes + (place,) + scales,
-            dtype=products_dtypes,
+            totals + words + (x,),
+            dtype=totals_dtypes,
             is_pure=False,
             pack=1,
+        )
+
+    @triton.jit
+    def finished(totals):
+        """The totals when all products have been added."""
+        return tl.inline_asm_elementwise(
+            finish_assembly, finish_operands, totals, dtype=totals_dtypes, is_pure=False, pack=1
         )
 
     @triton.jit
@@ -426,6 +464,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         THREADS: tl.constexpr = 32 * WARPS
         ROWS: tl.constexpr = 16 * WARPS  # of a tile
         BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
+        ROW_NESTED: tl.constexpr = 256 % BLOCKS == 0  # all blocks of a row have one nested absmax
         STEPS: tl.constexpr = (BLOCKS + BLOCKS_OF_STEP - 1) // BLOCKS_OF_STEP
         FIRST: tl.constexpr = (ROWS0 + ROWS - 1) // ROWS  # tiles before those of the second weight
         SECOND: tl.constexpr = FIRST + (ROWS1 + ROWS - 1) // ROWS
@@ -452,7 +491,6 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                     codes2, absmax2, nested_absmax2, mean2, index2, out2, SECOND, ROWS2, BLOCKS, NESTED, STACKED
                 ),
             )
-        policy = tl.inline_asm_elementwise(policy_assembly, "=l,r", [thread], dtype=tl.int64, is_pure=True, pack=1)
         part = tl.program_id(0) // TILES
         upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
         row_count, out = upper[5], upper[4]
@@ -466,6 +504,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
             upper_row, lower_row = tl.minimum(upper_row, row_count - 1), tl.minimum(lower_row, row_count - 1)
         upper_codes = upper[0] + (upper_row * (BLOCKS * 32) + t * 16)
         lower_codes = lower[0] + (lower_row * (BLOCKS * 32) + t * 16)
+        upper_codes, lower_codes = upper_codes.to(tl.int64), lower_codes.to(tl.int64)
         start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
         x = x.to(tl.pointer_type(tl.uint32))
 
@@ -480,27 +519,43 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         upper_codes += start * 128
         lower_codes += start * 128
         left = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end) - BLOCKS_OF_STEP * start - t // 2  # blocks to be asked for
-        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at, policy)
-        ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at, policy)
-        block = BLOCKS_OF_STEP * start + t
+        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
+        ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
+        block = tl.minimum(BLOCKS_OF_STEP * start + t, BLOCKS - 1)
         upper_at, lower_at = upper_row * BLOCKS + block, lower_row * BLOCKS + block
-        above = asked_statistics(upper, upper_at, block < BLOCKS, NESTED)
-        below = asked_statistics(lower, lower_at, block < BLOCKS, NESTED)
+        upper_last, lower_last = upper_row * BLOCKS + (BLOCKS - 1), lower_row * BLOCKS + (BLOCKS - 1)
+        upper_nested, lower_nested = asked_nested(upper, upper_at, NESTED), asked_nested(lower, lower_at, NESTED)
+        above_now = asked_statistics(upper, upper_at, upper_nested, NESTED, True)
+        below_now = asked_statistics(lower, lower_at, lower_nested, NESTED, True)
+        upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
+        lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
+        above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)
+        below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
         fill(table, nf4, thread, THREADS)
-        above, below = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
-        scales = scale_of(above, upper[3], NESTED), scale_of(below, lower[3], NESTED)
-        block, upper_at, lower_at = block + BLOCKS_OF_STEP, upper_at + BLOCKS_OF_STEP, lower_at + BLOCKS_OF_STEP
-        above = asked_statistics(upper, upper_at, block < BLOCKS, NESTED)
-        below = asked_statistics(lower, lower_at, block < BLOCKS, NESTED)
+        if NESTED:
+            for i in tl.static_range((256 + THREADS - 1) // THREADS):
+                code = (i * THREADS + thread) % 256
+                tl.inline_asm_elementwise(
+                    put_assembly,
+                    "=r,r,f",
+                    [table + (MAP_AT + 4 * code), tl.load(dynamic_map + code)],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+        above_now, below_now = mapped(above_now, table, NESTED), mapped(below_now, table, NESTED)
+        scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
 
         entry = table + lane * 4
+        x_at = (ring >> 4) + ACROSS
         pair = t // 2  # which of two blocks a lane has elements of; it has the scales of block t of a step
         unit_codes = take(codes_at)
         upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - BLOCKS_OF_STEP
-        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at, policy)
+        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
         codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
-        words = elements(codes, entry, from_lane(scales[0], scales[1], pair))
+        of_pair = from_lane(scales[0], scales[1], pair)
+        words = elements(codes, entry, of_pair)
         place, phase = start * 0, start * 0
         free_place, free_phase = place + (PLACES - 1), phase + 1  # of a place that was never used: done with
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
@@ -513,50 +568,53 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                 is_pure=False,
                 pack=1,
             )
-            of_x = (ring + STEP_BYTES * place) // 16 + ACROSS
+            of_x = x_at + (STEP_BYTES // 16) * place
             for i in tl.static_range(BLOCKS_OF_STEP):
-                if i == 0:  # of the next step, and of the one after it
-                    above_now, below_now = mapped(above, dynamic_map, NESTED), mapped(below, dynamic_map, NESTED)
-                    block, upper_at, lower_at = (
-                        block + BLOCKS_OF_STEP,
-                        upper_at + BLOCKS_OF_STEP,
-                        lower_at + BLOCKS_OF_STEP,
-                    )
-                    above = asked_statistics(upper, upper_at, block < BLOCKS, NESTED)
-                    below = asked_statistics(lower, lower_at, block < BLOCKS, NESTED)
+                totals = products(totals, words, of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16))
+                if i == 0:  # of the next step
+                    above_now, below_now = mapped(above, table, NESTED), mapped(below, table, NESTED)
                 if i == 1:
                     next_codes = take(codes_at + 32 * THREADS)
-                    ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at, policy)
+                    ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
                 if i == 2:
                     next_scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
+                    upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
+                    lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
+                    above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)  # of the one after
+                    below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
                 if i == 3:
                     scales, next_codes = next_scales, take(codes_at)
-                    upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - BLOCKS_OF_STEP
-                    ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at, policy)
+                    upper_codes, lower_codes = next_line(upper_codes), next_line(lower_codes)
+                    left -= BLOCKS_OF_STEP
+                    ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
                     copy(x, free_place, free_phase, step + 2 >= end, barriers, ring, thread)
                     x += STEP_BYTES // 4
                 # The next block is looked up: its second one of two, or the first of the next two.
-                of_next = from_lane(scales[0], scales[1], pair + (i + 1) % 4 // 2 * 2)
+                if i % 2 == 1:
+                    of_pair = from_lane(scales[0], scales[1], pair + (i + 1) % 4)
                 if i % 2 == 0:
                     codes = unit_codes[2], unit_codes[3], unit_codes[6], unit_codes[7]
                 else:
                     unit_codes = next_codes
                     codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
-                of_block = of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16)
-                result = products(totals, words, of_block, codes, entry, of_next)
-                totals, words = (), ()
-                for n in tl.static_range(4 * TOKEN_TILES):
-                    totals = totals + (result[n],)
-                for n in tl.static_range(16):
-                    words = words + (result[4 * TOKEN_TILES + n],)
-            tl.inline_asm_elementwise(
-                done_assembly, "=r,r,r", [barriers + 8 * place, lane], dtype=tl.int32, is_pure=False, pack=1
-            )
+                # The block before this one is done, and its words are free for the next.
+                tl.inline_asm_elementwise(former_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+                if i == 0:  # it was the last of its step
+                    tl.inline_asm_elementwise(
+                        done_assembly,
+                        "=r,r,r,r,r",
+                        [barriers + 8 * free_place, lane, step, start],
+                        dtype=tl.int32,
+                        is_pure=False,
+                        pack=1,
+                    )
+                words = elements(codes, entry, of_pair)
             free_place, free_phase = place, phase
             place += 1
             phase = tl.where(place == PLACES, 1 - phase, phase)
             place = tl.where(place == PLACES, 0, place)
 
+        totals = finished(totals)
         out += part * M * row_count
         for j in tl.static_range(TOKEN_TILES):
             for i in tl.static_range(2 if GATED else 4):

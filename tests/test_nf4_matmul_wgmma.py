@@ -67,56 +67,32 @@ def test_x_is_made_a_multiple_of_a_step_and_of_eight_tokens():
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("tiles", [2, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_products_of_a_block_and_the_elements_of_the_next(dtype, tiles, block):
+def test_the_products_of_a_block(dtype, tiles, block):
     """The PTX on a warpgroup, and one of two blocks of x in its order: 64 rows times all tokens."""
     dtype, random, tokens = jnp.dtype(dtype), np.random.default_rng(0), 8 * tiles
     w, x = random.standard_normal((64, 128)).astype(dtype), random.standard_normal((tokens, 128)).astype(dtype)
-    before, codes = random.standard_normal((64, tokens)), random.integers(0, 1 << 32, (4, 128), np.uint32)
-    scales = random.uniform(0.01, 0.1, (2, 128)).astype(np.float32)
-    high = scales.astype(dtype)
-    low = (scales - high.astype(np.float32)).astype(dtype)
-    place = 4 * (np.arange(128) % 32)
-    table = nf4_lookup.pairs(dtype).view(dtype).reshape(256, 2)
+    before = random.standard_normal((64, tokens))
     image = np.asarray(in_order(jnp.asarray(x)).data)[0, block].ravel()
     thread = np.arange(128)
     t, upper = thread % 4, thread // 32 * 16 + thread % 32 // 4
     n = 4 * tiles
     places = [(upper + 8 * (i // 2 % 2), 2 * t + i % 2 + 8 * (i // 4)) for i in range(n)]
-    as_float = lambda pair: np.asarray(pair, np.float32)
     memory, buffer = np.zeros((1 << 14) // 2, dtype), 2048
     memory[buffer // 2 :][: image.size] = image
-    registers: dict[str, Any] = {f"${n + 16 + i}": before[places[i]] for i in range(n)}
+    registers: dict[str, Any] = {f"${i}": before[places[i]] for i in range(n)}
     for i in range(16):  # of 128 elements lane t has 32 t .. 32 t + 31, the first half of them in the first block
-        registers[f"${2 * n + 16 + i}"] = w[upper + i // 8 * 8].reshape(128, 4, 2, 8, 2)[thread, t, block, i % 8]
-    registers[f"${2 * n + 32}"] = buffer // 16 | tokens << 16  # the distance between 8 elements of k and the next
-    registers |= {f"${2 * n + 33 + i}": codes[i] for i in range(4)}
-    registers[f"${2 * n + 37}"] = place
-    registers |= {f"${2 * n + 38 + i}": high[i][:, None] for i in range(2)}
-    registers |= {f"${2 * n + 40 + i}": low[i][:, None] for i in range(2)}
+        registers[f"${2 * n + i}"] = w[upper + i // 8 * 8].reshape(128, 4, 2, 8, 2)[thread, t, block, i % 8]
+    registers[f"${2 * n + 16}"] = buffer // 16 | tokens << 16  # the distance between 8 elements of k and the next
     value = lambda name: registers[name] if name in registers else int(name, 0)
     for line in nf4_matmul_wgmma._products_assembly(dtype, tiles).splitlines()[1:-1]:
         op, _, names = line.removesuffix(";").partition(" ")
         target, *arguments = names.split(", ")
-        match op.removesuffix(".bf16x2").removesuffix(".f16x2"):
-            case "mov.f32":
-                registers[target] = np.copy(value(arguments[0]))
+        match op:
             case "mov.b64":
                 first_word, last_word = (value(a.strip("{}")) for a in arguments)
                 registers[target] = first_word | last_word << 32
-            case "add.u32":
+            case "add.u64":
                 registers[target] = value(arguments[0]) + value(arguments[1])
-            case "dp4a.u32.u32":
-                one, other, more = map(value, arguments)
-                registers[target] = sum((one >> 8 * i & 255) * (other >> 8 * i & 255) for i in range(4)) + more
-            case "ld.shared.b32":
-                at = registers[arguments[0].strip("[]")]
-                np.testing.assert_array_equal(at % 128, place)  # every lane in its bank
-                registers[target] = table[at // 128]
-            case "mul.rn":
-                registers[target] = np.multiply(*(as_float(value(a)) for a in arguments)).astype(dtype)
-            case "fma.rn":
-                one, other, more = (as_float(value(a)) for a in arguments)
-                registers[target] = (one * other + more).astype(dtype)
             case _ if op.startswith("wgmma.mma_async"):
                 assert f".m64n{tokens}k16." in op
                 d, a = (group_.split(", ") for group_ in re.findall(r"{([^}]*)}", names))
@@ -138,10 +114,72 @@ def test_the_products_of_a_block_and_the_elements_of_the_next(dtype, tiles, bloc
     wanted = before + of_block(w) @ of_block(x).T
     for i in range(n):
         np.testing.assert_allclose(registers[f"${i}"], wanted[places[i]], rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_scale_and_the_elements_of_a_block(dtype):
+    """The PTX on a warp: a scale in two numbers, and 16 elements of each of two rows times that."""
+    dtype, random = jnp.dtype(dtype), np.random.default_rng(0)
+    codes, place = random.integers(0, 1 << 32, (4, 32), np.uint32), 4 * np.arange(32)
+    scales = random.uniform(0.01, 0.1, (2, 32)).astype(np.float32)
+    table = nf4_lookup.pairs(dtype).view(dtype).reshape(256, 2)
+    as_float = lambda pair: np.asarray(pair, np.float32)
+    registers: dict[str, Any] = {}
+
+    def value(name: str) -> Any:
+        if name.startswith("0f"):
+            return np.uint32(int(name[2:], 16)).view(np.float32)
+        return registers[name] if name in registers else int(name, 0)
+
+    def run(assembly):
+        for line in assembly.splitlines()[1:-1]:
+            op, _, names = line.removesuffix(";").partition(" ")
+            target, *arguments = re.findall(r"{[^}]*}|[^, ]+", names)
+            kind, _, suffix = op.partition(".")
+            match kind:
+                case "mov" if target.startswith("{"):  # halves of a word
+                    for i, half in enumerate(target.strip("{}").split(", ")):
+                        registers[half] = value(arguments[0])[:, i]
+                case "mov" if arguments[0].startswith("{"):
+                    halves = arguments[0].strip("{}").split(", ")
+                    registers[target] = np.stack([registers[half] for half in halves], 1)
+                case "mov":  # a word as a float32: bfloat16 is its upper half
+                    assert dtype == jnp.bfloat16 and not np.any(value(arguments[0])[:, 0])
+                    registers[target] = as_float(value(arguments[0])[:, 1])
+                case "cvt" if suffix == "f32.f16":
+                    registers[target] = as_float(value(arguments[0]))
+                case "cvt":
+                    upper, lower = (np.broadcast_to(value(a), (32,)) for a in arguments)
+                    registers[target] = np.stack([lower, upper], 1).astype(dtype)
+                case "neg":
+                    registers[target] = -value(arguments[0])
+                case "dp4a":
+                    one, other, more = map(value, arguments)
+                    registers[target] = sum((one >> 8 * i & 255) * (other >> 8 * i & 255) for i in range(4)) + more
+                case "ld":
+                    at = registers[arguments[0].strip("[]")]
+                    np.testing.assert_array_equal(at % 128, place)  # every lane in its bank
+                    registers[target] = table[at // 128]
+                case "mul" | "fma":
+                    to = np.float32 if suffix == "rn.f32" else dtype
+                    one, other, *more = (as_float(value(a)).astype(np.float64) for a in arguments)
+                    registers[target] = (one * other + sum(more)).astype(to)
+                case _:
+                    assert op == ".reg", line
+
+    words = []
+    for scale in scales:
+        registers["$1"] = scale
+        run(nf4_matmul_wgmma._scale_assembly(dtype))
+        words.append(registers["$0"])
+    registers |= {f"${16 + i}": codes[i] for i in range(4)}
+    registers |= {"$20": place, "$21": words[0], "$22": words[1]}
+    run(nf4_matmul_wgmma._lookup_assembly(dtype))
+    factor = nf4_lookup.FACTORS[dtype.name]
     for i in range(16):
         element = as_float(table[codes[i // 4] >> np.uint32(8 * (i % 4)) & np.uint32(255)])
-        exact, unit = element * scales[i // 8][:, None], float(jnp.finfo(dtype).eps)
-        got = as_float(registers[f"${n + i}"])
+        exact, unit = element * (scales[i // 8] / factor)[:, None], float(jnp.finfo(dtype).eps)
+        got = as_float(registers[f"${i}"])
         assert np.all(np.abs(got - exact) <= 0.51 * unit * np.abs(exact))
 
 
