@@ -26,8 +26,10 @@ The stream. A step of x is copied by one lane, in bulk, up to two steps ahead; t
 proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own codes to its own place in shared memory,
 two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
-What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, 256
-for x's reading and 64 for its writing, 128 for codes and some 30 for scales; 108 instructions a warp, 430 cycles.
+What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, some
+220 for x's reading and 64 for its writing, 128 for codes and some 60 for scales; 104 instructions a warp, 417 cycles.
+An H100 takes some 900: tensor cores, whose sums are in registers, and other instructions share the registers' ports
+(`benchmarks/wgmma_beside.py`).
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 
