@@ -21,7 +21,7 @@ from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.dropout import dropout
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
-from jaxlora.kernels.lora import dropped_delta, lora_delta, row_norms
+from jaxlora.kernels.lora import lora_delta, plus_dropped_delta, row_norms
 from jaxlora.kernels.ordered import Ordered, plain
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, Residual
@@ -310,7 +310,7 @@ class Linear(Adapted):
         if base is None and not self._is_dropping(key):
             return linear.gained(matmul(x, weight, adapter))
         if self.lora_magnitude is None:
-            return (matmul(x, weight) if base is None else base) + self._delta(x, key)
+            return self._plus_delta(matmul(x, weight) if base is None else base, x, key)
         gain = self.dora_gain(linear.lora_norms.get_value())
         dropped = dropout(x, self.lora_dropout, key)
         parts = matmul(x, weight), matmul(dropped, weight), lora_delta(dropped, *adapter[:3])
@@ -350,17 +350,17 @@ class Linear(Adapted):
     def times_adapted(self, x: Float[Array, "*batch d_in"], key: Any) -> Float[Array, "*batch d_out"]:
         """The product alone, where it `is_dropping_product`."""
         if self._is_dropping(key):
-            return quant.matmul(x, self.current_weight()) + self._delta(x, key)
+            return self._plus_delta(quant.matmul(x, self.current_weight()), x, key)
         return quant.matmul(x, self.current_weight(), self.low_rank())
 
     def _is_dropping(self, key: Any) -> bool:
         return self.lora_dropout > 0.0 and key is not None
 
-    def _delta(self, x: Float[Array, "*batch d_in"], key: Any) -> Float[Array, "*batch d_out"]:
+    def _plus_delta(self, y: Float[Array, "*batch d_out"], x: Float[Array, "*batch d_in"], key: Any) -> Array:
         a, b, scaling, _ = self.low_rank()
         if self._is_dropping(key):
-            return dropped_delta(x, self.lora_dropout, key, a, b, scaling)
-        return lora_delta(x, a, b, scaling)
+            return plus_dropped_delta(y, x, self.lora_dropout, key, a, b, scaling)
+        return y + lora_delta(x, a, b, scaling)
 
     def dense(self, dtype: Any, tokens: int) -> Linear:
         """A copy for so many tokens, some at a time: its weight is a dense constant, perhaps with the adapter in it."""

@@ -152,6 +152,7 @@ _OPS: dict[str, dict[str, Callable]] = {
         "triton": on_gpu(dropping.dropped_product),
         "reference": dropping.dropped_product_reference,
     },
+    "raised_onto": {"triton": on_gpu(dropping.raised_onto), "reference": dropping.raised_onto_reference},
     "dropped_gradients": {
         "triton": on_gpu(dropping.dropped_gradients),
         "reference": dropping.dropped_gradients_reference,
@@ -333,6 +334,17 @@ def dropped_product(
 ) -> Float32[Array, "*rows r"]:
     """dropout(x) a^T, of the bits of `dropout.kept_bits`. See `dropped_product.dropped_product_reference`."""
     return dispatch("dropped_product", _OPS["dropped_product"], implementation, x, bits, a, rate)
+
+
+def raised_onto(
+    y: Float[Array, "*rows n"],
+    z: Float[Array, "*rows r"],
+    b: Float[Array, "n r"],
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> Float[Array, "*rows n"]:
+    """y + z b^T, where y lies. See `dropped_product.raised_onto_reference`."""
+    return dispatch("raised_onto", _OPS["raised_onto"], implementation, y, z, b)
 
 
 def dropped_gradients(

@@ -1,17 +1,19 @@
-"""The thin product of LoRA with inputs that are dropped, and its gradients, as Triton kernels.
+"""The thin products of LoRA with inputs that are dropped, and their gradients, as Triton kernels.
 
-    z = dropout(x) A^T        dx = dropout(dz A)        dA = dz^T dropout(x)
+    z = dropout(x) A^T        y + z B^T        dx = dropout(dz A)        dA = dz^T dropout(x)
 
 Dropout zeroes what the mask does not keep and divides by 1 - rate (`kernels.dropout`), and is the same each time.
 
 The trade. All of it is traffic, over x: each kernel reads the mask at a bit an entry, and reads or writes one array as
 wide as x. Made by XLA, what is dropped is written for cuBLAS to read, and what is to be dropped for XLA, 3 passes each.
-Entries are scaled as their sum, in float32, and not rounded.
+Entries are scaled as their sum, in float32, and not rounded. And z B^T is added to the base's product y where y lies, 2
+passes, where XLA writes it and then adds, 4.
 
 A program of z has some rows and some columns, one of dA some columns and some rows: what either sums over is divided so
 that there are programs for all of the device, and XLA adds up the parts, in one order.
 
-Layout: x, dx [..., D] and dz [..., r] in 16 bits, bits [..., ceil(D / 8)], A [r, D]; z [..., r] and dA in float32.
+Layout: x, dx [..., D], y [..., N] and dz [..., r] in 16 bits, bits [..., ceil(D / 8)], A [r, D], B [N, r]; z [..., r]
+and dA in float32, z in 16 bits where it is multiplied by B.
 """
 
 import functools
@@ -31,7 +33,7 @@ from jaxlora.kernels.dropout import PER_BLOCK, kept
 
 ROWS, STEP, COLUMNS = 32, 128, 1024  # of z: of a program, of a step of it, and of all its steps
 TOKENS, OUTER_STEP, OUTER_COLUMNS = 512, 64, 128  # of dA: of a program, of a step of it; columns of a program
-BACK_ROWS, BACK_COLUMNS = 64, 128  # of dx
+BACK_ROWS, BACK_COLUMNS = 64, 128  # of dx, and of y
 NUM_WARPS, NUM_STAGES = 4, 3
 MOST_RANKS = 128
 
@@ -41,6 +43,13 @@ def dropped_product_reference(
 ) -> Float32[Array, "*rows r"]:
     """dropout(x) a^T with the mask that `kept_bits` gives, in float32."""
     return _sums(kept(x, bits, rate), a, (x.ndim - 1,), (1,))
+
+
+def raised_onto_reference(
+    y: Float[Array, "*rows n"], z: Float[Array, "*rows r"], b: Float[Array, "n r"]
+) -> Float[Array, "*rows n"]:
+    """y + z b^T in y's dtype, added up in float32 and rounded once."""
+    return (y.astype(jnp.float32) + _sums(z, b, (z.ndim - 1,), (1,))).astype(y.dtype)
 
 
 def dropped_gradients_reference(
@@ -77,7 +86,7 @@ def _sums(x: Array, y: Array, of_x: tuple[int, ...], of_y: tuple[int, ...]) -> A
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
 def _kernels():
-    """The Triton functions of (z, dx, dA), built on first use: the library imports where Triton is missing."""
+    """The Triton functions of (z, dx, dA, y), built on first use: the library imports where Triton is missing."""
     import triton
     import triton.language as tl
 
@@ -172,13 +181,39 @@ def _kernels():
         rank = rank[:, None]
         tl.store(out + (part * R + rank) * D + at, total * SCALE, mask=(rank < R) & (at < D))
 
-    return dropped_product, dropped_back, dropped_outer
+    @triton.jit
+    def raised_onto(
+        y,  # [M, N]
+        z,  # [M, R]
+        b,  # [N, R]
+        out,  # [M, N], y itself
+        M: tl.constexpr,
+        N: tl.constexpr,
+        R: tl.constexpr,
+        RANKS: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        rank = tl.arange(0, RANKS)[None, :]
+        is_there = (row < M) & (at[None, :] < N)
+        base = tl.load(y + row * N + at[None, :], mask=is_there, other=0.0)
+        of_z = tl.load(z + row * R + rank, mask=(row < M) & (rank < R), other=0.0)
+        of_b = tl.load(b + at[:, None] * R + rank, mask=(at[:, None] < N) & (rank < R), other=0.0)
+        total = tl.dot(of_z, tl.trans(of_b), base.to(tl.float32))
+        tl.store(out + row * N + at[None, :], total.to(base.dtype), mask=is_there)
+
+    return dropped_product, dropped_back, dropped_outer, raised_onto
 
 
 def constants(tokens: int, features: int, ranks: int, rate: float) -> dict[str, Any]:
     """The compile-time arguments that all kernels have."""
-    padded = max(16, 1 << (ranks - 1).bit_length())
-    return dict(M=tokens, D=features, R=ranks, RANKS=padded, SCALE=1.0 / (1.0 - rate))
+    return dict(M=tokens, D=features, R=ranks, RANKS=_padded(ranks), SCALE=1.0 / (1.0 - rate))
+
+
+def _padded(ranks: int) -> int:
+    return max(16, 1 << (ranks - 1).bit_length())
 
 
 PRODUCT = dict(ROWS=ROWS, STEP=STEP, COLUMNS=COLUMNS)
@@ -240,6 +275,21 @@ def sharded_outer(outer: Callable) -> Callable:
         return mesh, one, of(None, columns), (of(*rows, columns), of(*rows, columns), of(*rows, None))
 
     partitioned.def_partition(partition=partition, sharding_rule="... i, ... j, ... r -> r i")
+    return partitioned
+
+
+def sharded_raise(raised: Callable) -> Callable:
+    """raised(y [*rows, n], z [*rows, r], b [n, r]) -> [*rows, n], of each device's part of y by itself, as
+    `sharded_product`."""
+    partitioned = custom_partitioning(raised)
+
+    def partition(mesh, operands, result):
+        *rows, columns = (*result.sharding.spec, *[None] * result.ndim)[: result.ndim]
+        of = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+        whole = of(*rows, columns)
+        return mesh, raised, whole, (whole, of(*rows, None), of(columns, None))
+
+    partitioned.def_partition(partition=partition, sharding_rule="... n, ... r, n r -> ... n")
     return partitioned
 
 
@@ -353,3 +403,35 @@ def dropped_gradients(
     dx = _unless_vmapped(sharded_back(back), functools.partial(dropped_back_reference, rate=rate))(bits, a, dz)
     da = _unless_vmapped(sharded_outer(outer), functools.partial(dropped_outer_reference, rate=rate))(x, bits, dz)
     return dx, da
+
+
+def raised_onto(
+    y: Float[Array, "*rows n"], z: Float[Array, "*rows r"], b: Float[Array, "n r"]
+) -> Float[Array, "*rows n"]:
+    """`raised_onto_reference` as a kernel, which writes where y lies; as itself under `jax.vmap`.
+
+    Raises:
+      NotImplementedError: as `dropped_product`, of y and z, and of z and b.
+    """
+    _checked(y, z)
+    _checked(z, b.T)
+
+    def launch(y, z, b):
+        tokens, (features, ranks) = math.prod(y.shape[:-1]), b.shape
+        out = _launch(
+            _kernels()[3],
+            y.reshape(tokens, -1),
+            z.reshape(tokens, -1),
+            b,
+            out_shape=jax.ShapeDtypeStruct((tokens, features), y.dtype),
+            grid=(-(-tokens // BACK_ROWS), -(-features // BACK_COLUMNS)),
+            input_output_aliases={0: 0},
+            M=tokens,
+            N=features,
+            R=ranks,
+            RANKS=_padded(ranks),
+            **BACK,
+        )
+        return out.reshape(y.shape)
+
+    return _unless_vmapped(sharded_raise(launch), raised_onto_reference)(y, z, b)

@@ -67,11 +67,8 @@ def lora_delta(
 def _forward(x, a, b, scaling):
     rows = x.reshape(-1, x.shape[-1])
     z = _dot(rows, a.astype(x.dtype), (1, 1), jnp.float32) * scaling
-    return _raised(z.astype(x.dtype), b).reshape(*x.shape[:-1], b.shape[0]), (x, a, b, scaling)
-
-
-def _raised(z: Float[Array, "*batch r"], b: Float[Array, "d_out r"]) -> Float[Array, "*batch d_out"]:
-    return _dot(z, b.astype(z.dtype), (z.ndim - 1, 1), z.dtype)
+    y = _dot(z.astype(x.dtype), b.astype(x.dtype), (1, 1), x.dtype)
+    return y.reshape(*x.shape[:-1], b.shape[0]), (x, a, b, scaling)
 
 
 def lora_gradients(
@@ -105,7 +102,8 @@ def _backward(residuals, dy):
 lora_delta.defvjp(_forward, _backward)
 
 
-def dropped_delta(
+def plus_dropped_delta(
+    y: Float[Array, "*batch d_out"],
     x: Float[Array, "*batch d_in"],
     rate: float,
     key: Any,
@@ -113,19 +111,19 @@ def dropped_delta(
     b: Float[Array, "d_out r"],
     scaling: Float[Array, "*per_rank"],
 ) -> Float[Array, "*batch d_out"]:
-    """`lora_delta` of dropout(x, rate, key), which is not written where there is a kernel. The residuals are x, bits of
-    the mask, z, A and B."""
-    return _dropped_delta(rate, x, kept_bits(key, x.shape, rate), a, b, scaling)
+    """y + `lora_delta` of dropout(x, rate, key), which is not written where there is a kernel. The residuals are x,
+    bits of the mask, z, A and B."""
+    return _plus_dropped_delta(rate, y, x, kept_bits(key, x.shape, rate), a, b, scaling)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dropped_delta(rate: float, x, bits, a, b, scaling):
-    return _dropped_forward(rate, x, bits, a, b, scaling)[0]
+def _plus_dropped_delta(rate: float, y, x, bits, a, b, scaling):
+    return _dropped_forward(rate, y, x, bits, a, b, scaling)[0]
 
 
-def _dropped_forward(rate, x, bits, a, b, scaling):
+def _dropped_forward(rate, y, x, bits, a, b, scaling):
     z = (api.dropped_product(x, bits, a.astype(x.dtype), rate) * scaling).astype(x.dtype)
-    return _raised(z, b), (x, bits, z, a, b, scaling)
+    return api.raised_onto(y, z, b.astype(x.dtype)), (x, bits, z, a, b, scaling)
 
 
 def _dropped_backward(rate, saved, dy):
@@ -133,7 +131,7 @@ def _dropped_backward(rate, saved, dy):
     dz = (_dot(dy, b.astype(x.dtype), (dy.ndim - 1, 0), jnp.float32) * scaling).astype(x.dtype)
     dx, da = api.dropped_gradients(x, bits, a.astype(x.dtype), dz, rate)
     db = _dot(dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]), (0, 0), b.dtype)
-    return dx, None, da.astype(a.dtype), db, jnp.zeros_like(scaling)
+    return dy, dx, None, da.astype(a.dtype), db, jnp.zeros_like(scaling)
 
 
-_dropped_delta.defvjp(_dropped_forward, _dropped_backward)
+_plus_dropped_delta.defvjp(_dropped_forward, _dropped_backward)

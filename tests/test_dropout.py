@@ -12,7 +12,7 @@ from jaxlora.kernels import api
 from jaxlora.kernels import dropout as dropping
 from jaxlora.kernels import dropped_product as products
 from jaxlora.kernels.dropout import dropout
-from jaxlora.kernels.lora import dropped_delta, lora_delta
+from jaxlora.kernels.lora import lora_delta, plus_dropped_delta
 from jaxlora.sharding import make_mesh
 
 
@@ -100,9 +100,11 @@ def adapter_of(key, d_in, d_out, r):
 def test_an_adapter_of_what_is_dropped_has_its_gradients(key, shape):
     x = jax.random.normal(key, shape, jnp.float32)
     adapter, dy = adapter_of(key, shape[-1], 24, 4), jax.random.normal(key, (*shape[:-1], 24))
-    apart = lambda x, *adapter: lora_delta(dropout(x, 0.25, key), *adapter)
-    y, pullback = jax.vjp(lambda x, *adapter: dropped_delta(x, 0.25, key, *adapter), x, *adapter)
-    expected, expected_pullback = jax.vjp(apart, x, *adapter)
+    base = jax.random.normal(key, dy.shape)
+    apart = lambda base, x, *adapter: base + lora_delta(dropout(x, 0.25, key), *adapter)
+    ours = lambda base, x, *adapter: plus_dropped_delta(base, x, 0.25, key, *adapter)
+    y, pullback = jax.vjp(ours, base, x, *adapter)
+    expected, expected_pullback = jax.vjp(apart, base, x, *adapter)
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(pullback(dy), expected_pullback(dy), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -139,6 +141,24 @@ def test_each_device_multiplies_its_part(key, columns):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [64, 6])
+def test_each_device_adds_to_its_part(key, columns):
+    y, z, b = (jax.random.normal(key, shape) for shape in ((4, 6, columns), (4, 6, 8), (columns, 8)))
+    raised = products.sharded_raise(products.raised_onto_reference)
+    mesh = make_mesh(fsdp=2, tensor=2)
+    for spec in (("fsdp", None, None), ("fsdp", None, "tensor"), (None, "tensor", "fsdp"), (("fsdp", "tensor"),), ()):
+        split = jax.device_put(y, NamedSharding(mesh, PartitionSpec(*spec)))
+        run = jax.jit(raised).lower(split, z, b).compile()
+        assert "all-gather" not in text(run)
+        np.testing.assert_allclose(run(split, z, b), products.raised_onto_reference(y, z, b), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_raised_is_rounded_once(key):
+    y, z, b = (jax.random.normal(key, shape).astype(jnp.bfloat16) for shape in ((5, 40), (5, 4), (40, 4)))
+    exact = y.astype(jnp.float32) + z.astype(jnp.float32) @ b.astype(jnp.float32).T
+    np.testing.assert_array_equal(products.raised_onto_reference(y, z, b), exact.astype(jnp.bfloat16))
+
+
 def text(compiled) -> str:
     return compiled.as_text() or ""
 
@@ -160,6 +180,10 @@ def test_the_kernels_say_why_they_cannot_run(key):
         api.dropped_product(x, bits, a, 0.5, implementation="triton")
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         api.dropped_gradients(x, bits, a, dz, 0.5, implementation="triton")
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        api.raised_onto(x, dz, a.T, implementation="triton")
+    with pytest.raises(NotImplementedError, match="not bfloat16 and float32"):
+        products.raised_onto(x, dz.astype(jnp.float32), a.T)
     with pytest.raises(NotImplementedError, match="not bfloat16 and float32"):
         products.dropped_product(x, bits, a.astype(jnp.float32), 0.5)
     with pytest.raises(NotImplementedError, match="at most 128 ranks, not 129"):
@@ -191,6 +215,23 @@ def test_triton_is_the_reference(key, dtype, r, shape):
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=eps, atol=1e-5 * summed**0.5)
     for ours, again in zip(found, jax.jit(run)(*narrow), strict=True):
         np.testing.assert_array_equal(ours, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 2048), (2, 5, 776), (1, 3), (2048, 14336), (33, 1100)], ids=str)
+@pytest.mark.parametrize("r", [1, 16, 40, 128])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_triton_adds_where_it_lies(key, dtype, r, shape):
+    y, _, b, z = operands(key, shape, r, dtype)
+    b = b.T
+    assert api.implementations_in(api.raised_onto, y, z, b) == {"raised_onto.triton"}
+    with jax.default_matmul_precision("highest"):
+        expected = products.raised_onto_reference(*(array.astype(jnp.float32) for array in (y, z, b)))
+    run = jax.jit(lambda y, z, b: api.raised_onto(2 * y, z, b))  # of what nobody else reads
+    assert "copy(" not in text(run.lower(y, z, b).compile())
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(run(y, z, b), np.float32), expected + y.astype(jnp.float32), rtol=eps, atol=eps * r**0.5)
+    np.testing.assert_array_equal(jax.jit(api.raised_onto)(y, z, b), run(0.5 * y, z, b))
 
 
 @pytest.mark.gpu
