@@ -411,10 +411,10 @@ def raised_onto(
     """`raised_onto_reference` as a kernel, which writes where y lies; as itself under `jax.vmap`.
 
     Raises:
-      NotImplementedError: as `dropped_product`, of y and z, and of z and b.
+      NotImplementedError: see `_checked`, of y and z with b's transpose.
     """
-    _checked(y, z)
-    _checked(z, b.T)
+    for array in (y, z):
+        _checked(array, b.T)
 
     def launch(y, z, b):
         tokens, (features, ranks) = math.prod(y.shape[:-1]), b.shape
