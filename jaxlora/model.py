@@ -27,7 +27,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxlora import quant, remat
+from jaxlora import quant, remat, sharding
 from jaxlora.attention import Attention, Context
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.delta_net import GatedDeltaNet
@@ -221,7 +221,7 @@ class DecoderLayer(nnx.Module):
             residual = added(x, attended, self.multiplier)
             normed = normed if self.shared_norm else self.post_attention_layernorm(x)
         else:
-            residual, normed = self.post_attention_layernorm.after(x, attended, self.multiplier)
+            residual, normed = self.post_attention_layernorm.after(x, _by_rows(attended), self.multiplier)
         out = self.mlp(normed, keys[4:], context.mlp_tile)
         sparse, read = (self.mlp, normed) if self.sparse_mlp is None else (self.sparse_mlp, residual)
         if self.sparse_mlp is not None:
@@ -233,7 +233,7 @@ class DecoderLayer(nnx.Module):
         out = self.post_mlp_layernorm(out)
         if self.leaves_sum(residual, context):
             return Unsummed(residual, out), cache, Aside(load, stored)
-        x = residual + self.multiplier * out
+        x = _by_rows(residual + self.multiplier * _by_rows(out))
         if self.per_layer_act is not None:
             x = x + self._of_layer(x, per_layer_input, key)
         if self.layer_scalar is not None:
@@ -312,7 +312,7 @@ class Run(nnx.Module):
             return isinstance(leaf, quant.StackedArray)
 
         if cache is None:
-            period = with_norms(self.period, self.repeats, x.dtype)
+            period = with_norms(sharding.read_divided(self.period), self.repeats, x.dtype)
         else:
             period = read_by_index(self.period, jax.tree.leaves(x)[0])
         leaves, structure = jax.tree.flatten(period, is_leaf=is_stack)
@@ -377,6 +377,11 @@ class Run(nnx.Module):
                 context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
             loads.append(aside.load)
         return x, cache, Aside(_total_load(loads), stored)
+
+
+def _by_rows(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Hidden states, which on a mesh are divided by rows of the batch and nothing else."""
+    return sharding.divided(x, ("batch", None, None))
 
 
 def _as_left(x, last: DecoderLayer, context: Context):
@@ -611,7 +616,7 @@ class CausalLM(nnx.Module):
                 before = jnp.take_along_axis(cache.segment_ids, last[:, None], axis=1)[:, 0]
             context = dataclasses.replace(context, runs=segment_runs(segment_ids, input_ids.shape, before))
 
-        x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
+        x = _by_rows(self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier)
         per_layer_inputs = self.model.per_layer_inputs(input_ids, x, key)
         parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
         loads = []

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlora.config import QuantScheme
@@ -27,6 +28,7 @@ from jaxlora.kernels.reference import DenseFields, InputNorm, NF4Fields, Residua
 
 Implementation = Literal["triton", "reference"] | None
 
+BLOCK = reference.NF4_BLOCK  # columns of a row that a device holds are whole blocks of so many
 FP8_BLOCK = 128
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 
@@ -73,6 +75,8 @@ class QuantizedArray:
       dtype: what `dequantize` returns unless told otherwise: the dtype that was quantised.
       scheme: a key of the table of schemes.
       index: int32 [], or None.
+      divided: None, or the sharding on a mesh of what is dequantised or merged, of one matrix; see
+        `sharding.read_divided`.
     """
 
     codes: Any
@@ -83,6 +87,7 @@ class QuantizedArray:
     dtype: np.dtype
     scheme: QuantScheme = "nf4"
     index: Any = None
+    divided: NamedSharding | None = None
 
     @property
     def ndim(self) -> int:
@@ -122,7 +127,7 @@ class QuantizedArray:
 jax.tree_util.register_dataclass(
     QuantizedArray,
     data_fields=["codes", "scales", "nested_absmax", "nested_offset", "index"],
-    meta_fields=["shape", "dtype", "scheme"],
+    meta_fields=["shape", "dtype", "scheme", "divided"],
 )
 
 
@@ -294,11 +299,30 @@ def dequantize(
     """The dense weight, with the leading dimensions of `q`, in `dtype` (`q.dtype` if None)."""
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     if q.scheme != "nf4":
-        q = q.taken()
-    function = lambda q: _SCHEMES[q.scheme].dequantize(q, dtype, implementation)
+        q = _gathered(q.taken())
+    function = lambda q: _on_mesh(_SCHEMES[q.scheme].dequantize(q, dtype, implementation), q)
     for _ in q.leading:
         function = jax.vmap(function)
     return function(q)
+
+
+def _on_mesh(weight: Float[Array, "out in"], q: QuantizedArray) -> Float[Array, "out in"]:
+    """A weight that was made of q, as q says that it lies on a mesh."""
+    return weight if q.divided is None else lax.with_sharding_constraint(weight, q.divided)
+
+
+def _gathered(q: QuantizedArray) -> QuantizedArray:
+    """The same with codes and scales where what is made of them lies: what is sent is 8 bits a weight and not more."""
+    if q.divided is None or q.leading:
+        return q
+    rows, columns = (*q.divided.spec, None, None)[:2]
+    # Scales of a row are of its devices; those of blocks are few.
+    of_scales = PartitionSpec(rows) if q.scales.shape[0] == q.shape[0] else PartitionSpec()
+    return dataclasses.replace(
+        q,
+        codes=lax.with_sharding_constraint(q.codes, NamedSharding(q.divided.mesh, PartitionSpec(rows, columns))),
+        scales=lax.with_sharding_constraint(q.scales, NamedSharding(q.divided.mesh, of_scales)),
+    )
 
 
 def merge(q: QuantizedArray, adapter: LowRank, dtype: jax.typing.DTypeLike) -> Float[Array, "out in"]:
@@ -306,10 +330,10 @@ def merge(q: QuantizedArray, adapter: LowRank, dtype: jax.typing.DTypeLike) -> F
     a, b, gain = adapter.a, adapter.gained_b * adapter.scaling, adapter.gain
     if q.scheme == "nf4":
         fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
-        return api.merge_nf4(*fields, q.index, a, b, None, gain, shape=q.shape, dtype=dtype)
+        return _on_mesh(api.merge_nf4(*fields, q.index, a, b, None, gain, shape=q.shape, dtype=dtype), q)
     weight = dequantize(q, jnp.float32)
     weight = weight if gain is None else gain[:, None] * weight
-    return (weight + _contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32)).astype(dtype)
+    return _on_mesh((weight + _contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32)).astype(dtype), q)
 
 
 def scaled(y: Float[Array, "*batch d_out"], gain: Float[Array, " d_out"] | None) -> Float[Array, "*batch d_out"]:
