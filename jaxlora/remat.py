@@ -173,16 +173,17 @@ def over_tiles(function: Callable, x: jax.Array, tile: int | None, parts: int = 
     count = -(-tokens // tile)
     size = -(-tokens // count)
     padded = jax.numpy.pad(x.reshape(parts, tokens, -1), ((0, 0), (0, count * size - tokens), (0, 0)))
-    tiles = padded.reshape(parts, count, size, -1).swapaxes(0, 1)
+    tiles = padded.reshape(parts, count, size, -1).swapaxes(0, 1).reshape(count, parts * size, -1)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(inputs):
         # Masking the padding, of which there is mostly none, makes slicing a tile the work of a kernel. The copy engine
         # would do it otherwise, when it has done what it may be at, and that is offloading (see `prefetch`).
         rows, index = inputs
-        is_token = (index * size + jax.numpy.arange(size) < tokens)[:, None]
+        is_token = jax.numpy.tile(index * size + jax.numpy.arange(size) < tokens, parts)[:, None]
         masked = lambda rows: jax.numpy.where(is_token, rows, jax.numpy.zeros((), rows.dtype))
-        return masked(function(masked(rows).reshape(parts * size, -1), index).reshape(parts, size, -1))
+        return masked(function(masked(rows), index))
 
     out = jax.lax.map(one, (tiles, jax.numpy.arange(count)))
-    return out.swapaxes(0, 1).reshape(parts, count * size, -1)[:, :tokens].reshape(*x.shape[:2], -1)
+    out = out.reshape(count, parts, size, -1).swapaxes(0, 1).reshape(parts, count * size, -1)
+    return out[:, :tokens].reshape(*x.shape[:2], -1)
