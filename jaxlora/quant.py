@@ -333,7 +333,9 @@ def merge(q: QuantizedArray, adapter: LowRank, dtype: jax.typing.DTypeLike) -> F
         return _on_mesh(api.merge_nf4(*fields, q.index, a, b, None, gain, shape=q.shape, dtype=dtype), q)
     weight = dequantize(q, jnp.float32)
     weight = weight if gain is None else gain[:, None] * weight
-    return _on_mesh((weight + _contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32)).astype(dtype), q)
+    # Placed as well: else XLA would add part by part, and gather the dense sum.
+    update = _on_mesh(_contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32), q)
+    return _on_mesh((weight + update).astype(dtype), q)
 
 
 def scaled(y: Float[Array, "*batch d_out"], gain: Float[Array, " d_out"] | None) -> Float[Array, "*batch d_out"]:

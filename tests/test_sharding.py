@@ -39,7 +39,7 @@ def two_steps(model, batch, mesh=None):
         state, frozen = sharding.shard(state, mesh), sharding.shard(frozen, mesh)
         accumulated = batch["input_ids"].ndim == 3
         batch = jax.device_put(batch, sharding.batch_sharding(mesh, accumulated=accumulated))
-    step = make_train_step(graphdef, optimizer)
+    step = make_train_step(graphdef, optimizer, mesh=mesh)
     losses = []
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
