@@ -311,10 +311,11 @@ class Run(nnx.Module):
                 return len(leaf.leading) == 1
             return isinstance(leaf, quant.StackedArray)
 
+        period = sharding.read_divided(self.period)
         if cache is None:
-            period = with_norms(sharding.read_divided(self.period), self.repeats, x.dtype)
+            period = with_norms(period, self.repeats, x.dtype)
         else:
-            period = read_by_index(self.period, jax.tree.leaves(x)[0])
+            period = read_by_index(period, jax.tree.leaves(x)[0])
         leaves, structure = jax.tree.flatten(period, is_leaf=is_stack)
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
 

@@ -452,14 +452,19 @@ def matmul_each(
 
 def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
     """Whether a kernel multiplies x [tokens, in] by a weight and adds to a residual stream (`matmul_each`)."""
-    return isinstance(w, QuantizedArray) and w.scheme == "nf4" and api.adds_residual(x, [_fields(w)], shapes=[w.shape])
+    return _meet_few([w]) and api.adds_residual(x, [_fields(w)], shapes=[w.shape])
 
 
 def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any]) -> bool:
     """Whether a kernel multiplies x [tokens, in] by some weights (`matmul_each`) that reads x as `Ordered`."""
-    if not all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
+    if not _meet_few(weights):
         return False
     return api.reads_ordered(x, [*map(_fields, weights)], shapes=[w.shape for w in weights])
+
+
+def _meet_few(weights: Sequence[Any]) -> bool:
+    """Whether few tokens may be multiplied by these in a kernel. On a mesh one would gather the stacks of all layers."""
+    return all(isinstance(w, QuantizedArray) and w.scheme == "nf4" and w.divided is None for w in weights)
 
 
 def _fields(w: QuantizedArray) -> NF4Fields:
@@ -471,7 +476,7 @@ def _matmul_around(
     act: str | None, ordered: bool, x, weights: tuple, norm: InputNorm | None, residual: Residual | None
 ) -> list[Any]:
     """`matmul_each` of quantised weights with what stands around the products."""
-    if all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
+    if _meet_few(weights):
         flat = lambda array: array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
         options: dict[str, Any] = dict(norm=norm, act=act, ordered=ordered)
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
@@ -524,7 +529,7 @@ def _matmul_stacked(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"] | Ordered, weights: tuple) -> list[Any]:
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if all(w.scheme == "nf4" for w in weights):
+    if _meet_few(weights):
         fields = [*map(_fields, weights)]
         is_few = rows.shape[0] <= nf4_matmul.MOST_TOKENS
         for name in ("triton",) if is_few else ("triton_wgmma", "triton_tiles"):
