@@ -463,7 +463,7 @@ def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any]) -> bool:
 
 
 def _meet_few(weights: Sequence[Any]) -> bool:
-    """Whether few tokens may be multiplied by these in a kernel. On a mesh one would gather the stacks of all layers."""
+    """Whether few tokens may be multiplied by these in a kernel. On a mesh it would gather the stacks of all layers."""
     return all(isinstance(w, QuantizedArray) and w.scheme == "nf4" and w.divided is None for w in weights)
 
 

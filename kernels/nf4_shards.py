@@ -17,6 +17,7 @@ for columns ("tensor" of the projections that read what is divided), of which th
 stack besides.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +68,8 @@ def merge_shards(
 
         out = (cut.columns, cut.rows) if transposed else (cut.rows, cut.columns)
         place = lambda axes: NamedSharding(mesh, PartitionSpec(*(each or None for each in axes)))
-        return mesh, local, place(out), tuple(place(cut.needed(name, aval.ndim)) for name, aval in zip(given, avals))
+        needed = [cut.needed(name, aval.ndim) for name, aval in zip(given, avals, strict=True)]
+        return mesh, local, place(out), tuple(map(place, needed))
 
     stack = "l " if "index" in given else ""
     rules = dict(
@@ -80,33 +82,40 @@ def merge_shards(
     return jax.custom_batching.sequential_vmap(partitioned)(*given.values())
 
 
+@dataclasses.dataclass(frozen=True)
 class _Cut:
-    """What a device has and makes: names of mesh axes that divide rows and columns of the result, and in `held_rows`
-    and `held_columns` those of the codes, which are these and more."""
+    """What a device has and makes.
 
-    def __init__(self, mesh, rows: tuple, columns: tuple, held_rows: tuple, held_columns: tuple, whole: tuple[int, int]):
-        self.mesh, self.rows, self.columns = mesh, rows, columns
-        self.held_rows, self.held_columns, self.whole = held_rows, held_columns, whole
-        self.shape = (whole[0] // self.count(rows), whole[1] // self.count(columns))
+    rows, columns: names of the mesh axes that divide those of the result; held_rows, held_columns: of the codes, which
+    are these and perhaps more. whole: (out, in), of all devices together.
+    """
+
+    mesh: Any
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    held_rows: tuple[str, ...]
+    held_columns: tuple[str, ...]
+    whole: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of a device's part of the result, but for being transposed."""
+        return self.whole[0] // _count(self.mesh, self.rows), self.whole[1] // _count(self.mesh, self.columns)
 
     @classmethod
     def of(cls, mesh, avals: dict[str, Any], result: Any, shape: tuple[int, int], transposed: bool) -> "_Cut":
-        count = lambda axes: math.prod(mesh.shape[axis] for axis in axes)
         # A row is cut between blocks.
         units = (shape[0], shape[1] // reference.NF4_BLOCK if shape[1] % reference.NF4_BLOCK == 0 else 1)
         wanted = _axes(result)[:: -1 if transposed else 1]
-        wanted = [axes if unit % count(axes) == 0 else () for axes, unit in zip(wanted, units, strict=True)]
+        wanted = [axes if unit % _count(mesh, axes) == 0 else () for axes, unit in zip(wanted, units, strict=True)]
         held = [
-            axes if axes[: len(own)] == own and unit % count(axes) == 0 else own
+            axes if axes[: len(own)] == own and unit % _count(mesh, axes) == 0 else own
             for axes, own, unit in zip(_axes(avals["codes"])[-2:], wanted, units, strict=True)
         ]
         used = [axis for axes in held for axis in axes]
         if len({*used}) < len(used):
             held = wanted
-        return cls(mesh, *wanted, *held, shape)
-
-    def count(self, axes: tuple[str, ...]) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in axes)
+        return cls(mesh, wanted[0], wanted[1], held[0], held[1], shape)
 
     def needed(self, name: str, ndim: int) -> tuple:
         """What a device must hold of an operand: the axes of its dimensions."""
@@ -146,6 +155,10 @@ class _Cut:
         block = row[:, None] * (self.whole[1] // reference.NF4_BLOCK) + column[None, :]
         scale = nested[block // GROUP]
         return jnp.clip(jnp.asarray(reference.DYNAMIC_MAP)[absmax.astype(jnp.int32)] * scale, -scale, scale) + offset
+
+
+def _count(mesh: Any, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _axes(aval: Any) -> list[tuple[str, ...]]:
