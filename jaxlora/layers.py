@@ -367,6 +367,8 @@ class Linear(Adapted):
         copy = jax.tree.map(lambda leaf: leaf, self.with_norms(dtype))
         weight = self.weight.get_value()
         if not isinstance(weight, quant.QuantizedArray):
+            if isinstance(weight, jax.Array):
+                copy.weight.set_value(sharding.gathered(weight, self.axes))
             return copy
         is_many, is_plain = quant.is_merging_cheaper(tokens, weight.shape), self.lora_magnitude is None
         if self.matmul_dtype is not None and is_many and is_plain and (self.has_plain_adapter or self.lora_A is None):

@@ -55,7 +55,7 @@ def causal_lm_loss(
     labels = shift_labels(batch["labels"], segment_ids).reshape(-1)
     rows, weight = model.head_product(hidden.reshape(-1, hidden.shape[-1]))
     parts = sharding.row_parts(hidden.shape[0])
-    weight = sharding.divided(weight, ("vocab", None))  # gathered once, and not for each chunk
+    weight = sharding.gathered(weight, ("vocab", "embed"))  # once, and not for each chunk
     chunk = chunk_length(rows.shape[0] // parts, weight.shape[0])
     total = linear_cross_entropy(rows, weight, labels, chunk, model.config.final_logit_softcapping, parts)
     tokens = jnp.sum(labels != IGNORE_INDEX).astype(jnp.float32)

@@ -136,6 +136,7 @@ class MLP(TokenwiseModule):
             gate, up = jnp.split(linear_each(self.projections, x, keys[:1])[0], 2, axis=-1)
         else:
             gate, up = linear_each(self.projections, x, keys[:2])
+        gate, up = _by_features(gate), _by_features(up)
         return self.gate_multiplier * checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
 
     def _inner(self, x, keys: list):
@@ -143,7 +144,7 @@ class MLP(TokenwiseModule):
         if self.gated:
             return kernels.gated(*self._gate_and_up(x, keys), self.hidden_act)
         [up] = linear_each(self.projections, x, keys[1:2])
-        return ACTIVATIONS[self.hidden_act](checkpoint_name(up, "up"))
+        return ACTIVATIONS[self.hidden_act](checkpoint_name(_by_features(up), "up"))
 
 
 class DecoderLayer(nnx.Module):
@@ -383,6 +384,11 @@ class Run(nnx.Module):
 def _by_rows(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
     """Hidden states, which on a mesh are divided by rows of the batch and nothing else."""
     return sharding.divided(x, ("batch", None, None))
+
+
+def _by_features(x: Float[Array, "*batch f"]) -> Float[Array, "*batch f"]:
+    """What the MLP's first products make of hidden states, or of a tile of them."""
+    return sharding.divided(x, ("batch", *[None] * (x.ndim - 2), "mlp"))
 
 
 def _as_left(x, last: DecoderLayer, context: Context):

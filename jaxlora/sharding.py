@@ -1,7 +1,7 @@
 """Many devices: logical axis -> mesh axis, in one table, and the shardings that follow from it.
 
-The mesh has three axes. "data" splits the batch only. "fsdp" splits the batch, and every weight along its hidden
-dimension: a device holds a part, and gathers the rest of a layer when it comes to it. "tensor" splits the heads, the
+The mesh has three axes. "data" splits the batch only. "fsdp" splits the batch and every weight:
+a device holds a part, and gathers the rest of a layer when it comes to it. "tensor" splits the heads, the
 inner dimension of the MLP and the vocabulary.
 
 A Variable says the logical axes of its dimensions (`axes`), and that is all that the rest of the library knows of
@@ -74,8 +74,11 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool = False) -> NamedSharding:
 def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """The sharding of a Variable's value (an array, a shape, or a `QuantizedArray`), as a tree like the value.
 
-    A dimension that its mesh axis does not divide is whole on every device. A quantised matrix is split by rows over
-    "fsdp", whichever of its dimensions that is of, so that what is gathered lies in one piece. Its columns are split as
+    A dimension that its mesh axis does not divide is whole on every device. A matrix of which "fsdp" is to split the
+    columns, and another axis the rows, has its rows split by both where they can be: what is gathered of a layer then
+    lies in one piece, where XLA would turn the whole stack in each step. Tables are read by row and stay.
+
+    A quantised matrix is split by rows over "fsdp", whichever of its dimensions that is of. Its columns are split as
     their axis says where they stay whole blocks of 64, else its rows are, by that too; where a block crosses rows (NF4
     with in % 64 != 0) it is not split.
 
@@ -98,6 +101,9 @@ def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules:
             jax.tree.structure(value),
             [place(leaf, leaf is value.codes or leaf is value.scales) for leaf in jax.tree.leaves(value)],
         )
+    if len(axes) > 1 and split[-1] == GATHERED and split[-2] is not None and axes[-2] != "vocab":
+        if not value.shape[-2] % (mesh.shape[split[-2]] * mesh.shape[GATHERED]):
+            split[-2:] = [(split[-2], GATHERED), None]
     return _named(mesh, value.shape, split)
 
 
@@ -183,6 +189,12 @@ def divided(x: Any, axes: Sequence[str | None]) -> Any:
         return x
     split = [None if axis is None else DEFAULT_RULES[axis] for axis in axes]
     return jax.lax.with_sharding_constraint(x, _named(mesh, x.shape, split))
+
+
+def gathered(x: Any, axes: Sequence[str | None]) -> Any:
+    """The same, but whole over "fsdp": a weight where it is read by rows that this divides. It is said of those that
+    are read more than once; of others XLA knows it by what reads them, and so does not keep them for a gradient."""
+    return divided(x, [None if axis is None or DEFAULT_RULES[axis] == GATHERED else axis for axis in axes])
 
 
 def row_parts(rows: int) -> int:
