@@ -101,15 +101,16 @@ def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules:
             jax.tree.structure(value),
             [place(leaf, leaf is value.codes or leaf is value.scales) for leaf in jax.tree.leaves(value)],
         )
-    if len(axes) > 1 and split[-1] == GATHERED and split[-2] is not None and axes[-2] != "vocab":
-        if not value.shape[-2] % (mesh.shape[split[-2]] * mesh.shape[GATHERED]):
-            split[-2:] = [(split[-2], GATHERED), None]
+    if len(axes) > 1 and split[-1] == GATHERED and axes[-2] != "vocab":
+        rows = split[-2]
+        if isinstance(rows, str) and not value.shape[-2] % (mesh.shape[rows] * mesh.shape[GATHERED]):
+            return _named(mesh, value.shape, [*split[:-2], (rows, GATHERED)])
     return _named(mesh, value.shape, split)
 
 
 def _of_codes(value: QuantizedArray, rows: Any, columns: Any, mesh: Mesh) -> list[Any]:
     """What rows and columns of codes are split over, of a matrix whose dimensions are split over these."""
-    in_blocks = columns is not None and not value.shape[1] % (BLOCK * mesh.shape[columns])
+    in_blocks = isinstance(columns, str) and not value.shape[1] % (BLOCK * mesh.shape[columns])
     if columns is None or (columns != GATHERED and in_blocks):
         return [rows, columns]
     return [tuple(axis for axis in (rows, columns) if axis is not None), None]

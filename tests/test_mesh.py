@@ -230,6 +230,8 @@ def test_without_a_mesh_nothing_is_asked_of_xla():
         assert sharding.row_parts(4) == 4
         assert sharding.row_parts(6) == 2  # fsdp does not divide what is left
         assert sharding.row_parts(5) == 1
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2)):
+        assert sharding.row_parts(4) == 4
     with sharding.over(sharding.make_mesh()):
         assert sharding.divided(x, ("batch", None, None)) is x
     with sharding.over(None):
