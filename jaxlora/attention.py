@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from jaxlora import sharding
 from jaxlora.config import LayerConfig, ModelConfig
 from jaxlora.kernels import api as kernels
 from jaxlora.kernels.decode_attention import write_cache
@@ -130,7 +131,7 @@ class Attention(nnx.Module):
 
     def _keys_and_values(self, k, v, context: Context):
         """This call's, [B, T, K H] each -> [B, T, K, H] each."""
-        k, v = self._placed(k, self.k_norm, context), self._values(v)
+        k, v = (_by_heads(each, "kv_heads") for each in (self._placed(k, self.k_norm, context), self._values(v)))
         return checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
     def __call__(self, x, context: Context, keys: list, cache=None):
@@ -161,7 +162,7 @@ class Attention(nnx.Module):
     def _attend(self, q, k, v, cache, context: Context):
         """What many tokens take from each other and from the cache, [B, T, N, H], the cache with them, and what
         `Context.stored_kv` gets."""
-        q = checkpoint_name(self._placed(q, self.q_norm, context), "query")
+        q = checkpoint_name(_by_heads(self._placed(q, self.q_norm, context), "heads"), "query")
         if self.reuses_kv is not None:
             k, v = context.stored_kv[self.reuses_kv]
         else:
@@ -218,3 +219,8 @@ class Attention(nnx.Module):
             key_bias=context.key_bias,
             sinks=None if self.sinks is None else self.sinks.get_value(),
         )
+
+
+def _by_heads(x: Float[Array, "b t n h"], heads: str) -> Float[Array, "b t n h"]:
+    """Queries, keys or values, which on a mesh are divided by rows of the batch and by heads."""
+    return sharding.divided(x, ("batch", None, heads, None))

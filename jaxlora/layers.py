@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxlora import fp8, quant, remat
+from jaxlora import fp8, quant, remat, sharding
 from jaxlora.config import QuantConfig
 from jaxlora.kernels import api as kernels
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
@@ -367,6 +367,8 @@ class Linear(Adapted):
         copy = jax.tree.map(lambda leaf: leaf, self.with_norms(dtype))
         weight = self.weight.get_value()
         if not isinstance(weight, quant.QuantizedArray):
+            if isinstance(weight, jax.Array):
+                copy.weight.set_value(sharding.gathered(weight, self.axes))
             return copy
         is_many, is_plain = quant.is_merging_cheaper(tokens, weight.shape), self.lora_magnitude is None
         if self.matmul_dtype is not None and is_many and is_plain and (self.has_plain_adapter or self.lora_A is None):
@@ -625,15 +627,16 @@ class TokenwiseModule(nnx.Module):
     """A module that treats tokens alike, and so can take them a tile at a time: a subclass has `_forward(x, keys)`."""
 
     def __call__(self, x: Float[Array, "*batch d"], keys: list, tile: int | None = None) -> Float[Array, "*batch d"]:
-        """x [B, T, D] -> [B, T, D]; `tile` tokens at a time if given, see `remat`."""
-        if tile is None or x.shape[0] * x.shape[1] <= tile:
+        """x [B, T, D] -> [B, T, D]; `tile` tokens of a device at a time if given, see `remat`."""
+        parts = sharding.row_parts(x.shape[0])
+        if tile is None or x.shape[0] * x.shape[1] <= parts * tile:
             return self._forward(x, keys)
         dense = _dense(self, x.dtype, x.shape[0] * x.shape[1])  # once for all tiles
 
         def one_tile(rows, index):
             return dense._forward(rows, [None if key is None else jax.random.fold_in(key, index) for key in keys])
 
-        return remat.over_tiles(one_tile, x, tile)
+        return remat.over_tiles(one_tile, x, tile, parts)
 
     def _forward(self, x: Any, keys: list) -> Any:
         raise NotImplementedError

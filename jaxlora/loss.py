@@ -12,6 +12,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlora import sharding
 from jaxlora.kernels.cross_entropy import IGNORE_INDEX, chunk_length, linear_cross_entropy
 from jaxlora.model import CausalLM
 from jaxlora.moe import load_balancing_loss
@@ -53,8 +54,10 @@ def causal_lm_loss(
         hidden, _ = model.hidden_states(*arguments, key=key)
     labels = shift_labels(batch["labels"], segment_ids).reshape(-1)
     rows, weight = model.head_product(hidden.reshape(-1, hidden.shape[-1]))
-    chunk = chunk_length(rows.shape[0], weight.shape[0])
-    total = linear_cross_entropy(rows, weight, labels, chunk, model.config.final_logit_softcapping)
+    parts = sharding.row_parts(hidden.shape[0])
+    weight = sharding.gathered(weight, ("vocab", "embed"))  # once, and not for each chunk
+    chunk = chunk_length(rows.shape[0] // parts, weight.shape[0])
+    total = linear_cross_entropy(rows, weight, labels, chunk, model.config.final_logit_softcapping, parts)
     tokens = jnp.sum(labels != IGNORE_INDEX).astype(jnp.float32)
     if load is None:
         return cast(Array, total), tokens, {}

@@ -27,7 +27,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxlora import quant, remat
+from jaxlora import quant, remat, sharding
 from jaxlora.attention import Attention, Context
 from jaxlora.config import LayerConfig, ModelConfig, QuantConfig
 from jaxlora.delta_net import GatedDeltaNet
@@ -136,6 +136,7 @@ class MLP(TokenwiseModule):
             gate, up = jnp.split(linear_each(self.projections, x, keys[:1])[0], 2, axis=-1)
         else:
             gate, up = linear_each(self.projections, x, keys[:2])
+        gate, up = _by_features(gate), _by_features(up)
         return self.gate_multiplier * checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
 
     def _inner(self, x, keys: list):
@@ -143,7 +144,7 @@ class MLP(TokenwiseModule):
         if self.gated:
             return kernels.gated(*self._gate_and_up(x, keys), self.hidden_act)
         [up] = linear_each(self.projections, x, keys[1:2])
-        return ACTIVATIONS[self.hidden_act](checkpoint_name(up, "up"))
+        return ACTIVATIONS[self.hidden_act](checkpoint_name(_by_features(up), "up"))
 
 
 class DecoderLayer(nnx.Module):
@@ -221,7 +222,7 @@ class DecoderLayer(nnx.Module):
             residual = added(x, attended, self.multiplier)
             normed = normed if self.shared_norm else self.post_attention_layernorm(x)
         else:
-            residual, normed = self.post_attention_layernorm.after(x, attended, self.multiplier)
+            residual, normed = self.post_attention_layernorm.after(x, _by_rows(attended), self.multiplier)
         out = self.mlp(normed, keys[4:], context.mlp_tile)
         sparse, read = (self.mlp, normed) if self.sparse_mlp is None else (self.sparse_mlp, residual)
         if self.sparse_mlp is not None:
@@ -233,7 +234,7 @@ class DecoderLayer(nnx.Module):
         out = self.post_mlp_layernorm(out)
         if self.leaves_sum(residual, context):
             return Unsummed(residual, out), cache, Aside(load, stored)
-        x = residual + self.multiplier * out
+        x = _by_rows(residual + self.multiplier * _by_rows(out))
         if self.per_layer_act is not None:
             x = x + self._of_layer(x, per_layer_input, key)
         if self.layer_scalar is not None:
@@ -311,10 +312,11 @@ class Run(nnx.Module):
                 return len(leaf.leading) == 1
             return isinstance(leaf, quant.StackedArray)
 
+        period = sharding.read_divided(self.period)
         if cache is None:
-            period = with_norms(self.period, self.repeats, x.dtype)
+            period = with_norms(period, self.repeats, x.dtype)
         else:
-            period = read_by_index(self.period, jax.tree.leaves(x)[0])
+            period = read_by_index(period, jax.tree.leaves(x)[0])
         leaves, structure = jax.tree.flatten(period, is_leaf=is_stack)
         sliced = [None if is_stack(leaf) else leaf for leaf in leaves]
 
@@ -377,6 +379,16 @@ class Run(nnx.Module):
                 context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
             loads.append(aside.load)
         return x, cache, Aside(_total_load(loads), stored)
+
+
+def _by_rows(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Hidden states, which on a mesh are divided by rows of the batch and nothing else."""
+    return sharding.divided(x, ("batch", None, None))
+
+
+def _by_features(x: Float[Array, "*batch f"]) -> Float[Array, "*batch f"]:
+    """What the MLP's first products make of hidden states, or of a tile of them."""
+    return sharding.divided(x, ("batch", *[None] * (x.ndim - 2), "mlp"))
 
 
 def _as_left(x, last: DecoderLayer, context: Context):
@@ -611,7 +623,7 @@ class CausalLM(nnx.Module):
                 before = jnp.take_along_axis(cache.segment_ids, last[:, None], axis=1)[:, 0]
             context = dataclasses.replace(context, runs=segment_runs(segment_ids, input_ids.shape, before))
 
-        x = self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier
+        x = _by_rows(self.model.embed_tokens(input_ids).astype(self.dtype) * self.config.embedding_multiplier)
         per_layer_inputs = self.model.per_layer_inputs(input_ids, x, key)
         parts = [] if cache is None else [cache.keys, cache.values, cache.convolutions, cache.states]
         loads = []

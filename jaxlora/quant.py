@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlora.config import QuantScheme
@@ -27,6 +28,7 @@ from jaxlora.kernels.reference import DenseFields, InputNorm, NF4Fields, Residua
 
 Implementation = Literal["triton", "reference"] | None
 
+BLOCK = reference.NF4_BLOCK  # columns of a row that a device holds are whole blocks of so many
 FP8_BLOCK = 128
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 
@@ -73,6 +75,8 @@ class QuantizedArray:
       dtype: what `dequantize` returns unless told otherwise: the dtype that was quantised.
       scheme: a key of the table of schemes.
       index: int32 [], or None.
+      divided: None, or the sharding on a mesh of what is dequantised or merged, of one matrix; see
+        `sharding.read_divided`.
     """
 
     codes: Any
@@ -83,6 +87,7 @@ class QuantizedArray:
     dtype: np.dtype
     scheme: QuantScheme = "nf4"
     index: Any = None
+    divided: NamedSharding | None = None
 
     @property
     def ndim(self) -> int:
@@ -122,7 +127,7 @@ class QuantizedArray:
 jax.tree_util.register_dataclass(
     QuantizedArray,
     data_fields=["codes", "scales", "nested_absmax", "nested_offset", "index"],
-    meta_fields=["shape", "dtype", "scheme"],
+    meta_fields=["shape", "dtype", "scheme", "divided"],
 )
 
 
@@ -294,11 +299,30 @@ def dequantize(
     """The dense weight, with the leading dimensions of `q`, in `dtype` (`q.dtype` if None)."""
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     if q.scheme != "nf4":
-        q = q.taken()
-    function = lambda q: _SCHEMES[q.scheme].dequantize(q, dtype, implementation)
+        q = _gathered(q.taken())
+    function = lambda q: _on_mesh(_SCHEMES[q.scheme].dequantize(q, dtype, implementation), q)
     for _ in q.leading:
         function = jax.vmap(function)
     return function(q)
+
+
+def _on_mesh(weight: Float[Array, "out in"], q: QuantizedArray) -> Float[Array, "out in"]:
+    """A weight that was made of q, as q says that it lies on a mesh."""
+    return weight if q.divided is None else lax.with_sharding_constraint(weight, q.divided)
+
+
+def _gathered(q: QuantizedArray) -> QuantizedArray:
+    """The same with codes and scales where what is made of them lies: what is sent is 8 bits a weight and not more."""
+    if q.divided is None or q.leading:
+        return q
+    rows, columns = (*q.divided.spec, None, None)[:2]
+    # Scales of a row are of its devices; those of blocks are few.
+    of_scales = PartitionSpec(rows) if q.scales.shape[0] == q.shape[0] else PartitionSpec()
+    return dataclasses.replace(
+        q,
+        codes=lax.with_sharding_constraint(q.codes, NamedSharding(q.divided.mesh, PartitionSpec(rows, columns))),
+        scales=lax.with_sharding_constraint(q.scales, NamedSharding(q.divided.mesh, of_scales)),
+    )
 
 
 def merge(q: QuantizedArray, adapter: LowRank, dtype: jax.typing.DTypeLike) -> Float[Array, "out in"]:
@@ -306,10 +330,12 @@ def merge(q: QuantizedArray, adapter: LowRank, dtype: jax.typing.DTypeLike) -> F
     a, b, gain = adapter.a, adapter.gained_b * adapter.scaling, adapter.gain
     if q.scheme == "nf4":
         fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
-        return api.merge_nf4(*fields, q.index, a, b, None, gain, shape=q.shape, dtype=dtype)
+        return _on_mesh(api.merge_nf4(*fields, q.index, a, b, None, gain, shape=q.shape, dtype=dtype), q)
     weight = dequantize(q, jnp.float32)
     weight = weight if gain is None else gain[:, None] * weight
-    return (weight + _contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32)).astype(dtype)
+    # Placed as well: else XLA would add part by part, and gather the dense sum.
+    update = _on_mesh(_contract(b.astype(dtype), a.astype(dtype), 0, jnp.float32), q)
+    return _on_mesh((weight + update).astype(dtype), q)
 
 
 def scaled(y: Float[Array, "*batch d_out"], gain: Float[Array, " d_out"] | None) -> Float[Array, "*batch d_out"]:
@@ -426,14 +452,19 @@ def matmul_each(
 
 def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
     """Whether a kernel multiplies x [tokens, in] by a weight and adds to a residual stream (`matmul_each`)."""
-    return isinstance(w, QuantizedArray) and w.scheme == "nf4" and api.adds_residual(x, [_fields(w)], shapes=[w.shape])
+    return _meet_few([w]) and api.adds_residual(x, [_fields(w)], shapes=[w.shape])
 
 
 def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any]) -> bool:
     """Whether a kernel multiplies x [tokens, in] by some weights (`matmul_each`) that reads x as `Ordered`."""
-    if not all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
+    if not _meet_few(weights):
         return False
     return api.reads_ordered(x, [*map(_fields, weights)], shapes=[w.shape for w in weights])
+
+
+def _meet_few(weights: Sequence[Any]) -> bool:
+    """Whether few tokens may be multiplied by these in a kernel. On a mesh it would gather the stacks of all layers."""
+    return all(isinstance(w, QuantizedArray) and w.scheme == "nf4" and w.divided is None for w in weights)
 
 
 def _fields(w: QuantizedArray) -> NF4Fields:
@@ -445,7 +476,7 @@ def _matmul_around(
     act: str | None, ordered: bool, x, weights: tuple, norm: InputNorm | None, residual: Residual | None
 ) -> list[Any]:
     """`matmul_each` of quantised weights with what stands around the products."""
-    if all(isinstance(w, QuantizedArray) and w.scheme == "nf4" for w in weights):
+    if _meet_few(weights):
         flat = lambda array: array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
         options: dict[str, Any] = dict(norm=norm, act=act, ordered=ordered)
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
@@ -498,7 +529,7 @@ def _matmul_stacked(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"] | Ordered, weights: tuple) -> list[Any]:
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if all(w.scheme == "nf4" for w in weights):
+    if _meet_few(weights):
         fields = [*map(_fields, weights)]
         is_few = rows.shape[0] <= nf4_matmul.MOST_TOKENS
         for name in ("triton",) if is_few else ("triton_wgmma", "triton_tiles"):

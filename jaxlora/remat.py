@@ -160,28 +160,30 @@ def scan(
     return jax.lax.scan(_checkpointed(body, policy), x, layers, unroll=unroll or 1)
 
 
-def over_tiles(function: Callable, x: jax.Array, tile: int | None) -> jax.Array:
+def over_tiles(function: Callable, x: jax.Array, tile: int | None, parts: int = 1) -> jax.Array:
     """`function(rows, index)` over x [B, T, D] a tile of tokens at a time, each computed again for its gradient.
 
     `function` takes [tokens, D] and the tile's number and must treat tokens alike. With no tile, or no more tokens than
-    one, it is called once.
+    one, it is called once. Where devices have a part of the batch each (`sharding.row_parts`), a tile is so many tokens
+    of each part, so that no token leaves its device.
     """
-    tokens = x.shape[0] * x.shape[1]
-    rows = x.reshape(tokens, x.shape[2])
+    tokens = x.shape[0] * x.shape[1] // parts  # of a part
     if tile is None or tokens <= tile:
-        return function(rows, 0).reshape(*x.shape[:2], -1)
+        return function(x.reshape(parts * tokens, x.shape[2]), 0).reshape(*x.shape[:2], -1)
     count = -(-tokens // tile)
     size = -(-tokens // count)
-    padded = jax.numpy.pad(rows, ((0, count * size - tokens), (0, 0))).reshape(count, size, -1)
+    padded = jax.numpy.pad(x.reshape(parts, tokens, -1), ((0, 0), (0, count * size - tokens), (0, 0)))
+    tiles = padded.reshape(parts, count, size, -1).swapaxes(0, 1).reshape(count, parts * size, -1)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(inputs):
         # Masking the padding, of which there is mostly none, makes slicing a tile the work of a kernel. The copy engine
         # would do it otherwise, when it has done what it may be at, and that is offloading (see `prefetch`).
         rows, index = inputs
-        is_token = (index * size + jax.numpy.arange(size) < tokens)[:, None]
+        is_token = jax.numpy.tile(index * size + jax.numpy.arange(size) < tokens, parts)[:, None]
         masked = lambda rows: jax.numpy.where(is_token, rows, jax.numpy.zeros((), rows.dtype))
         return masked(function(masked(rows), index))
 
-    out = jax.lax.map(one, (padded, jax.numpy.arange(count)))
-    return out.reshape(count * size, -1)[:tokens].reshape(*x.shape[:2], -1)
+    out = jax.lax.map(one, (tiles, jax.numpy.arange(count)))
+    out = out.reshape(count, parts, size, -1).swapaxes(0, 1).reshape(parts, count * size, -1)
+    return out[:, :tokens].reshape(*x.shape[:2], -1)

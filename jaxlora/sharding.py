@@ -1,15 +1,20 @@
 """Many devices: logical axis -> mesh axis, in one table, and the shardings that follow from it.
 
-The mesh has three axes. "data" splits the batch only. "fsdp" splits the batch, and every weight along its hidden
-dimension: a device holds a part, and gathers the rest of a layer when it comes to it. "tensor" splits the heads, the
+The mesh has three axes. "data" splits the batch only. "fsdp" splits the batch and every weight:
+a device holds a part, and gathers the rest of a layer when it comes to it. "tensor" splits the heads, the
 inner dimension of the MLP and the vocabulary.
 
 A Variable says the logical axes of its dimensions (`axes`), and that is all that the rest of the library knows of
-this. XLA puts in the communication.
+this. XLA puts in the communication, and is told what it would guess wrong: inside of `over(mesh)`, which is the mesh in
+the context of JAX and nothing of ours, hidden states stay divided by rows of the batch (`divided`), and a quantised
+weight knows how what is made of it lies (`read_divided`), so that a layer's codes are gathered and not its weights.
+Without a mesh in the context these functions return what they are given.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,11 +23,13 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlora.quant import QuantizedArray
+from jaxlora.quant import BLOCK, QuantizedArray
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-Rules = Mapping[str, str | None]
+GATHERED = "fsdp"  # the axis over which a weight is gathered before it is read
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 DEFAULT_RULES: Rules = {
     "embed": "fsdp",
@@ -35,6 +42,7 @@ DEFAULT_RULES: Rules = {
     "layers": None,
     "rank": None,
     "head_dim": None,
+    "batch": ("data", "fsdp"),
 }
 
 
@@ -66,9 +74,13 @@ def batch_sharding(mesh: Mesh, *, accumulated: bool = False) -> NamedSharding:
 def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """The sharding of a Variable's value (an array, a shape, or a `QuantizedArray`), as a tree like the value.
 
-    A dimension that its mesh axis does not divide is whole on every device. A quantised matrix is split by rows, over
-    the mesh axes of both its dimensions, since a row is made of whole blocks of 64 and a column is not; where a block
-    crosses rows (NF4 with in % 64 != 0) it is not split.
+    A dimension that its mesh axis does not divide is whole on every device. A matrix of which "fsdp" is to split the
+    columns, and another axis the rows, has its rows split by both where they can be: what is gathered of a layer then
+    lies in one piece, where XLA would turn the whole stack in each step. Tables are read by row and stay.
+
+    A quantised matrix is split by rows over "fsdp", whichever of its dimensions that is of. Its columns are split as
+    their axis says where they stay whole blocks of 64, else its rows are, by that too; where a block crosses rows (NF4
+    with in % 64 != 0) it is not split.
 
     Raises:
         ValueError: an axis that `rules` does not have.
@@ -80,19 +92,31 @@ def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules:
     if isinstance(value, QuantizedArray):
         *lead, rows, columns = split
         by_row = value.codes.ndim == len(axes)
-        both = tuple(axis for axis in (rows, columns) if axis is not None) if by_row else ()
+        matrix = _of_codes(value, rows, columns, mesh) if by_row else []
 
         def place(leaf, is_by_row):
-            return _named(mesh, leaf.shape, [*lead, both] if is_by_row else lead)
+            return _named(mesh, leaf.shape, [*lead, *matrix] if is_by_row else lead)
 
         return jax.tree.unflatten(
             jax.tree.structure(value),
             [place(leaf, leaf is value.codes or leaf is value.scales) for leaf in jax.tree.leaves(value)],
         )
+    if len(axes) > 1 and split[-1] == GATHERED and axes[-2] != "vocab":
+        rows = split[-2]
+        if isinstance(rows, str) and not value.shape[-2] % (mesh.shape[rows] * mesh.shape[GATHERED]):
+            return _named(mesh, value.shape, [*split[:-2], (rows, GATHERED)])
     return _named(mesh, value.shape, split)
 
 
-def _named(mesh: Mesh, shape: tuple[int, ...], split: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
+def _of_codes(value: QuantizedArray, rows: Any, columns: Any, mesh: Mesh) -> list[Any]:
+    """What rows and columns of codes are split over, of a matrix whose dimensions are split over these."""
+    in_blocks = isinstance(columns, str) and not value.shape[1] % (BLOCK * mesh.shape[columns])
+    if columns is None or (columns != GATHERED and in_blocks):
+        return [rows, columns]
+    return [tuple(axis for axis in (rows, columns) if axis is not None), None]
+
+
+def _named(mesh: Any, shape: tuple[int, ...], split: Sequence[str | tuple[str, ...] | None]) -> NamedSharding:
     """Split dimension i over `split[i]` where that divides it: over as many as do of several mesh axes."""
     used: set[str] = set()
     spec = []
@@ -145,3 +169,56 @@ def placer(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Callable[[Any, Any], Any
         return variable_sharding(value, parameter.node.get_metadata()["axes"], mesh, rules)
 
     return place
+
+
+def over(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """What is traced in this context is for arrays on this mesh; None for one device. `jax.set_mesh` does the same."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _mesh_in_context() -> Any:
+    """The mesh, abstract, or None where there is none of several devices with our axes, which XLA may divide by."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_ours = not mesh.empty and mesh.size > 1 and mesh.axis_names == MESH_AXES
+    return mesh if is_ours and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def divided(x: Any, axes: Sequence[str | None]) -> Any:
+    """x, an array, held to what `DEFAULT_RULES` say of its logical axes, one for each dimension: a `None` is whole."""
+    mesh = _mesh_in_context()
+    if mesh is None:
+        return x
+    split = [None if axis is None else DEFAULT_RULES[axis] for axis in axes]
+    return jax.lax.with_sharding_constraint(x, _named(mesh, x.shape, split))
+
+
+def gathered(x: Any, axes: Sequence[str | None]) -> Any:
+    """The same, but whole over "fsdp": a weight where it is read by rows that this divides. It is said of those that
+    are read more than once; of others XLA knows it by what reads them, and so does not keep them for a gradient."""
+    return divided(x, [None if axis is None or DEFAULT_RULES[axis] == GATHERED else axis for axis in axes])
+
+
+def row_parts(rows: int) -> int:
+    """Into how many parts a batch of so many rows is divided."""
+    mesh = _mesh_in_context()
+    if mesh is None:
+        return 1
+    return rows // _named(mesh, (rows,), [DEFAULT_RULES["batch"]]).shard_shape((rows,))[0]
+
+
+def read_divided(tree: Any) -> Any:
+    """A copy of a module whose quantised weights know how what is dequantised of them lies: as a dense weight would,
+    but whole over "fsdp", which divides the rows that read it."""
+    mesh = _mesh_in_context()
+    if mesh is None:
+        return tree
+
+    def of(node):
+        value = node.get_value() if isinstance(node, nnx.Variable) else None
+        if not isinstance(value, QuantizedArray):
+            return node
+        split = [None if axis is None else DEFAULT_RULES[axis] for axis in node.get_metadata()["axes"][-2:]]
+        split = [None if axes == GATHERED else axes for axes in split]
+        return node.replace(dataclasses.replace(value, divided=_named(mesh, value.shape, split)))
+
+    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
+from jaxlora import sharding
 from jaxlora.loss import Batch, causal_lm_loss
 from jaxlora.model import CausalLM
 
@@ -88,7 +90,10 @@ class TrainState:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: Loss = causal_lm_loss
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: Loss = causal_lm_loss,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
     """A compiled `step(state, frozen, batch) -> (state, metrics)` that donates `state`.
 
@@ -96,6 +101,9 @@ def make_train_step(
     once, by the total weight, so that the result is that of one batch of A * B rows. metrics: "loss", "grad_norm",
     "num_tokens" (the weight), and what the loss returns beside, summed over micro-batches and divided by the weight.
     With a loss scale there is "loss_scale", that of this step, and "grad_norm" is 0 where the update was skipped.
+
+    mesh: what state, frozen and batch lie on (`sharding.shard`, `sharding.batch_sharding`). Without it a step on a mesh
+    is right, but XLA may move activations and whole stacks of weights between devices (`sharding.over`).
     """
 
     def total_of(trainable, frozen, batch, key, scale):
@@ -107,6 +115,10 @@ def make_train_step(
         return grads, total, weight, metrics
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        with sharding.over(mesh):
+            return step_on_mesh(state, frozen, batch)
+
+    def step_on_mesh(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key, loss_scale = jax.random.fold_in(state.key, state.step), state.loss_scale
         scale = jnp.ones((), jnp.float32)
         if loss_scale is not None:

@@ -24,6 +24,7 @@ from jaxlora.kernels import (
     nf4_matmul_wgmma,
     nf4_merge,
     nf4_merge16,
+    nf4_shards,
     reference,
     rms_norm,
 )
@@ -185,7 +186,14 @@ def dequantize_nf4(
     Every implementation gives the same bits.
     """
     args = codes, absmax, nested_absmax, offset
-    return dispatch("dequantize_nf4", _OPS["dequantize_nf4"], implementation, *args, shape=shape, dtype=dtype)
+
+    def dequantize(*fields, shape, **more):
+        return dispatch("dequantize_nf4", _OPS["dequantize_nf4"], implementation, *fields, shape=shape, dtype=dtype)
+
+    if codes.ndim == len(shape) == 2 and nf4_shards.is_on_mesh():
+        of_merging = lambda *args, **more: dequantize(*args[:4], **more)
+        return nf4_shards.merge_shards(of_merging, *args, *[None] * 5, shape=shape)
+    return dequantize(*args, shape=shape)
 
 
 def merge_nf4(
@@ -210,8 +218,13 @@ def merge_nf4(
     "triton16" is made for large weights of 16 bits, [out, in], with an adapter of at most `nf4_merge16.MOST_RANKS`.
     """
     args = codes, absmax, nested_absmax, offset, index, a, b, inverse, gain
-    table = _OPS["merge_nf4"]
-    return dispatch("merge_nf4", table, implementation, *args, shape=shape, dtype=dtype, transposed=transposed)
+
+    def merge(*args, **options):
+        return dispatch("merge_nf4", _OPS["merge_nf4"], implementation, *args, dtype=dtype, **options)
+
+    if codes.ndim == 2 + (index is not None) and nf4_shards.is_on_mesh():
+        return nf4_shards.merge_shards(merge, *args, shape=shape, transposed=transposed)
+    return merge(*args, shape=shape, transposed=transposed)
 
 
 def matmul_nf4(

@@ -2,7 +2,8 @@
 
 Layout: hidden [N, D], weight [V, D] (a checkpoint's orientation), labels [N] with -100 for tokens that do not count.
 The tokens go through in chunks, so that at most `chunk` x V logits exist, in float32, where the full ones of 8,192
-tokens over a vocabulary of 128,256 would take 4 GiB.
+tokens over a vocabulary of 128,256 would take 4 GiB. Where each of some devices has a part of the tokens, a chunk takes
+as many of each part, so that no token leaves its device.
 
 Traded: the loss is a sum, so its gradient is known up to one factor as soon as it is computed. The forward pass of a
 differentiated call therefore makes d(hidden) at once, while a chunk's logits are still there, and the backward pass
@@ -45,23 +46,27 @@ def chunk_length(tokens: int, vocab: int, logits_bytes: int = 2**28) -> int:
     return min(tokens, -(-tokens // chunks // 128) * 128) if tokens > 128 else tokens
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def linear_cross_entropy(
     hidden: Float[Array, "n d"],
     weight: Float[Array, "v d"],
     labels: Int[Array, " n"],
     chunk: int,
     softcap: float | None = None,
+    parts: int = 1,
 ) -> Float[Array, ""]:
-    """Summed loss, float32, `chunk` tokens at a time; see `chunk_length`. Gradients flow to hidden and weight."""
-    return _chunked(hidden, weight, labels, chunk, softcap, False, False)[0]
+    """Summed loss, float32, `chunk` tokens of each of some equal parts at a time; see `chunk_length`. Gradients flow to
+    hidden and weight."""
+    return _chunked(hidden, weight, labels, chunk, softcap, parts, False, False)[0]
 
 
-def _chunked(hidden, weight, labels, chunk, softcap, hidden_learns, weight_learns):
-    tokens, features = hidden.shape
+def _chunked(hidden, weight, labels, chunk, softcap, parts, hidden_learns, weight_learns):
+    tokens, features = hidden.shape[0] // parts, hidden.shape[1]
     padding = -tokens % chunk
-    rows = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, features)
-    marks = jnp.pad(labels, (0, padding), constant_values=IGNORE_INDEX).reshape(-1, chunk)
+    rows = jnp.pad(hidden.reshape(parts, tokens, features), ((0, 0), (0, padding), (0, 0)))
+    rows = rows.reshape(parts, -1, chunk, features).swapaxes(0, 1).reshape(-1, parts * chunk, features)
+    marks = jnp.pad(labels.reshape(parts, tokens), ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
+    marks = marks.reshape(parts, -1, chunk).swapaxes(0, 1).reshape(-1, parts * chunk)
 
     def one_chunk(carry, inputs):
         total, d_weight = carry
@@ -89,18 +94,19 @@ def _chunked(hidden, weight, labels, chunk, softcap, hidden_learns, weight_learn
     d_weight = jnp.zeros(weight.shape, jnp.float32) if weight_learns else None
     (total, d_weight), d_hidden = jax.lax.scan(one_chunk, (jnp.zeros((), jnp.float32), d_weight), (rows, marks))
     if d_hidden is not None:
-        d_hidden = d_hidden.reshape(-1, features)[:tokens]
+        d_hidden = d_hidden.reshape(-1, parts, chunk, features).swapaxes(0, 1).reshape(parts, -1, features)
+        d_hidden = d_hidden[:, :tokens].reshape(hidden.shape)
     return total, d_hidden, d_weight
 
 
-def _forward(hidden, weight, labels, chunk, softcap):
+def _forward(hidden, weight, labels, chunk, softcap, parts):
     arguments = (hidden.value, weight.value, labels.value)
-    total, d_hidden, d_weight = _chunked(*arguments, chunk, softcap, hidden.perturbed, weight.perturbed)
+    total, d_hidden, d_weight = _chunked(*arguments, chunk, softcap, parts, hidden.perturbed, weight.perturbed)
     # Empty arrays carry the shapes and dtypes that the backward pass must give back where nothing learns.
     return total, (d_hidden, d_weight, hidden.value[:0], weight.value[:0])
 
 
-def _backward(chunk, softcap, residuals, d_total):
+def _backward(chunk, softcap, parts, residuals, d_total):
     d_hidden, d_weight, hidden, weight = residuals
 
     def scaled(gradient, like):

@@ -39,7 +39,7 @@ def two_steps(model, batch, mesh=None):
         state, frozen = sharding.shard(state, mesh), sharding.shard(frozen, mesh)
         accumulated = batch["input_ids"].ndim == 3
         batch = jax.device_put(batch, sharding.batch_sharding(mesh, accumulated=accumulated))
-    step = make_train_step(graphdef, optimizer)
+    step = make_train_step(graphdef, optimizer, mesh=mesh)
     losses = []
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
@@ -87,13 +87,17 @@ def test_the_table_says_where_a_weight_lies(tmp_path):
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     sharding.shard(model, mesh)
     found = {p.name: p.node.get_value().sharding.spec for p in named_nodes(model, nnx.Variable)}
-    assert found["model.layers.{}.mlp.up_proj.weight"] == PartitionSpec(None, ("tensor",), ("fsdp",))
+    assert found["model.layers.{}.mlp.up_proj.weight"] == PartitionSpec(None, ("tensor", "fsdp"))
     assert found["model.layers.{}.mlp.down_proj.weight"] == PartitionSpec(None, ("fsdp",), ("tensor",))
     assert found["model.layers.{}.self_attn.q_proj.bias"] == PartitionSpec(None, ("tensor",))
     assert found["model.layers.{}.input_layernorm.weight"] == PartitionSpec(None, ("fsdp",))
     assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == PartitionSpec(("tensor",), ("fsdp",))
     up = model.model.layers[0].period[0].mlp.up_proj.weight.get_value()
-    assert {shard.data.shape for shard in up.addressable_shards} == {(3, 32, 32)}
+    assert {shard.data.shape for shard in up.addressable_shards} == {(3, 16, 64)}
+    by_columns = jax.ShapeDtypeStruct((3, 12, 64), jnp.float32)  # of which the rows are divided by 4, and not by 8
+    assert sharding.variable_sharding(by_columns, ("layers", "mlp", "embed"), mesh).spec == PartitionSpec(
+        None, ("tensor",), ("fsdp",)
+    )
     no_tensor = {**sharding.DEFAULT_RULES, "mlp": None}
     assert sharding.variable_sharding(up, ("layers", "mlp", "embed"), mesh, no_tensor).spec == PartitionSpec(
         None, None, ("fsdp",)
