@@ -62,10 +62,24 @@ def moved(program: str) -> dict[str, float]:
     return {kind: round(size / 2**20, 1) for kind, size in total.items()}
 
 
+def sizes_of(mesh: str) -> dict[str, int]:
+    """The sizes that "fsdp=2,tensor=2" says.
+
+    Raises:
+      argparse.ArgumentTypeError: it says something else.
+    """
+    pairs = [part.partition("=") for part in mesh.split(",")]
+    if not all(axis in ("data", "fsdp", "tensor") and size.isdecimal() for axis, _, size in pairs):
+        raise argparse.ArgumentTypeError(f"{mesh!r} is not such as data=2 or fsdp=2,tensor=2")
+    return {axis: int(size) for axis, _, size in pairs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", help="SHAPE-BATCHxTOKENS")
-    parser.add_argument("meshes", nargs="+", help="data=N, fsdp=N or tensor=N, or several with a comma between")
+    parser.add_argument(
+        "meshes", nargs="+", type=sizes_of, help="data=N, fsdp=N or tensor=N, or several with a comma between"
+    )
     parser.add_argument("--policy", default="full")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
@@ -100,9 +114,7 @@ def main() -> None:
         optimizer = optax.adamw(2e-4)
         state, batch, mesh = TrainState.create(trainable, optimizer), {"input_ids": ids, "labels": ids}, None
         if sizes:
-            data, fsdp, tensor = (sizes.pop(axis, 1) for axis in sharding.MESH_AXES)
-            if sizes:
-                raise ValueError(f"a mesh has the axes {', '.join(sharding.MESH_AXES)}, not {', '.join(sizes)}")
+            data, fsdp, tensor = (sizes.get(axis, 1) for axis in sharding.MESH_AXES)
             mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
             state, frozen = sharding.shard(state, mesh), sharding.shard(frozen, mesh)
             batch = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -124,9 +136,9 @@ def main() -> None:
             moved_mib=moved(step.as_text() or ""),
         )
 
-    for mesh in ("", *args.meshes):
-        sizes = {axis: int(size) for axis, _, size in (part.partition("=") for part in mesh.split(",") if part)}
-        row = dict(op="mesh", work=args.work, policy=args.policy, mesh=mesh or "one device")
+    for sizes in ({}, *args.meshes):
+        mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items()) or "one device"
+        row = dict(op="mesh", work=args.work, policy=args.policy, mesh=mesh)
         print(json.dumps(row | row_of(sizes) | facts), flush=True)
 
 

@@ -46,8 +46,8 @@ _FLASH = "dot_product_attention_fwd_wrapper"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """saved: names of values that are kept. saved_with_room: of those that are on the host if all layers' fit there;
-    only with `on_host`. flash: whether a flash kernel's results are. on_host: whether what is kept,
+    """saved: names of values that are kept. saved_with_room: names of more, kept where the host has room for those of
+    all layers; only with `on_host`. flash: whether a flash kernel's results are kept. on_host: whether what is kept,
     the layer's input with it, lies in pinned host memory. unrolled: layers one after the other in the program and not
     in a loop, which would copy what is kept into a stack and out again; the program takes longer to compile. mlp_tile:
     tokens of an MLP tile; None for no tiles. rematerialise: False keeps everything."""

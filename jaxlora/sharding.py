@@ -1,14 +1,15 @@
 """Many devices: logical axis -> mesh axis, in one table, and the shardings that follow from it.
 
-The mesh has three axes. "data" splits the batch only. "fsdp" splits the batch and every weight:
-a device holds a part, and gathers the rest of a layer when it comes to it. "tensor" splits the heads, the
-inner dimension of the MLP and the vocabulary.
+The mesh has three axes. "data" splits the batch only. "fsdp" splits the batch and every weight: a device holds a part,
+and gathers the rest of a layer when it comes to it. "tensor" splits the heads, the inner dimension of the MLP and the
+vocabulary.
 
 A Variable says the logical axes of its dimensions (`axes`), and that is all that the rest of the library knows of
 this. XLA puts in the communication, and is told what it would guess wrong: inside of `over(mesh)`, which is the mesh in
 the context of JAX and nothing of ours, hidden states stay divided by rows of the batch (`divided`), and a quantised
 weight knows how what is made of it lies (`read_divided`), so that a layer's codes are gathered and not its weights.
-Without a mesh in the context these functions return what they are given.
+Without a mesh in the context these functions return what they are given. Rules of one's own say where Variables lie;
+activations, and what is made of quantised weights, follow `DEFAULT_RULES`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlora.kernels.nf4_shards import is_on_mesh
 from jaxlora.quant import BLOCK, QuantizedArray
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -179,8 +181,7 @@ def over(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 def _mesh_in_context() -> Any:
     """The mesh, abstract, or None where there is none of several devices with our axes, which XLA may divide by."""
     mesh = jax.sharding.get_abstract_mesh()
-    is_ours = not mesh.empty and mesh.size > 1 and mesh.axis_names == MESH_AXES
-    return mesh if is_ours and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+    return mesh if is_on_mesh() and mesh.axis_names == MESH_AXES else None
 
 
 def divided(x: Any, axes: Sequence[str | None]) -> Any:
