@@ -32,6 +32,7 @@ from jaxlora.kernels import dropped_product as dropping
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
+from jaxlora.kernels.attention_mosaic import attention_mosaic
 from jaxlora.kernels.ordered import STEP, Ordered, plain
 from jaxlora.kernels.parts import Parts
 
@@ -164,7 +165,12 @@ _OPS: dict[str, dict[str, Callable]] = {
         "triton": on_gpu(decoding.decode_attention),
         "reference": decoding.decode_attention_reference,
     },
-    "attention": {"cudnn": on_gpu(attention_cudnn), "chunked": attention_chunked, "reference": attention_reference},
+    "attention": {
+        "mosaic": on_gpu_of("9.0", attention_mosaic),
+        "cudnn": on_gpu(attention_cudnn),
+        "chunked": attention_chunked,
+        "reference": attention_reference,
+    },
 }
 
 # Queries above which the scores of a whole row are no longer made at once where there is no flash kernel.
@@ -411,11 +417,12 @@ def attention(
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, "*b"] = 0,
-    implementation: Literal["cudnn", "chunked", "reference"] | None = None,
+    implementation: Literal["mosaic", "cudnn", "chunked", "reference"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Causal attention, q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]. See the head of `kernels.attention`.
 
-    Without a name it is cuDNN where that serves, else chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
+    Without a name it is our kernel or cuDNN where these serve, else chunks for more than `LONGEST_REFERENCE_ATTENTION`
+    queries.
     """
     table = _OPS["attention"]
     if implementation is None and q.shape[1] <= LONGEST_REFERENCE_ATTENTION:
