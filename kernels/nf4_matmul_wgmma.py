@@ -199,7 +199,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     import triton.language as tl
 
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
-    activation, fill, one_of_stack = activation_kernel(), nf4_lookup.fill_kernel(), nf4_lookup.stack_kernel()
+    activation, one_of_stack = activation_kernel(), nf4_lookup.stack_kernel()
+    asked_table, put_table = nf4_lookup.fill_kernels()
     lookup_assembly = tl.constexpr(_lookup_assembly(dtype))
     lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 7))
     tiles = -(-tokens // 8)
@@ -478,6 +479,11 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         thread = tl.arange(0, THREADS)
         warp, lane = thread // 32, thread % 32
         group, t = lane // 4, lane % 4
+        pairs = asked_table(nf4, thread, THREADS)
+        map_values = ()
+        if NESTED:
+            for i in tl.static_range((256 + THREADS - 1) // THREADS):
+                map_values = map_values + (tl.load(dynamic_map + (i * THREADS + thread) % 256),)
         weights = (
             one_of_stack(codes0, absmax0, nested_absmax0, mean0, index0, out0, 0, ROWS0, BLOCKS, NESTED, STACKED),
         )
@@ -533,14 +539,14 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
         above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)
         below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
-        fill(table, nf4, thread, THREADS)
+        put_table(table, pairs, thread, THREADS)
         if NESTED:
             for i in tl.static_range((256 + THREADS - 1) // THREADS):
                 code = (i * THREADS + thread) % 256
                 tl.inline_asm_elementwise(
                     put_assembly,
                     "=r,r,f",
-                    [table + (MAP_AT + 4 * code), tl.load(dynamic_map + code)],
+                    [table + (MAP_AT + 4 * code), map_values[i]],
                     dtype=tl.int32,
                     is_pure=False,
                     pack=1,
