@@ -40,11 +40,32 @@ def lookup_assembly() -> str:
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around a function would hide its source from Triton
-def stack_kernel():
-    """The Triton function that finds a weight in its stack. Built on first use, since the library imports where Triton
-    is not installed."""
+def layer_kernel():
+    """The Triton function that finds a layer's fields in those of its stack. Built on first use, since the library
+    imports where Triton is not installed."""
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def of_layer(codes, absmax, nested_absmax, mean, layer, rows, BLOCKS: tl.constexpr):
+        """Where codes, absmax, nested absmax and mean of a layer begin."""
+        layer = layer.to(tl.int64)
+        codes += layer * (rows * (BLOCKS * 32))
+        absmax += layer * (rows * BLOCKS)
+        nested_absmax += layer * ((rows * BLOCKS + 255) // 256)
+        return codes, absmax, nested_absmax, mean + layer
+
+    return of_layer
+
+
+@functools.cache
+@no_type_check
+def stack_kernel():
+    """The Triton function that finds a weight in its stack. Built on first use, as `layer_kernel`."""
+    import triton
+    import triton.language as tl
+
+    of_layer = layer_kernel()
 
     @triton.jit
     def one_of_stack(
@@ -53,11 +74,9 @@ def stack_kernel():
     ):  # fmt: skip
         """(codes, absmax, nested absmax, mean, out, rows, tiles before its first) of a weight."""
         if STACKED:
-            layer = tl.load(index).to(tl.int64)
-            codes += layer * (ROWS * (BLOCKS * 32))
-            absmax += layer * (ROWS * BLOCKS)
-            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
-            mean += layer
+            codes, absmax, nested_absmax, mean = of_layer(
+                codes, absmax, nested_absmax, mean, tl.load(index), ROWS, BLOCKS
+            )
         value = 0.0
         if NESTED:
             value = tl.load(mean)
@@ -70,7 +89,7 @@ def stack_kernel():
 @no_type_check
 def fill_kernels():
     """Two Triton functions: one asks for the table, the other puts it into shared memory. Built on first use, as
-    `stack_kernel`."""
+    `layer_kernel`."""
     import triton
     import triton.language as tl
 

@@ -26,6 +26,10 @@ The stream. A step of x is copied by one lane, in bulk, up to two steps ahead; t
 proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own codes to its own place in shared memory,
 two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
+The start. What little all else waits for is asked for first, else it would come behind all of that: the layer, then
+the table of pairs and `dynamic_map`. The first step of x needs no layer, so it is on its way meanwhile.
+Then come scales and codes, x's second step, and the table is put into shared memory.
+
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, some
 220 for x's reading and 64 for its writing, 128 for codes and some 60 for scales; 104 instructions a warp, 417 cycles.
 An H100 takes some 900: tensor cores, whose sums are in registers, and other instructions share the registers' ports
@@ -199,7 +203,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     import triton.language as tl
 
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
-    activation, one_of_stack = activation_kernel(), nf4_lookup.stack_kernel()
+    activation, of_layer = activation_kernel(), nf4_lookup.layer_kernel()
     asked_table, put_table = nf4_lookup.fill_kernels()
     lookup_assembly = tl.constexpr(_lookup_assembly(dtype))
     lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 7))
@@ -245,7 +249,11 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
         for half in range(2)
     )
-    next_line_assembly = tl.constexpr("add.u64 $0, $1, 128;")
+    # By halves: what is added as one the assembler may keep in registers that are no pair, and copies for each address.
+    next_line_assembly = tl.constexpr(
+        "{ .reg .b32 lower, upper; mov.b64 {lower, upper}, $1; add.cc.u32 lower, lower, 128; addc.u32 upper, upper, 0;"
+        " mov.b64 $0, {lower, upper}; }"
+    )
     take_assembly = tl.constexpr(
         f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
@@ -285,6 +293,13 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     )
     scale_assembly = tl.constexpr(_scale_assembly(dtype))
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
+    ordered_assembly = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
+    # $1, and 0, which is what a thread's number has from bit 10 on. The assembler does not see that behind SHFL, nor
+    # puts SHFL before a barrier, and so nothing that is made of $0.
+    after_assembly = tl.constexpr(
+        "{ .reg .b32 none; shfl.sync.idx.b32 none, $2, 0, 0x1f, 0xffffffff; shr.u32 none, none, 10;"
+        " add.s32 $0, $1, none; }"
+    )
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
 
     @triton.jit
@@ -302,18 +317,39 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         return tl.inline_asm_elementwise(ring_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
+    def asked_layer(index, STACKED: tl.constexpr):
+        """Begin to load which of its stack a weight is."""
+        layer = 0
+        if STACKED:
+            layer = tl.load(index)
+        return layer
+
+    @triton.jit
+    def in_stack(weight, thread, BLOCKS: tl.constexpr, STACKED: tl.constexpr):
+        """Where (codes, absmax, nested absmax, mean) of a weight begin. The layer is waited for here, not before the
+        barriers are made and x is asked for."""
+        fields = weight[0], weight[1], weight[2], weight[3]
+        if STACKED:
+            layer = tl.inline_asm_elementwise(
+                after_assembly, "=r,r,r", [weight[4], thread], dtype=tl.int32, is_pure=False, pack=1
+            )
+            fields = of_layer(weight[0], weight[1], weight[2], weight[3], layer, weight[6], BLOCKS)
+        return fields
+
+    @triton.jit
     def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
-        """The weight (as `one_of_stack`) that rows g of a tile are of, and that of rows g + 8; the tile's first row."""
+        """The weight (codes, absmax, nested absmax, mean, layer, out, rows, tiles before its first) that rows g of a
+        tile are of, and that of rows g + 8; the tile's first row."""
         if GATED:
             return weights[0], weights[1], ROWS // 2 * tile
         weight = weights[0]
         for i in tl.static_range(1, WEIGHTS):
-            is_later = tile >= weights[i][6]
+            is_later = tile >= weights[i][7]
             chosen = ()
-            for j in tl.static_range(7):
+            for j in tl.static_range(8):
                 chosen = chosen + (tl.where(is_later, weights[i][j], weight[j]),)
             weight = chosen
-        return weight, weight, ROWS * (tile - weight[6])
+        return weight, weight, ROWS * (tile - weight[7])
 
     @triton.jit
     def copy(x, place, phase, is_none, barriers, ring, thread):
@@ -359,6 +395,14 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         if NESTED:
             nested = tl.load(half[2] + (at >> 8))
         return nested
+
+    @triton.jit
+    def asked_mean(half, NESTED: tl.constexpr):
+        """Begin to load what is added to all scales of a weight."""
+        mean = 0.0
+        if NESTED:
+            mean = tl.load(half[3])
+        return mean
 
     @triton.jit
     def asked_statistics(half, at, nested, NESTED: tl.constexpr, OF_ROW: tl.constexpr):
@@ -479,29 +523,29 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         thread = tl.arange(0, THREADS)
         warp, lane = thread // 32, thread % 32
         group, t = lane // 4, lane % 4
+        # What all warps wait for comes first, before any of what is many times as much.
+        weights = ((codes0, absmax0, nested_absmax0, mean0, asked_layer(index0, STACKED), out0, ROWS0, 0),)
+        if WEIGHTS > 1:
+            layer = asked_layer(index1, STACKED)
+            weights = weights + ((codes1, absmax1, nested_absmax1, mean1, layer, out1, ROWS1, FIRST),)
+        if WEIGHTS > 2:
+            layer = asked_layer(index2, STACKED)
+            weights = weights + ((codes2, absmax2, nested_absmax2, mean2, layer, out2, ROWS2, SECOND),)
         pairs = asked_table(nf4, thread, THREADS)
         map_values = ()
         if NESTED:
             for i in tl.static_range((256 + THREADS - 1) // THREADS):
                 map_values = map_values + (tl.load(dynamic_map + (i * THREADS + thread) % 256),)
-        weights = (
-            one_of_stack(codes0, absmax0, nested_absmax0, mean0, index0, out0, 0, ROWS0, BLOCKS, NESTED, STACKED),
-        )
-        if WEIGHTS > 1:
-            weights = weights + (
-                one_of_stack(
-                    codes1, absmax1, nested_absmax1, mean1, index1, out1, FIRST, ROWS1, BLOCKS, NESTED, STACKED
-                ),
-            )
-        if WEIGHTS > 2:
-            weights = weights + (
-                one_of_stack(
-                    codes2, absmax2, nested_absmax2, mean2, index2, out2, SECOND, ROWS2, BLOCKS, NESTED, STACKED
-                ),
-            )
-        part = tl.program_id(0) // TILES
+        part = 0 if SPLIT == 1 else tl.program_id(0) // TILES
+        start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
+        table, ring = table_at(thread), ring_at(thread)
+        barriers = table + BARRIERS_AT
+        x = x.to(tl.pointer_type(tl.uint32)) + start * (STEP_BYTES // 4)
+        tl.inline_asm_elementwise(begin_assembly, "=r,r,r", [barriers, thread], dtype=tl.int32, is_pure=False, pack=1)
+        copy(x, 0, 1, start >= end, barriers, ring, thread)
+
         upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
-        row_count, out = upper[5], upper[4]
+        row_count, out = upper[6], upper[5]
         first_row += (8 if GATED else 16) * warp + group
         second_row = first_row + (0 if GATED else 8)
         upper_row, lower_row = first_row, second_row  # that are read
@@ -510,25 +554,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
             lower_row = upper_row
         if not WHOLE:
             upper_row, lower_row = tl.minimum(upper_row, row_count - 1), tl.minimum(lower_row, row_count - 1)
-        upper_codes = upper[0] + (upper_row * (BLOCKS * 32) + t * 16)
-        lower_codes = lower[0] + (lower_row * (BLOCKS * 32) + t * 16)
-        upper_codes, lower_codes = upper_codes.to(tl.int64), lower_codes.to(tl.int64)
-        start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
-        x = x.to(tl.pointer_type(tl.uint32))
-
-        table, ring = table_at(thread), ring_at(thread)
-        barriers = table + BARRIERS_AT
-        tl.inline_asm_elementwise(begin_assembly, "=r,r,r", [barriers, thread], dtype=tl.int32, is_pure=False, pack=1)
-        x += start * (STEP_BYTES // 4)
-        for i in tl.static_range(2):
-            copy(x, i, 1, start + i >= end, barriers, ring, thread)
-            x += STEP_BYTES // 4
-        codes_at = ring + (CODES_AT + 16 * thread)
-        upper_codes += start * 128
-        lower_codes += start * 128
-        left = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end) - BLOCKS_OF_STEP * start - t // 2  # blocks to be asked for
-        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
-        ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
+        upper = in_stack(upper, thread, BLOCKS, STACKED)
+        lower = in_stack(lower, thread, BLOCKS, STACKED) if GATED else upper
         block = tl.minimum(BLOCKS_OF_STEP * start + t, BLOCKS - 1)
         upper_at, lower_at = upper_row * BLOCKS + block, lower_row * BLOCKS + block
         upper_last, lower_last = upper_row * BLOCKS + (BLOCKS - 1), lower_row * BLOCKS + (BLOCKS - 1)
@@ -539,6 +566,25 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
         above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)
         below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
+        upper_mean = asked_mean(upper, NESTED)
+        lower_mean = asked_mean(lower, NESTED) if GATED else upper_mean
+
+        # Else the assembler would put these loads behind the copies of codes.
+        tl.inline_asm_elementwise(ordered_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+        codes_at = ring + (CODES_AT + 16 * thread)
+        of_lane = start * 128 + t * 16
+        upper_codes = (upper[0] + (upper_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
+        lower_codes = (lower[0] + (lower_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
+        left = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end) - BLOCKS_OF_STEP * start - t // 2  # blocks to be asked for
+        # A part has a step at least; where its blocks are four, none of it has to be asked whether it is there.
+        left_now = thread * 0 + BLOCKS_OF_STEP if BLOCKS % BLOCKS_OF_STEP == 0 else left
+        ask(ask_first_assembly, upper_codes, lower_codes, left_now, codes_at)
+        ask(ask_second_assembly, upper_codes, lower_codes, left_now, codes_at)
+        # The second step of x is needed later than all these.
+        x += STEP_BYTES // 4
+        copy(x, 1, 1, (start + 1 >= end) & (STEPS // SPLIT < 2), barriers, ring, thread)
+        x += STEP_BYTES // 4
         put_table(table, pairs, thread, THREADS)
         if NESTED:
             for i in tl.static_range((256 + THREADS - 1) // THREADS):
@@ -553,7 +599,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                 )
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
         above_now, below_now = mapped(above_now, table, NESTED), mapped(below_now, table, NESTED)
-        scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
+        scales = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
 
         entry = table + lane * 4
         x_at = (ring >> 4) + ACROSS
@@ -585,7 +631,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                     next_codes = take(codes_at + 32 * THREADS)
                     ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
                 if i == 2:
-                    next_scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
+                    next_scales = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
                     upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
                     lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
                     above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)  # of the one after
