@@ -27,8 +27,8 @@ proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own c
 two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
 The start. What little all else waits for is asked for first, else it would come behind all of that: the layer, then
-the table of pairs and `dynamic_map`. The first step of x needs no layer, so it is on its way meanwhile.
-Then come scales and codes, x's second step, and the table is put into shared memory.
+the table of pairs and `dynamic_map`. The first step of x needs no layer, so it is on its way meanwhile, asked for by
+the lane that makes the barriers. Then come scales and codes, x's second step, and the table is put into shared memory.
 
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, some
 220 for x's reading and 64 for its writing, 128 for codes and some 60 for scales; 104 instructions a warp, 417 cycles.
@@ -260,14 +260,18 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{rows_bytes}];"
     )
     # Barriers of the places of x: those that say that it has come, and those that say that all warps are done with it.
+    # One lane makes them and asks for the first step: addresses and numbers are then the same in all lanes, for which
+    # an instruction takes them, and nothing is done by lanes one after another.
     begin_assembly = tl.constexpr(
-        f"{{ .reg .pred p, q; .reg .b32 at, count; setp.ge.u32 p, $2, {2 * STEPS_OF_X};\n"
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0;\n"
         "@p bra END;\n"
-        f"setp.lt.u32 q, $2, {STEPS_OF_X};\n"
-        f"selp.b32 count, 1, {num_warps}, q;\n"
-        "mad.lo.u32 at, $2, 8, $1;\n"
-        "mbarrier.init.shared::cta.b64 [at], count;\n"
-        "fence.mbarrier_init.release.cluster;\n"
+        + "".join(
+            f"mbarrier.init.shared::cta.b64 [$1+{8 * i}], {1 if i < STEPS_OF_X else num_warps};\n"
+            for i in range(2 * STEPS_OF_X)
+        )
+        + "fence.mbarrier_init.release.cluster;\n"
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
         "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
     # One lane waits until the place is free and begins to copy; the other warps jump over it.
@@ -541,8 +545,9 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         table, ring = table_at(thread), ring_at(thread)
         barriers = table + BARRIERS_AT
         x = x.to(tl.pointer_type(tl.uint32)) + start * (STEP_BYTES // 4)
-        tl.inline_asm_elementwise(begin_assembly, "=r,r,r", [barriers, thread], dtype=tl.int32, is_pure=False, pack=1)
-        copy(x, 0, 1, start >= end, barriers, ring, thread)
+        tl.inline_asm_elementwise(
+            begin_assembly, "=r,r,r,l,r", [barriers, ring, x, thread], dtype=tl.int32, is_pure=False, pack=1
+        )
 
         upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
         row_count, out = upper[6], upper[5]
