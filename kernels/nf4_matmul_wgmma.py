@@ -37,8 +37,10 @@ An H100 takes some 900: tensor cores, whose sums are in registers, and other ins
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 
-A gate's result may be `Ordered` for the product that reads it. Then a warp's rows are those of 8 elements that lie
-together in that order, so that it stores as much at once as in the other.
+The end. Rows g and g + 8 of a warp are rows 2 g and 2 g + 1 of its 16 of the weight, which a lane stores at once: a
+warp stores 16 rows of a token, which lie together. Of a gate they are both row g, of one weight and of the other. Its
+result may be `Ordered` for the product that reads it. Then a warp's rows are those of 8 elements that lie together in
+that order, and lanes exchange what they have (`movmatrix`), so that a warp stores 128 bytes that lie together.
 """
 
 import functools
@@ -304,6 +306,19 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         "{ .reg .b32 none; shfl.sync.idx.b32 none, $2, 0, 0x1f, 0xffffffff; shr.u32 none, none, 10;"
         " add.s32 $0, $1, none; }"
     )
+    two = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    # Two numbers are rounded at once: what rounds one is of the unit of exponentials, which has enough to do.
+    if dtype == jnp.bfloat16:
+        to_floats = "shl.b32 $0, word, 16; and.b32 $1, word, 0xffff0000;"
+    else:
+        to_floats = "mov.b32 {lower, upper}, word; cvt.f32.f16 $0, lower; cvt.f32.f16 $1, upper;"
+    round_assembly = tl.constexpr(
+        f"{{ .reg .b32 word; .reg .b16 lower, upper; cvt.rn.{two}.f32 word, $3, $2; {to_floats} }}"
+    )
+    times_assembly = tl.constexpr(
+        f"{{ .reg .b32 word; cvt.rn.{two}.f32 $0, $2, $1; cvt.rn.{two}.f32 word, $4, $3; mul.rn.{two} $0, $0, word; }}"
+    )
+    turn_assembly = tl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
 
     @triton.jit
@@ -342,8 +357,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
 
     @triton.jit
     def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
-        """The weight (codes, absmax, nested absmax, mean, layer, out, rows, tiles before its first) that rows g of a
-        tile are of, and that of rows g + 8; the tile's first row."""
+        """The weight (codes, absmax, nested absmax, mean, layer, out, rows, tiles before its first) that rows g are of,
+        and that of rows g + 8; the tile's first row."""
         if GATED:
             return weights[0], weights[1], ROWS // 2 * tile
         weight = weights[0]
@@ -477,6 +492,31 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
 
     @triton.jit
+    def joined(first, second):
+        """Two numbers of x's dtype or float32 in one of twice the bits."""
+        BITS: tl.constexpr = first.dtype.primitive_bitwidth
+        one: tl.constexpr = tl.uint32 if BITS == 32 else tl.uint16
+        both: tl.constexpr = tl.uint64 if BITS == 32 else tl.uint32
+        return first.to(one, bitcast=True).to(both) | second.to(one, bitcast=True).to(both) << BITS
+
+    @triton.jit
+    def gated(gates, ups, ACT: tl.constexpr):
+        """Two elements of a gated result, a word."""
+        first, second = tl.inline_asm_elementwise(
+            round_assembly, "=f,=f,f,f", gates, dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )
+        first, second = activation(first, ACT)[0], activation(second, ACT)[0]
+        return tl.inline_asm_elementwise(
+            times_assembly, "=&r,f,f,f,f", (first, second) + ups, dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def turned(word):
+        """Of 8 rows g and 8 tokens, where a lane has tokens 2 t and the next of row g: rows 2 t and the next of
+        token g."""
+        return tl.inline_asm_elementwise(turn_assembly, "=r,r", [word], dtype=tl.uint32, is_pure=False, pack=1)
+
+    @triton.jit
     def matmul_nf4_wgmma(
         x,  # the data of `Ordered`
         nf4,  # uint32 [256], `nf4_lookup.pairs`
@@ -522,6 +562,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         GATED: tl.constexpr = ACT != ""
         TILES: tl.constexpr = (2 * ROWS0 + ROWS - 1) // ROWS if GATED else SECOND + (ROWS2 + ROWS - 1) // ROWS
         TOKEN_TILES: tl.constexpr = (M + 7) // 8
+        EVEN: tl.constexpr = (ROWS0 | ROWS1 | ROWS2) % 2 == 0
         WHOLE: tl.constexpr = TILES * ROWS == ROWS0 + ROWS1 + ROWS2
 
         thread = tl.arange(0, THREADS)
@@ -551,8 +592,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
 
         upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
         row_count, out = upper[6], upper[5]
-        first_row += (8 if GATED else 16) * warp + group
-        second_row = first_row + (0 if GATED else 8)
+        first_row += 8 * warp + group if GATED else 16 * warp + 2 * group
+        second_row = first_row if GATED else first_row + 1
         upper_row, lower_row = first_row, second_row  # that are read
         if ORDERED:  # what is read for the place of a row in that order
             upper_row = first_row // 128 * 128 + first_row % 128 // 8 * 2 + first_row % 8 // 2 * 32 + first_row % 2
@@ -675,17 +716,27 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
 
         totals = finished(totals)
         out += part * M * row_count
+        here = first_row < row_count
         for j in tl.static_range(TOKEN_TILES):
-            for i in tl.static_range(2 if GATED else 4):
-                total = totals[4 * j + i]
-                n, m = (second_row if i >= 2 else first_row), 8 * j + 2 * t + i % 2
-                if GATED:
-                    gate, up = total.to(narrow).to(tl.float32), totals[4 * j + i + 2].to(narrow).to(tl.float32)
-                    total = activation(gate, ACT)[0].to(narrow).to(tl.float32) * up
-                target = out + (m * row_count + n)
-                if ORDERED:
-                    target = out + (n // 8 * (64 * TOKEN_TILES) + m * 8 + n % 8)
-                tl.store(target, total.to(target.dtype.element_ty), mask=(m < M) & (n < row_count))
+            first, second = totals[4 * j : 4 * j + 2], totals[4 * j + 2 : 4 * j + 4]  # of rows, each of two tokens
+            if GATED:
+                word = gated(first, second, ACT)
+                first = word.to(tl.uint16).to(narrow, bitcast=True), (word >> 16).to(tl.uint16).to(narrow, bitcast=True)
+            if ORDERED:  # all rows are there, and tokens that are not may be anything
+                of_warp = out.to(tl.pointer_type(tl.uint32)) + (first_row // 8 * (32 * TOKEN_TILES) + lane)
+                tl.store(of_warp + 32 * j, turned(word))
+            else:
+                for i in tl.static_range(2):
+                    target = out + (2 * t * row_count + first_row) + (8 * j + i) * row_count
+                    mask = (8 * j + 2 * t + i < M) & here
+                    if GATED:
+                        tl.store(target, first[i], mask=mask)
+                    elif EVEN:
+                        word = joined(first[i].to(out.dtype.element_ty), second[i].to(out.dtype.element_ty))
+                        tl.store(target.to(tl.pointer_type(word.dtype)), word, mask=mask)
+                    else:
+                        tl.store(target, first[i].to(out.dtype.element_ty), mask=mask)
+                        tl.store(target + 1, second[i].to(out.dtype.element_ty), mask=mask & (second_row < row_count))
 
     return matmul_nf4_wgmma
 
