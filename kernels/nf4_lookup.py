@@ -40,11 +40,32 @@ def lookup_assembly() -> str:
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around a function would hide its source from Triton
-def stack_kernel():
-    """The Triton function that finds a weight in its stack. Built on first use, since the library imports where Triton
-    is not installed."""
+def layer_kernel():
+    """The Triton function that finds a layer's fields in those of its stack. Built on first use, since the library
+    imports where Triton is not installed."""
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def of_layer(codes, absmax, nested_absmax, mean, layer, rows, BLOCKS: tl.constexpr):
+        """Where codes, absmax, nested absmax and mean of a layer begin."""
+        layer = layer.to(tl.int64)
+        codes += layer * (rows * (BLOCKS * 32))
+        absmax += layer * (rows * BLOCKS)
+        nested_absmax += layer * ((rows * BLOCKS + 255) // 256)
+        return codes, absmax, nested_absmax, mean + layer
+
+    return of_layer
+
+
+@functools.cache
+@no_type_check
+def stack_kernel():
+    """The Triton function that finds a weight in its stack. Built on first use, as `layer_kernel`."""
+    import triton
+    import triton.language as tl
+
+    of_layer = layer_kernel()
 
     @triton.jit
     def one_of_stack(
@@ -53,11 +74,9 @@ def stack_kernel():
     ):  # fmt: skip
         """(codes, absmax, nested absmax, mean, out, rows, tiles before its first) of a weight."""
         if STACKED:
-            layer = tl.load(index).to(tl.int64)
-            codes += layer * (ROWS * (BLOCKS * 32))
-            absmax += layer * (ROWS * BLOCKS)
-            nested_absmax += layer * ((ROWS * BLOCKS + 255) // 256)
-            mean += layer
+            codes, absmax, nested_absmax, mean = of_layer(
+                codes, absmax, nested_absmax, mean, tl.load(index), ROWS, BLOCKS
+            )
         value = 0.0
         if NESTED:
             value = tl.load(mean)
@@ -68,23 +87,35 @@ def stack_kernel():
 
 @functools.cache
 @no_type_check
-def fill_kernel():
-    """The Triton function that puts the table into shared memory. Built on first use, as `stack_kernel`."""
+def fill_kernels():
+    """Two Triton functions: one asks for the table, the other puts it into shared memory. Built on first use, as
+    `layer_kernel`."""
     import triton
     import triton.language as tl
 
     fill_assembly = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
 
     @triton.jit
-    def fill(table, nf4, thread, THREADS: tl.constexpr):
-        """32 copies of each of the pairs."""
+    def asked(nf4, thread, THREADS: tl.constexpr):
+        """Begin to load the pairs that a lane is to put: two lanes have the same one where there are 512."""
+        LANES: tl.constexpr = (THREADS + 255) // 256  # of a pair
         values = ()
-        for i in tl.static_range(2048 // THREADS):
-            values = values + (tl.load(nf4 + (i * THREADS + thread) // 8),)
-        for i in tl.static_range(2048 // THREADS):
-            place = table + (i * THREADS + thread) * 16
-            tl.inline_asm_elementwise(
-                fill_assembly, "=r,r,r", [place, values[i]], dtype=tl.int32, is_pure=False, pack=1
-            )
+        for i in tl.static_range((256 + THREADS - 1) // THREADS):
+            values = values + (tl.load(nf4 + (i * THREADS + thread // LANES)),)
+        return values
 
-    return fill
+    @triton.jit
+    def put(table, values, thread, THREADS: tl.constexpr):
+        """32 copies of each of the pairs that were asked for. The table is at a multiple of 128 bytes."""
+        LANES: tl.constexpr = (THREADS + 255) // 256
+        STORES: tl.constexpr = 8 // LANES
+        # Of eight lanes, which store at once, each stores to other banks.
+        first = thread % LANES * STORES + thread // LANES % STORES
+        for i in tl.static_range((256 + THREADS - 1) // THREADS):
+            place = table + ((i * THREADS + thread // LANES) * 128 + first * 16)
+            for j in tl.static_range(STORES):
+                tl.inline_asm_elementwise(
+                    fill_assembly, "=r,r,r", [place ^ 16 * j, values[i]], dtype=tl.int32, is_pure=False, pack=1
+                )
+
+    return asked, put

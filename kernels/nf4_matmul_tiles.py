@@ -128,7 +128,7 @@ def _kernel(dtype: np.dtype, tokens: int):
     import triton
     import triton.language as tl
 
-    fill, one_of_stack = nf4_lookup.fill_kernel(), nf4_lookup.stack_kernel()
+    (asked_table, put_table), one_of_stack = nf4_lookup.fill_kernels(), nf4_lookup.stack_kernel()
     lookup_assembly = tl.constexpr(nf4_lookup.lookup_assembly())
     lookup_operands = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 3))
     one_assembly = tl.constexpr(_products_assembly(dtype, 1))
@@ -382,7 +382,7 @@ def _kernel(dtype: np.dtype, tokens: int):
                 is_pure=False,
                 pack=1,
             )
-        fill(table, nf4, thread, THREADS)
+        put_table(table, asked_table(nf4, thread, THREADS), thread, THREADS)
         scales = scales_of(statistics, first, mean, dynamic_map, BLOCKS, NESTED)
 
         place = table + lane * 4

@@ -26,6 +26,10 @@ The stream. A step of x is copied by one lane, in bulk, up to two steps ahead; t
 proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own codes to its own place in shared memory,
 two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
 
+The start. What little all else waits for is asked for first, else it would come behind all of that: the layer, then
+the table of pairs and `dynamic_map`. The first step of x needs no layer, so it is on its way meanwhile, asked for by
+the lane that makes the barriers. Then come scales and codes, x's second step, and the table is put into shared memory.
+
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, some
 220 for x's reading and 64 for its writing, 128 for codes and some 60 for scales; 104 instructions a warp, 417 cycles.
 An H100 takes some 900: tensor cores, whose sums are in registers, and other instructions share the registers' ports
@@ -33,8 +37,10 @@ An H100 takes some 900: tensor cores, whose sums are in registers, and other ins
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 
-A gate's result may be `Ordered` for the product that reads it. Then a warp's rows are those of 8 elements that lie
-together in that order, so that it stores as much at once as in the other.
+The end. Rows g and g + 8 of a warp are rows 2 g and 2 g + 1 of its 16 of the weight, which a lane stores at once: a
+warp stores 16 rows of a token, which lie together. Of a gate they are both row g, of one weight and of the other. Its
+result may be `Ordered` for the product that reads it. Then a warp's rows are those of 8 elements that lie together in
+that order, and lanes exchange what they have (`movmatrix`), so that a warp stores 128 bytes that lie together.
 """
 
 import functools
@@ -199,7 +205,8 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     import triton.language as tl
 
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
-    activation, fill, one_of_stack = activation_kernel(), nf4_lookup.fill_kernel(), nf4_lookup.stack_kernel()
+    activation, of_layer = activation_kernel(), nf4_lookup.layer_kernel()
+    asked_table, put_table = nf4_lookup.fill_kernels()
     lookup_assembly = tl.constexpr(_lookup_assembly(dtype))
     lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 7))
     tiles = -(-tokens // 8)
@@ -244,21 +251,29 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
         for half in range(2)
     )
-    next_line_assembly = tl.constexpr("add.u64 $0, $1, 128;")
+    # By halves: what is added as one the assembler may keep in registers that are no pair, and copies for each address.
+    next_line_assembly = tl.constexpr(
+        "{ .reg .b32 lower, upper; mov.b64 {lower, upper}, $1; add.cc.u32 lower, lower, 128; addc.u32 upper, upper, 0;"
+        " mov.b64 $0, {lower, upper}; }"
+    )
     take_assembly = tl.constexpr(
         f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
         f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{rows_bytes}];"
     )
     # Barriers of the places of x: those that say that it has come, and those that say that all warps are done with it.
+    # One lane makes them and asks for the first step: addresses and numbers are then the same in all lanes, for which
+    # an instruction takes them, and nothing is done by lanes one after another.
     begin_assembly = tl.constexpr(
-        f"{{ .reg .pred p, q; .reg .b32 at, count; setp.ge.u32 p, $2, {2 * STEPS_OF_X};\n"
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0;\n"
         "@p bra END;\n"
-        f"setp.lt.u32 q, $2, {STEPS_OF_X};\n"
-        f"selp.b32 count, 1, {num_warps}, q;\n"
-        "mad.lo.u32 at, $2, 8, $1;\n"
-        "mbarrier.init.shared::cta.b64 [at], count;\n"
-        "fence.mbarrier_init.release.cluster;\n"
+        + "".join(
+            f"mbarrier.init.shared::cta.b64 [$1+{8 * i}], {1 if i < STEPS_OF_X else num_warps};\n"
+            for i in range(2 * STEPS_OF_X)
+        )
+        + "fence.mbarrier_init.release.cluster;\n"
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
         "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
     # One lane waits until the place is free and begins to copy; the other warps jump over it.
@@ -284,6 +299,26 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
     )
     scale_assembly = tl.constexpr(_scale_assembly(dtype))
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
+    ordered_assembly = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
+    # $1, and 0, which is what a thread's number has from bit 10 on. The assembler does not see that behind SHFL, nor
+    # puts SHFL before a barrier, and so nothing that is made of $0.
+    after_assembly = tl.constexpr(
+        "{ .reg .b32 none; shfl.sync.idx.b32 none, $2, 0, 0x1f, 0xffffffff; shr.u32 none, none, 10;"
+        " add.s32 $0, $1, none; }"
+    )
+    two = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    # Two numbers are rounded at once: what rounds one is of the unit of exponentials, which has enough to do.
+    if dtype == jnp.bfloat16:
+        to_floats = "shl.b32 $0, word, 16; and.b32 $1, word, 0xffff0000;"
+    else:
+        to_floats = "mov.b32 {lower, upper}, word; cvt.f32.f16 $0, lower; cvt.f32.f16 $1, upper;"
+    round_assembly = tl.constexpr(
+        f"{{ .reg .b32 word; .reg .b16 lower, upper; cvt.rn.{two}.f32 word, $3, $2; {to_floats} }}"
+    )
+    times_assembly = tl.constexpr(
+        f"{{ .reg .b32 word; cvt.rn.{two}.f32 $0, $2, $1; cvt.rn.{two}.f32 word, $4, $3; mul.rn.{two} $0, $0, word; }}"
+    )
+    turn_assembly = tl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
     from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
 
     @triton.jit
@@ -301,18 +336,39 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         return tl.inline_asm_elementwise(ring_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
+    def asked_layer(index, STACKED: tl.constexpr):
+        """Begin to load which of its stack a weight is."""
+        layer = 0
+        if STACKED:
+            layer = tl.load(index)
+        return layer
+
+    @triton.jit
+    def in_stack(weight, thread, BLOCKS: tl.constexpr, STACKED: tl.constexpr):
+        """Where (codes, absmax, nested absmax, mean) of a weight begin. The layer is waited for here, not before the
+        barriers are made and x is asked for."""
+        fields = weight[0], weight[1], weight[2], weight[3]
+        if STACKED:
+            layer = tl.inline_asm_elementwise(
+                after_assembly, "=r,r,r", [weight[4], thread], dtype=tl.int32, is_pure=False, pack=1
+            )
+            fields = of_layer(weight[0], weight[1], weight[2], weight[3], layer, weight[6], BLOCKS)
+        return fields
+
+    @triton.jit
     def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
-        """The weight (as `one_of_stack`) that rows g of a tile are of, and that of rows g + 8; the tile's first row."""
+        """The weight (codes, absmax, nested absmax, mean, layer, out, rows, tiles before its first) that rows g are of,
+        and that of rows g + 8; the tile's first row."""
         if GATED:
             return weights[0], weights[1], ROWS // 2 * tile
         weight = weights[0]
         for i in tl.static_range(1, WEIGHTS):
-            is_later = tile >= weights[i][6]
+            is_later = tile >= weights[i][7]
             chosen = ()
-            for j in tl.static_range(7):
+            for j in tl.static_range(8):
                 chosen = chosen + (tl.where(is_later, weights[i][j], weight[j]),)
             weight = chosen
-        return weight, weight, ROWS * (tile - weight[6])
+        return weight, weight, ROWS * (tile - weight[7])
 
     @triton.jit
     def copy(x, place, phase, is_none, barriers, ring, thread):
@@ -358,6 +414,14 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         if NESTED:
             nested = tl.load(half[2] + (at >> 8))
         return nested
+
+    @triton.jit
+    def asked_mean(half, NESTED: tl.constexpr):
+        """Begin to load what is added to all scales of a weight."""
+        mean = 0.0
+        if NESTED:
+            mean = tl.load(half[3])
+        return mean
 
     @triton.jit
     def asked_statistics(half, at, nested, NESTED: tl.constexpr, OF_ROW: tl.constexpr):
@@ -428,6 +492,31 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
 
     @triton.jit
+    def joined(first, second):
+        """Two numbers of x's dtype or float32 in one of twice the bits."""
+        BITS: tl.constexpr = first.dtype.primitive_bitwidth
+        one: tl.constexpr = tl.uint32 if BITS == 32 else tl.uint16
+        both: tl.constexpr = tl.uint64 if BITS == 32 else tl.uint32
+        return first.to(one, bitcast=True).to(both) | second.to(one, bitcast=True).to(both) << BITS
+
+    @triton.jit
+    def gated(gates, ups, ACT: tl.constexpr):
+        """Two elements of a gated result, a word."""
+        first, second = tl.inline_asm_elementwise(
+            round_assembly, "=f,=f,f,f", gates, dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )
+        first, second = activation(first, ACT)[0], activation(second, ACT)[0]
+        return tl.inline_asm_elementwise(
+            times_assembly, "=&r,f,f,f,f", (first, second) + ups, dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def turned(word):
+        """Of 8 rows g and 8 tokens, where a lane has tokens 2 t and the next of row g: rows 2 t and the next of
+        token g."""
+        return tl.inline_asm_elementwise(turn_assembly, "=r,r", [word], dtype=tl.uint32, is_pure=False, pack=1)
+
+    @triton.jit
     def matmul_nf4_wgmma(
         x,  # the data of `Ordered`
         nf4,  # uint32 [256], `nf4_lookup.pairs`
@@ -473,56 +562,46 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         GATED: tl.constexpr = ACT != ""
         TILES: tl.constexpr = (2 * ROWS0 + ROWS - 1) // ROWS if GATED else SECOND + (ROWS2 + ROWS - 1) // ROWS
         TOKEN_TILES: tl.constexpr = (M + 7) // 8
+        EVEN: tl.constexpr = (ROWS0 | ROWS1 | ROWS2) % 2 == 0
         WHOLE: tl.constexpr = TILES * ROWS == ROWS0 + ROWS1 + ROWS2
 
         thread = tl.arange(0, THREADS)
         warp, lane = thread // 32, thread % 32
         group, t = lane // 4, lane % 4
-        weights = (
-            one_of_stack(codes0, absmax0, nested_absmax0, mean0, index0, out0, 0, ROWS0, BLOCKS, NESTED, STACKED),
-        )
+        # What all warps wait for comes first, before any of what is many times as much.
+        weights = ((codes0, absmax0, nested_absmax0, mean0, asked_layer(index0, STACKED), out0, ROWS0, 0),)
         if WEIGHTS > 1:
-            weights = weights + (
-                one_of_stack(
-                    codes1, absmax1, nested_absmax1, mean1, index1, out1, FIRST, ROWS1, BLOCKS, NESTED, STACKED
-                ),
-            )
+            layer = asked_layer(index1, STACKED)
+            weights = weights + ((codes1, absmax1, nested_absmax1, mean1, layer, out1, ROWS1, FIRST),)
         if WEIGHTS > 2:
-            weights = weights + (
-                one_of_stack(
-                    codes2, absmax2, nested_absmax2, mean2, index2, out2, SECOND, ROWS2, BLOCKS, NESTED, STACKED
-                ),
-            )
-        part = tl.program_id(0) // TILES
+            layer = asked_layer(index2, STACKED)
+            weights = weights + ((codes2, absmax2, nested_absmax2, mean2, layer, out2, ROWS2, SECOND),)
+        pairs = asked_table(nf4, thread, THREADS)
+        map_values = ()
+        if NESTED:
+            for i in tl.static_range((256 + THREADS - 1) // THREADS):
+                map_values = map_values + (tl.load(dynamic_map + (i * THREADS + thread) % 256),)
+        part = 0 if SPLIT == 1 else tl.program_id(0) // TILES
+        start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
+        table, ring = table_at(thread), ring_at(thread)
+        barriers = table + BARRIERS_AT
+        x = x.to(tl.pointer_type(tl.uint32)) + start * (STEP_BYTES // 4)
+        tl.inline_asm_elementwise(
+            begin_assembly, "=r,r,r,l,r", [barriers, ring, x, thread], dtype=tl.int32, is_pure=False, pack=1
+        )
+
         upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
-        row_count, out = upper[5], upper[4]
-        first_row += (8 if GATED else 16) * warp + group
-        second_row = first_row + (0 if GATED else 8)
+        row_count, out = upper[6], upper[5]
+        first_row += 8 * warp + group if GATED else 16 * warp + 2 * group
+        second_row = first_row if GATED else first_row + 1
         upper_row, lower_row = first_row, second_row  # that are read
         if ORDERED:  # what is read for the place of a row in that order
             upper_row = first_row // 128 * 128 + first_row % 128 // 8 * 2 + first_row % 8 // 2 * 32 + first_row % 2
             lower_row = upper_row
         if not WHOLE:
             upper_row, lower_row = tl.minimum(upper_row, row_count - 1), tl.minimum(lower_row, row_count - 1)
-        upper_codes = upper[0] + (upper_row * (BLOCKS * 32) + t * 16)
-        lower_codes = lower[0] + (lower_row * (BLOCKS * 32) + t * 16)
-        upper_codes, lower_codes = upper_codes.to(tl.int64), lower_codes.to(tl.int64)
-        start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
-        x = x.to(tl.pointer_type(tl.uint32))
-
-        table, ring = table_at(thread), ring_at(thread)
-        barriers = table + BARRIERS_AT
-        tl.inline_asm_elementwise(begin_assembly, "=r,r,r", [barriers, thread], dtype=tl.int32, is_pure=False, pack=1)
-        x += start * (STEP_BYTES // 4)
-        for i in tl.static_range(2):
-            copy(x, i, 1, start + i >= end, barriers, ring, thread)
-            x += STEP_BYTES // 4
-        codes_at = ring + (CODES_AT + 16 * thread)
-        upper_codes += start * 128
-        lower_codes += start * 128
-        left = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end) - BLOCKS_OF_STEP * start - t // 2  # blocks to be asked for
-        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
-        ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
+        upper = in_stack(upper, thread, BLOCKS, STACKED)
+        lower = in_stack(lower, thread, BLOCKS, STACKED) if GATED else upper
         block = tl.minimum(BLOCKS_OF_STEP * start + t, BLOCKS - 1)
         upper_at, lower_at = upper_row * BLOCKS + block, lower_row * BLOCKS + block
         upper_last, lower_last = upper_row * BLOCKS + (BLOCKS - 1), lower_row * BLOCKS + (BLOCKS - 1)
@@ -533,21 +612,40 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
         above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)
         below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
-        fill(table, nf4, thread, THREADS)
+        upper_mean = asked_mean(upper, NESTED)
+        lower_mean = asked_mean(lower, NESTED) if GATED else upper_mean
+
+        # Else the assembler would put these loads behind the copies of codes.
+        tl.inline_asm_elementwise(ordered_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+        codes_at = ring + (CODES_AT + 16 * thread)
+        of_lane = start * 128 + t * 16
+        upper_codes = (upper[0] + (upper_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
+        lower_codes = (lower[0] + (lower_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
+        left = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end) - BLOCKS_OF_STEP * start - t // 2  # blocks to be asked for
+        # A part has a step at least; where its blocks are four, none of it has to be asked whether it is there.
+        left_now = thread * 0 + BLOCKS_OF_STEP if BLOCKS % BLOCKS_OF_STEP == 0 else left
+        ask(ask_first_assembly, upper_codes, lower_codes, left_now, codes_at)
+        ask(ask_second_assembly, upper_codes, lower_codes, left_now, codes_at)
+        # The second step of x is needed later than all these.
+        x += STEP_BYTES // 4
+        copy(x, 1, 1, (start + 1 >= end) & (STEPS // SPLIT < 2), barriers, ring, thread)
+        x += STEP_BYTES // 4
+        put_table(table, pairs, thread, THREADS)
         if NESTED:
             for i in tl.static_range((256 + THREADS - 1) // THREADS):
                 code = (i * THREADS + thread) % 256
                 tl.inline_asm_elementwise(
                     put_assembly,
                     "=r,r,f",
-                    [table + (MAP_AT + 4 * code), tl.load(dynamic_map + code)],
+                    [table + (MAP_AT + 4 * code), map_values[i]],
                     dtype=tl.int32,
                     is_pure=False,
                     pack=1,
                 )
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
         above_now, below_now = mapped(above_now, table, NESTED), mapped(below_now, table, NESTED)
-        scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
+        scales = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
 
         entry = table + lane * 4
         x_at = (ring >> 4) + ACROSS
@@ -579,7 +677,7 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
                     next_codes = take(codes_at + 32 * THREADS)
                     ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
                 if i == 2:
-                    next_scales = scale_of(above_now, upper[3], NESTED), scale_of(below_now, lower[3], NESTED)
+                    next_scales = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
                     upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
                     lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
                     above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)  # of the one after
@@ -618,17 +716,27 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
 
         totals = finished(totals)
         out += part * M * row_count
+        here = first_row < row_count
         for j in tl.static_range(TOKEN_TILES):
-            for i in tl.static_range(2 if GATED else 4):
-                total = totals[4 * j + i]
-                n, m = (second_row if i >= 2 else first_row), 8 * j + 2 * t + i % 2
-                if GATED:
-                    gate, up = total.to(narrow).to(tl.float32), totals[4 * j + i + 2].to(narrow).to(tl.float32)
-                    total = activation(gate, ACT)[0].to(narrow).to(tl.float32) * up
-                target = out + (m * row_count + n)
-                if ORDERED:
-                    target = out + (n // 8 * (64 * TOKEN_TILES) + m * 8 + n % 8)
-                tl.store(target, total.to(target.dtype.element_ty), mask=(m < M) & (n < row_count))
+            first, second = totals[4 * j : 4 * j + 2], totals[4 * j + 2 : 4 * j + 4]  # of rows, each of two tokens
+            if GATED:
+                word = gated(first, second, ACT)
+                first = word.to(tl.uint16).to(narrow, bitcast=True), (word >> 16).to(tl.uint16).to(narrow, bitcast=True)
+            if ORDERED:  # all rows are there, and tokens that are not may be anything
+                of_warp = out.to(tl.pointer_type(tl.uint32)) + (first_row // 8 * (32 * TOKEN_TILES) + lane)
+                tl.store(of_warp + 32 * j, turned(word))
+            else:
+                for i in tl.static_range(2):
+                    target = out + (2 * t * row_count + first_row) + (8 * j + i) * row_count
+                    mask = (8 * j + 2 * t + i < M) & here
+                    if GATED:
+                        tl.store(target, first[i], mask=mask)
+                    elif EVEN:
+                        word = joined(first[i].to(out.dtype.element_ty), second[i].to(out.dtype.element_ty))
+                        tl.store(target.to(tl.pointer_type(word.dtype)), word, mask=mask)
+                    else:
+                        tl.store(target, first[i].to(out.dtype.element_ty), mask=mask)
+                        tl.store(target + 1, second[i].to(out.dtype.element_ty), mask=mask & (second_row < row_count))
 
     return matmul_nf4_wgmma
 

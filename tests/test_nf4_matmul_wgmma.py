@@ -199,7 +199,15 @@ def skip_elsewhere():
 )
 @pytest.mark.parametrize(
     "shape, tokens",
-    [((1024, 4096), 16), ((100, 64), 9), ((70, 192), 17), ((896, 4864), 24), ((1000, 576), 41), ((4096, 14336), 64)],
+    [
+        ((1024, 4096), 16),
+        ((100, 64), 9),
+        ((70, 192), 17),
+        ((33, 576), 20),
+        ((896, 4864), 24),
+        ((1000, 576), 41),
+        ((4096, 14336), 64),
+    ],
 )
 def test_it_is_as_exact_as_the_dtype(key, dtype, shape, tokens, is_stacked, double_quant, layout):
     skip_elsewhere()
