@@ -175,6 +175,9 @@ _OPS: dict[str, dict[str, Callable]] = {
 
 # Queries above which the scores of a whole row are no longer made at once where there is no flash kernel.
 LONGEST_REFERENCE_ATTENTION = 1024
+# Queries from which on our flash kernel is preferred to cuDNN's: it takes as many cycles and less power, which is what
+# bounds a card that attends for long (`attention_mosaic`).
+LEAST_MOSAIC_ATTENTION = 65_536
 
 
 def dequantize_nf4(
@@ -421,12 +424,14 @@ def attention(
 ) -> Float[Array, "b t n h"]:
     """Causal attention, q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]. See the head of `kernels.attention`.
 
-    Without a name it is our kernel or cuDNN where these serve, else chunks for more than `LONGEST_REFERENCE_ATTENTION`
-    queries.
+    Without a name it is a flash kernel where one serves, ours from `LEAST_MOSAIC_ATTENTION` queries on, else cuDNN's; or
+    chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
     """
-    table = _OPS["attention"]
+    table = dict(_OPS["attention"])
     if implementation is None and q.shape[1] <= LONGEST_REFERENCE_ATTENTION:
-        table = {name: function for name, function in table.items() if name != "chunked"}
+        del table["chunked"]
+    if implementation is None and q.shape[1] < LEAST_MOSAIC_ATTENTION:
+        del table["mosaic"]
     return dispatch(
         "attention",
         table,

@@ -80,13 +80,20 @@ def test_it_says_what_it_leaves_to_others():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("length, name", [(api.LEAST_MOSAIC_ATTENTION, "mosaic"), (2048, "cudnn")])
+def test_long_rows_take_it(length, name):
+    q, k = (jax.ShapeDtypeStruct((1, length, n, 128), jnp.bfloat16) for n in (4, 2))
+    both = lambda *args: jax.vjp(functools.partial(api.attention, scale=0.1), *args[:3])[1](args[3])
+    assert api.implementations_in(both, q, k, k, q) == {f"attention.{name}"}
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("length", [128, 384, 2048])
 @pytest.mark.parametrize("heads, kv_heads", [(8, 2), (6, 6), (4, 1)])
 def test_attention_equals_the_reference(key, heads, kv_heads, length, dtype):
     inputs = [x if x.dtype == jnp.float32 else x.astype(dtype) for x in qkv(key, heads, kv_heads, 128, 2, length)]
     run = functools.partial(attend, segments=None, window=None)
-    assert "attention.mosaic" in api.implementations_in(functools.partial(run, None), *inputs)
     got = jax.jit(functools.partial(run, "mosaic"))(*inputs)
     wanted = jax.jit(functools.partial(run, "reference"))(*[x.astype(jnp.float32) for x in inputs])
     for x, y in zip(got, wanted, strict=True):
@@ -129,7 +136,8 @@ def test_it_is_mapped_over_adapters(key):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["full", "attention", "projections", "offload_residual"])
-def test_a_step_runs_it_under_every_kind_of_policy(policy):
+def test_a_step_runs_it_under_every_kind_of_policy(policy, monkeypatch):
+    monkeypatch.setattr(api, "LEAST_MOSAIC_ATTENTION", 512)
     config = dataclasses.replace(CONFIG, head_dim=128, num_hidden_layers=3, layer_types=CONFIG.layer_types[:3])
     rows = {name: value for name, value in batch().items() if name != "segment_ids"}
     results = []
