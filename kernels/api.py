@@ -424,8 +424,8 @@ def attention(
 ) -> Float[Array, "b t n h"]:
     """Causal attention, q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]. See the head of `kernels.attention`.
 
-    Without a name it is a flash kernel where one serves, ours from `LEAST_MOSAIC_ATTENTION` queries on, else cuDNN's; or
-    chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
+    Without a name it is a flash kernel where one serves, ours from `LEAST_MOSAIC_ATTENTION` queries on, else cuDNN's;
+    or chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
     """
     table = dict(_OPS["attention"])
     if implementation is None and q.shape[1] <= LONGEST_REFERENCE_ATTENTION:

@@ -306,6 +306,9 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         "{ .reg .b32 none; shfl.sync.idx.b32 none, $2, 0, 0x1f, 0xffffffff; shr.u32 none, none, 10;"
         " add.s32 $0, $1, none; }"
     )
+    # $1, of the lane itself ($2). Where the assembler sees an address in shared memory as a lane's part and one that is
+    # the same in all, it may give both to a copy that has a policy too, which is then an illegal instruction.
+    whole_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
     two = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
     # Two numbers are rounded at once: what rounds one is of the unit of exponentials, which has enough to do.
     if dtype == jnp.bfloat16:
@@ -618,7 +621,9 @@ def _kernel(dtype: np.dtype, tokens: int, num_warps: int):
         # Else the assembler would put these loads behind the copies of codes.
         tl.inline_asm_elementwise(ordered_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
 
-        codes_at = ring + (CODES_AT + 16 * thread)
+        codes_at = tl.inline_asm_elementwise(
+            whole_assembly, "=r,r,r", [ring + (CODES_AT + 16 * thread), lane], dtype=tl.int32, is_pure=False, pack=1
+        )
         of_lane = start * 128 + t * 16
         upper_codes = (upper[0] + (upper_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
         lower_codes = (lower[0] + (lower_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
