@@ -37,12 +37,11 @@ from typing import Any, cast
 
 import jax
 
-from jaxlora.kernels.attention_mosaic import CUDNN_FORWARD
 from jaxlora.prefetch import scan_prefetched
 
 # cuDNN's forward pass, whose outputs are the attention output and the softmax statistics. Only a primitive's name
-# reaches the statistics: they live inside the custom vjp that jax wraps around the kernel. Ours names both.
-_FLASH, _FLASH_SUMS = CUDNN_FORWARD, "attention_sums"
+# reaches the statistics: they live inside the custom vjp that jax wraps around the kernel.
+_FLASH = "dot_product_attention_fwd_wrapper"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +128,7 @@ def _checkpointed(body: Callable, policy: Policy) -> Callable:
 
 def _keeps(policy: Policy, with_room: bool = False) -> Callable:
     """The policy as `jax.checkpoint` wants it: is the result of this primitive kept?"""
-    names = *policy.saved, *(policy.saved_with_room * with_room), *([_FLASH_SUMS] * policy.flash)
-    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+    by_name = jax.checkpoint_policies.save_only_these_names(*policy.saved, *(policy.saved_with_room * with_room))
 
     def keep(primitive, *avals, **params):
         return (policy.flash and primitive.name == _FLASH) or by_name(primitive, *avals, **params)

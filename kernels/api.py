@@ -32,7 +32,6 @@ from jaxlora.kernels import dropped_product as dropping
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
-from jaxlora.kernels.attention_mosaic import attention_mosaic
 from jaxlora.kernels.ordered import STEP, Ordered, plain
 from jaxlora.kernels.parts import Parts
 
@@ -165,19 +164,11 @@ _OPS: dict[str, dict[str, Callable]] = {
         "triton": on_gpu(decoding.decode_attention),
         "reference": decoding.decode_attention_reference,
     },
-    "attention": {
-        "mosaic": on_gpu_of("9.0", attention_mosaic),
-        "cudnn": on_gpu(attention_cudnn),
-        "chunked": attention_chunked,
-        "reference": attention_reference,
-    },
+    "attention": {"cudnn": on_gpu(attention_cudnn), "chunked": attention_chunked, "reference": attention_reference},
 }
 
 # Queries above which the scores of a whole row are no longer made at once where there is no flash kernel.
 LONGEST_REFERENCE_ATTENTION = 1024
-# Queries from which on our flash kernel is preferred to cuDNN's: it takes as many cycles and less power, which is what
-# bounds a card that attends for long (`attention_mosaic`).
-LEAST_MOSAIC_ATTENTION = 65_536
 
 
 def dequantize_nf4(
@@ -420,18 +411,15 @@ def attention(
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, "*b"] = 0,
-    implementation: Literal["mosaic", "cudnn", "chunked", "reference"] | None = None,
+    implementation: Literal["cudnn", "chunked", "reference"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Causal attention, q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]. See the head of `kernels.attention`.
 
-    Without a name it is a flash kernel where one serves, ours from `LEAST_MOSAIC_ATTENTION` queries on, else cuDNN's;
-    or chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
+    Without a name it is cuDNN where that serves, else chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
     """
-    table = dict(_OPS["attention"])
+    table = _OPS["attention"]
     if implementation is None and q.shape[1] <= LONGEST_REFERENCE_ATTENTION:
-        del table["chunked"]
-    if implementation is None and q.shape[1] < LEAST_MOSAIC_ATTENTION:
-        del table["mosaic"]
+        table = {name: function for name, function in table.items() if name != "chunked"}
     return dispatch(
         "attention",
         table,

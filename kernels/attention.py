@@ -8,9 +8,9 @@ arXiv:2408.00118). A key bias [B, N, S] is added to them after that
 (ALiBi, arXiv:2108.12409). Sinks [N] are the score of one more key for each head, whose value is zero: a query may
 attend to nothing (gpt-oss, arXiv:2508.10925).
 
-All forms but cuDNN's mark their result "attention_output" for `jax.checkpoint`; that is kept by its primitive's name.
+The forms in jnp mark their result "attention_output" for `jax.checkpoint`; cuDNN's is kept by its primitive's name.
 
-Four forms:
+Three forms:
 
 - `reference` keeps the [B, N, T, S] scores. It is the specification, and serves short sequences and decoding.
 - `chunked` takes the queries a chunk at a time and computes each chunk again for its gradient: [B, N, chunk, S] at
@@ -19,7 +19,6 @@ once.
   documents (what ignores them leaks from one to the next), so packed rows go through the function beneath it, with the
   length and the start of every document. It wants a fixed number of places for documents, and memory for each; rows
   with more documents than `MAX_SEGMENTS` take the chunked form, decided on the device, so no row is ever wrong.
-- `attention_mosaic`, in a file of its own, is faster than that for whole rows on one kind of card.
 """
 
 from __future__ import annotations

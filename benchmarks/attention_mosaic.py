@@ -1,4 +1,11 @@
-"""Causal flash attention for cards of compute capability 9.0: a forward pass in Mosaic GPU, and cuDNN's backward pass.
+"""Causal flash attention's forward pass in Mosaic GPU, for compute capability 9.0, beside cuDNN's: is it worth a step?
+
+    python benchmarks/attention_mosaic.py [--tokens 8192 131072] [--layers 0] [--seconds 5]
+
+One JSON line each, at 8B's heads. "check": how far results and gradients are from cuDNN's. "attention": milliseconds of
+the forward pass, and of it with the backward pass, in turns. "attention_power": what the card does meanwhile, so many
+seconds long. With `--layers`, "attention_in_step": seconds of a step of 8B with so many layers and one row of the most
+tokens, in turns with cuDNN's.
 
 The maths (arXiv:2205.14135, arXiv:2407.08608). A program has 128 queries of a head, and walks over the keys in blocks
 of 128. With s the scores of a block in units of log 2, a query keeps the highest m so far, the sum l and the result o:
@@ -15,66 +22,33 @@ keys; then it makes p of the scores, while the other one has its turn. Only the 
 Programs with the most keys come first, so that short ones fill the end, and programs of the same queries are
 neighbours, of which those that share key heads find them in the second-level cache.
 
-Beside cuDNN's forward pass on an H100 (8B's heads, 131,072 tokens) it takes 2% more cycles and 8% less energy. That is
-long enough for power to set the clock: 1,512 MHz for 1,355, and 8% less time, 2% with the backward pass. In steps of
-shorter rows other kernels set the clock, and it gains nothing (`api.LEAST_MOSAIC_ATTENTION`). With heads of 64 it never
-does, so these are left to cuDNN.
+What it is worth is in docs/decisions.md. It is not in the library, since no step of real length was faster for it.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import json
 import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
-HEAD_DIM = 128
 TILE = 128  # queries of a program, and keys of a block
 STAGES = 2  # blocks of keys and values that shared memory has places for
 LOG2_E = math.log2(math.e)
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax's primitive; it has the results of `forward`
-
-
-def attention_mosaic(
-    q: Float[Array, "b t n h"],
-    k: Float[Array, "b s kv h"],
-    v: Float[Array, "b s kv h"],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    key_bias: Float[Array, "b n s"] | None = None,
-    sinks: Float[Array, " n"] | None = None,
-    query_segments: Int[Array, "b t"] | None = None,
-    key_segments: Int[Array, "b s"] | None = None,
-    offset: int | Int[Array, "*b"] = 0,
-) -> Float[Array, "b t n h"]:
-    """`attention_reference` for whole causal rows. The result is marked "attention_output" for `jax.checkpoint`, and
-    the sums of exponentials "attention_sums".
-
-    Raises:
-      NotImplementedError: anything but 16-bit heads of `HEAD_DIM`, a multiple of `TILE` tokens and a plain causal mask;
-        or there is a mesh in JAX's context, since the kernel does not say how it is divided.
-    """
-    if any(option is not None for option in (window, softcap, key_bias, sinks, query_segments, key_segments)):
-        raise NotImplementedError("the kernel has no window, softcap, bias, sinks and documents")
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise NotImplementedError(f"the kernel takes bfloat16 or float16, found {q.dtype}, {k.dtype} and {v.dtype}")
-    if not isinstance(offset, int) or offset != 0 or q.shape[1] != k.shape[1]:
-        raise NotImplementedError("the kernel takes queries that stand at the keys' own places")
-    if q.shape[-1] != HEAD_DIM or q.shape[1] % TILE:
-        raise NotImplementedError(
-            f"the kernel takes heads of {HEAD_DIM} and multiples of {TILE} tokens, found {q.shape[-1]} and {q.shape[1]}"
-        )
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        raise NotImplementedError("the kernel cannot be divided over a mesh")
-    return _attention(q, k, v, scale)
 
 
 def forward(
@@ -192,13 +166,13 @@ def forward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q, k, v, scale):
+def attention(q, k, v, scale):
     return forward(q, k, v, scale)[0]
 
 
 def _keep(q, k, v, scale):
     out, sums = forward(q, k, v, scale)
-    out, sums = checkpoint_name(out, "attention_output"), checkpoint_name(sums, "attention_sums")
+    out, sums = (checkpoint_name(x, "attention_output") for x in (out, sums))  # what policies keep
     return out, (q, k, v, out, sums)
 
 
@@ -215,8 +189,7 @@ def _backward(scale, kept, d_out):
     jaxpr = traced.jaxpr
     if [equation.primitive.name for equation in jaxpr.eqns].count(CUDNN_FORWARD) != 1:
         raise RuntimeError(
-            f"this version of JAX ({jax.__version__}) has no {CUDNN_FORWARD} in cuDNN's attention, whose results are "
-            "replaced here. Name another `implementation` of attention, such as 'cudnn', and report it to jaxlora."
+            f"in JAX {jax.__version__} cuDNN's attention has no {CUDNN_FORWARD}, whose results are replaced here"
         )
     values = dict(zip((*jaxpr.invars, *jaxpr.constvars), (*inputs, d_out, *traced.consts), strict=True))
     value_of = lambda variable: variable.val if isinstance(variable, Literal) else values[variable]
@@ -229,4 +202,139 @@ def _backward(scale, kept, d_out):
     return tuple(map(value_of, jaxpr.outvars))
 
 
-_attention.defvjp(_keep, _backward)
+attention.defvjp(_keep, _backward)
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+HEADS, KEY_HEADS, SIZE = 32, 8, 128
+SCALE = SIZE**-0.5
+FORMS: dict[str, Callable] = {
+    "cudnn": functools.partial(jax.nn.dot_product_attention, scale=SCALE, is_causal=True, implementation="cudnn"),
+    "mosaic": lambda q, k, v: attention(q, k, v, SCALE),
+}
+
+
+def report(**line):
+    print(json.dumps(line), flush=True)
+
+
+def inputs(rows: int, tokens: int) -> list[jax.Array]:
+    """q, k, v and the gradient of the result."""
+    heads = HEADS, KEY_HEADS, KEY_HEADS, HEADS
+    keys = jax.random.split(jax.random.key(0), len(heads))
+    return [jax.random.normal(key, (rows, tokens, n, SIZE), jnp.bfloat16) for key, n in zip(keys, heads, strict=True)]
+
+
+def with_gradients(form: Callable) -> Callable:
+    def both(q, k, v, d_out):
+        out, pullback = jax.vjp(form, q, k, v)
+        return out, *pullback(d_out)
+
+    return both
+
+
+def check() -> None:
+    x = inputs(2, 1024)
+    got, wanted = (jax.jit(with_gradients(FORMS[name]))(*x) for name in ("mosaic", "cudnn"))
+    norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))
+    errors = [norm(x.astype(jnp.float32) - y.astype(jnp.float32)) / norm(y) for x, y in zip(got, wanted, strict=True)]
+    report(op="check", errors=errors)
+    assert max(errors) < 1e-3, errors
+
+
+def time_in_turns(programs: dict[str, Callable], x: list[jax.Array], rounds: int = 3, **facts) -> None:
+    for program in programs.values():
+        jax.block_until_ready(program(*x))
+    runs = max(1, 2**18 // x[0].shape[1] // 2)
+    for number in range(rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            results = [program(*x) for _ in range(runs)]
+            jax.block_until_ready(results[-1])
+            ms = (time.perf_counter() - start) / runs * 1e3
+            report(op="attention", name=name, tokens=x[0].shape[1], round=number, ms=round(ms, 3), **facts)
+            del results
+
+
+def watched(run: Callable[[], Any]) -> dict[str, int]:
+    """What the card does while `run` runs: means of its clock and power, and how warm it is at the end."""
+    query = "--query-gpu=clocks.sm,power.draw.instant,temperature.gpu"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-lms", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
+        run()
+        watch.terminate()
+        lines = watch.communicate()[0].splitlines()
+    seen = [[float(word) for word in line.split(",")] for line in lines if line.count(",") == 2]
+    seen = seen[len(seen) // 4 :]  # a clock takes a while to settle
+    mean = lambda i: round(statistics.mean(row[i] for row in seen))
+    return dict(mhz=mean(0), watts=mean(1), celsius=round(seen[-1][2]))
+
+
+def measure_power(tokens: int, seconds: float) -> None:
+    x = inputs(1, tokens)[:3]
+    for name in [*FORMS] * 2:
+        program, times = jax.jit(FORMS[name]).lower(*x).compile(), []
+
+        def run(program=program, times=times):
+            end = time.perf_counter() + seconds
+            while (start := time.perf_counter()) < end:
+                jax.block_until_ready(program(*x))
+                times.append(time.perf_counter() - start)
+
+        seen = watched(run)
+        report(op="attention_power", name=name, tokens=tokens, ms=round(statistics.median(times) * 1e3, 2), **seen)
+
+
+def measure_steps(tokens: int, layers: int) -> None:
+    from jaxlora.bench import shapes
+    from jaxlora.bench.step import build
+    from jaxlora.kernels import api
+
+    def ours(q, k, v, *, scale, **others):
+        if any(others[name] is not None for name in ("window", "softcap", "query_segments")):
+            raise NotImplementedError("the kernel takes plain causal rows")
+        return attention(q, k, v, scale)
+
+    table = api._OPS["attention"]
+    work, steps = shapes.Work("8b", 1, tokens), {}
+    with mock.patch.dict(shapes.CONFIGS["8b"], num_hidden_layers=layers):
+        for name in FORMS:
+            with mock.patch.dict(api._OPS, attention=table if name == "cudnn" else {"mosaic": ours, **table}):
+                steps[name] = build(work, "offload_residual")
+            for _ in range(2):
+                steps[name]()
+    for number in range(3):
+        for name, step in steps.items():
+            times = []
+
+            def run(step=step, times=times):
+                for _ in range(2):
+                    start = time.perf_counter()
+                    step()
+                    times.append(round(time.perf_counter() - start, 4))
+
+            seen = watched(run)
+            report(
+                op="attention_in_step", name=name, work=work.name, layers=layers, round=number, seconds=times, **seen
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 131072])
+    parser.add_argument("--layers", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=5)
+    args = parser.parse_args()
+    check()
+    for tokens in args.tokens:
+        x = inputs(1, tokens)
+        time_in_turns({name: jax.jit(form) for name, form in FORMS.items()}, x[:3], gradients=False)
+        time_in_turns({name: jax.jit(with_gradients(form)) for name, form in FORMS.items()}, x, gradients=True)
+    measure_power(max(args.tokens), args.seconds)
+    if args.layers:
+        measure_steps(max(args.tokens), args.layers)
+
+
+if __name__ == "__main__":
+    main()
