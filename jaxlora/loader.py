@@ -126,8 +126,9 @@ class FastLanguageModel:
             offload_embedding: keep the input embedding in pinned host memory. The host looks rows up, and only they
                 travel; the inputs of layers, too, where a model has such (Gemma 4). Warns and does nothing where the
                 embedding is also the head, and there are no such inputs.
-            device_map: a mesh of `sharding.make_mesh`, whose devices get their shards of each tensor as it is read; or
-                None, "auto" or "sequential", which are all the first device.
+            device_map: a mesh of `sharding.make_mesh`, or its sizes as a text, "data=2,fsdp=4": its devices get their
+                shards of each tensor as it is read, and training goes over it; or None, "auto" or "sequential", which
+                are all the first device.
             quantization_config: another way to ask for a mode: a `QuantConfig`, or one of transformers (bitsandbytes
                 4-bit of type "nf4" or 8-bit, fine-grained fp8, fbgemm fp8), as an object or a dict. The
                 `bnb_4bit_compute_dtype` in it is what `dtype=None` then means.
@@ -516,6 +517,8 @@ def _say_what_is_not_loaded(path: Path, hf_config: dict, *, trust_remote_code: b
 
 def _placer(config: ModelConfig, device_map: Any, offload_embedding: bool, full_finetuning: bool) -> Any:
     """Where `load_model` puts the weights: a function, or None for the first device."""
+    if isinstance(device_map, str) and "=" in device_map:
+        device_map = sharding.parse_mesh(device_map)
     if isinstance(device_map, Mesh):
         if offload_embedding:
             raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from jaxlora import remat
 from jaxlora.config import LayerConfig, ModelConfig
@@ -56,13 +57,15 @@ def choose_policy(
     batch: Batch,
     loss: Loss = causal_lm_loss,
     *,
+    mesh: Mesh | None = None,
     free: int | None = None,
     free_on_host: int | None = None,
 ) -> Choice:
     """Decide the policy of a model that is on the device with its state, for batches of this shape, and set it.
 
-    free: bytes that a step may take beside its arguments; by default what the device has left, or no bound where the
-    device does not say. free_on_host: the same of pinned host memory; the model keeps to it from then on.
+    mesh: as in `make_train_step`; each of its devices must have as much room. free: bytes that a step may take beside
+    its arguments on a device; by default what the first device has left, or no bound where it does not say.
+    free_on_host: the same of pinned host memory, for all devices; the model keeps to it from then on.
 
     Raises:
         MemoryError: no policy fits; the message says what the leanest needs.
@@ -74,19 +77,21 @@ def choose_policy(
         model.host_bytes = free_on_host
     tokens = batch["input_ids"].shape[-2] * batch["input_ids"].shape[-1]
     tried: dict[str, int] = {}
+    devices = 1 if mesh is None else mesh.size
     for policy in ORDER:
         least = tokens * kept_bytes(policy, model.config, model.dtype.itemsize)
         is_on_host = remat.POLICIES[policy].on_host
+        least //= 1 if is_on_host else devices
         room = free_on_host if is_on_host else free
         if policy == "offload" and room and free is not None:
-            room += free
+            room += devices * free
         if room is not None and least > room:
             if not is_on_host:
                 tried[policy] = least
             continue
         model.remat_policy = policy
         graphdef, _, frozen = partition(model)
-        step = make_train_step(graphdef, optimizer, loss).lower(state, frozen, batch).compile()
+        step = make_train_step(graphdef, optimizer, loss, mesh).lower(state, frozen, batch).compile()
         tried[policy] = needed = _step_bytes(step)
         if free is None or needed <= free:
             bound = "" if free is None else f" of {free / 2**30:.2f} GiB that are free"

@@ -28,7 +28,7 @@ import optax
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxlora import checkpoint, remat
+from jaxlora import checkpoint, remat, sharding
 from jaxlora.batches import BatchIterator, FixedRows, pack, pad
 from jaxlora.lora import partition
 from jaxlora.loss import causal_lm_loss
@@ -61,7 +61,9 @@ class SFTConfig:
 
     num_train_epochs: float = _option(3.0, "Passes over the data, unless max_steps says when to stop.", least=0)
     max_steps: int = _option(-1, "Number of optimizer updates; -1 is as many as num_train_epochs makes.", least=-1)
-    per_device_train_batch_size: int = _option(8, "Rows of a micro-batch on each device.", least=1)
+    per_device_train_batch_size: int = _option(
+        8, "Rows of a micro-batch on each device (on a mesh, of each part of the batch).", least=1
+    )
     gradient_accumulation_steps: int = _option(1, "Micro-batches of one optimizer update.", least=1)
     train_sampling_strategy: Literal["random", "sequential"] = _option(
         "random", "Order of the rows: shuffled anew in each epoch, or as they come."
@@ -194,6 +196,9 @@ class Tally:
 class SFTTrainer:
     """Trains a model's adapters on a data set, with the arguments of TRL's trainer of that name.
 
+    A model that lies on a mesh, as `from_pretrained(device_map=...)` puts it, is trained on that mesh. A step then
+    takes `per_device_train_batch_size` rows for each part of the batch: as many as "data" and "fsdp" make.
+
     Args:
         model: with adapters; `train` leaves them trained in it.
         args: options of the run.
@@ -223,7 +228,9 @@ class SFTTrainer:
         optimizers: tuple[optax.GradientTransformation | None, Schedule | None] = (None, None),
     ):
         self.model, self.args, self.processing_class = model, args or SFTConfig(), processing_class
-        args = self.args
+        args, self.mesh = self.args, sharding.mesh_of(model)
+        if self.mesh is not None:  # adapters that were put on the model since it was loaded are not on it yet
+            sharding.shard(model, self.mesh)
         self.output_dir = Path(args.output_dir).absolute()
         _check_writable(self.output_dir)
         if not jax.tree.leaves(partition(model)[1]):
@@ -281,6 +288,7 @@ class SFTTrainer:
         graphdef, trainable, frozen = partition(self.model)
         loss_scale = LossScale.create() if self.model.dtype == np.float16 else None
         state = TrainState.create(trainable, self.optimizer, jax.random.key(args.seed), loss_scale)
+        state = state if self.mesh is None else sharding.shard(state, self.mesh)
         batches, tally = self._train_batches(), Tally()
         if (path := self._checkpoint_to_resume(resume_from_checkpoint)) is not None:
             state, extra = checkpoint.restore(path, state)
@@ -295,18 +303,19 @@ class SFTTrainer:
         metrics_file = MetricsFile(self.output_dir / METRICS_FILE, resumed_step=first - 1)
         train_step = None
         if self.model.remat_policy != remat.AUTO:
-            train_step = make_train_step(partition(self.model)[0], self.optimizer)
+            train_step = make_train_step(partition(self.model)[0], self.optimizer, mesh=self.mesh)
         throughput = Throughput()
         unread = []  # metrics of steps that were not logged yet, on the device
 
         with tqdm(total=self.total_steps, initial=first - 1, unit="step", disable=args.disable_tqdm) as bar:
             for step in range(first, self.total_steps + 1):
                 batch = next(batches)
+                placed = self._placed(batch, args.gradient_accumulation_steps > 1)
                 if train_step is None:
-                    choice = choose_policy(self.model, self.optimizer, state, jax.device_put(batch))
+                    choice = choose_policy(self.model, self.optimizer, state, placed, mesh=self.mesh)
                     bar.write(f"gradient checkpointing: {choice.policy!r} ({choice.needed / 2**30:.2f} GiB a step)")
                     graphdef, train_step = partition(self.model)[0], choice.step
-                state, metrics = train_step(state, frozen, jax.device_put(batch))
+                state, metrics = train_step(state, frozen, placed)
                 unread.append(metrics)
                 tokens = int(np.count_nonzero(batch["segment_ids"]))
                 tally.num_tokens += tokens
@@ -402,14 +411,21 @@ class SFTTrainer:
         if self.eval_rows is None:
             raise ValueError("evaluate() needs an eval_dataset, and the trainer was given none")
         begin = time.perf_counter()
-        batches = BatchIterator(self.eval_rows, self.args.per_device_eval_batch_size, shuffle=False, epochs=1)
-        sums = jax.device_get([_loss(graphdef, trainable, frozen, batch) for batch in batches])
+        rows = self.args.per_device_eval_batch_size * sharding.batch_parts(self.mesh)
+        batches = BatchIterator(self.eval_rows, rows, shuffle=False, epochs=1)
+        with sharding.over(self.mesh):
+            sums = jax.device_get([_loss(graphdef, trainable, frozen, self._placed(batch)) for batch in batches])
         total, weight = np.sum(np.asarray(sums, np.float64), axis=0)
         return {
             "eval_loss": float(total / max(weight, 1.0)),
             "eval_num_tokens": int(weight),
             "eval_runtime": time.perf_counter() - begin,
         }
+
+    def _placed(self, batch: Mapping[str, np.ndarray], accumulated: bool = False) -> Any:
+        """A batch on the device, or each row on those of the mesh that it is for."""
+        place = None if self.mesh is None else sharding.batch_sharding(self.mesh, accumulated=accumulated)
+        return jax.device_put(dict(batch), place)
 
     def _rows(self, dataset: Any, name: str, formatting_func: Callable | None) -> FixedRows:
         """Tokenised, packed or padded; says what became of every row."""
@@ -442,7 +458,7 @@ class SFTTrainer:
         accumulation = args.gradient_accumulation_steps
         return BatchIterator(
             self.train_rows,
-            args.per_device_train_batch_size,
+            args.per_device_train_batch_size * sharding.batch_parts(self.mesh),
             gradient_accumulation_steps=accumulation if accumulation > 1 else None,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy == "random",

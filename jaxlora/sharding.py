@@ -28,6 +28,7 @@ from jaxlora.kernels.nf4_shards import is_on_mesh
 from jaxlora.quant import BLOCK, QuantizedArray
 
 MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # that divide rows of a batch
 
 GATHERED = "fsdp"  # the axis over which a weight is gathered before it is read
 
@@ -44,7 +45,7 @@ DEFAULT_RULES: Rules = {
     "layers": None,
     "rank": None,
     "head_dim": None,
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
 }
 
 
@@ -66,11 +67,48 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequenc
     )
 
 
+def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a text such as "data=2,fsdp=4", as `make_mesh` makes it.
+
+    Raises:
+        ValueError: not of that form, an axis that there is not or that is named twice; or as `make_mesh`.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in MESH_AXES or axis in sizes or not size.isdecimal():
+            raise ValueError(f"{text!r} is no mesh: {part!r} is not one of {', '.join(MESH_AXES)}, once, = a number")
+        sizes[axis] = int(size)
+    return make_mesh(**sizes, devices=devices)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh of several devices that the arrays of a model, or of a tree, lie on; None where there is none.
+
+    Raises:
+        ValueError: they lie on several, or on one with other axes than `make_mesh` gives it.
+    """
+    leaves = jax.tree.leaves(nnx.state(tree) if isinstance(tree, nnx.Module) else tree)
+    places = [leaf.sharding for leaf in leaves if isinstance(leaf, jax.Array)]
+    meshes = {place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1}
+    if not meshes:
+        return None
+    mesh = meshes.pop()
+    if meshes or not isinstance(mesh, Mesh) or mesh.axis_names != MESH_AXES:
+        others = ", ".join(map(str, meshes))
+        raise ValueError(f"arrays lie on {mesh}{others and ' and ' + others}: put all on one of `sharding.make_mesh`")
+    return mesh
+
+
+def batch_parts(mesh: Mesh | None) -> int:
+    """Into how many parts a mesh divides a batch."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh, *, accumulated: bool = False) -> NamedSharding:
     """Rows of a batch [B, T], or of micro-batches [A, B, T], split over "data" and "fsdp"; B must be a multiple of
-    both together."""
-    rows = ("data", "fsdp")
-    return NamedSharding(mesh, PartitionSpec(None, rows) if accumulated else PartitionSpec(rows))
+    both together (`batch_parts`)."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if accumulated else PartitionSpec(BATCH_AXES))
 
 
 def variable_sharding(value: Any, axes: Sequence[str | None], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxlora import lora, offload, remat, remat_auto
+from jaxlora import lora, offload, remat, remat_auto, sharding
 from jaxlora.config import LoraConfig, ModelConfig, RopeConfig
 from jaxlora.model import CausalLM
 from jaxlora.train import TrainState
@@ -61,6 +61,24 @@ def test_what_cannot_fit_is_not_compiled(parts):
     with pytest.raises(MemoryError, match="no checkpointing policy fits: .* 512 tokens.*shorter"):
         choose(parts, 1000)
     assert parts[0].remat_policy == "auto"
+
+
+def test_on_a_mesh_a_device_needs_room_for_its_own_rows(parts, monkeypatch):
+    model, optimizer, batch = parts
+    mesh = sharding.make_mesh(data=2)
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    kept = 512 * remat_auto.kept_bytes("projections", CONFIG, 4)
+    whole = choose(parts, None).needed
+    on_mesh = jax.tree.map(jnp.copy, sharding.shard(nnx.state(model), mesh))
+    model = nnx.merge(nnx.graphdef(model), on_mesh)
+    state = sharding.shard(TrainState.create(lora.partition(model)[1], optimizer), mesh)
+    choice = remat_auto.choose_policy(model, optimizer, state, batch, mesh=mesh, free=int(0.7 * whole))
+    assert choice.policy == "projections" and kept / 2 < choice.needed < 0.7 * whole
+    losses = [float(c.step(s, lora.partition(m)[2], b)[1]["loss"]) for c, s, m, b in (
+        (choice, state, model, batch),
+        (choose(parts, None), TrainState.create(lora.partition(parts[0])[1], optimizer), parts[0], parts[2]),
+    )]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_little_memory_of_the_host_leaves_out_what_is_kept_there(parts, monkeypatch):

@@ -163,3 +163,22 @@ def test_bad_meshes_and_rules_are_refused():
         sharding.make_mesh(tensor=0)
     with pytest.raises(ValueError, match="nothing of the axis 'stages'; they have embed, vocab"):
         sharding.variable_sharding(jnp.zeros(4), ("stages",), sharding.make_mesh(fsdp=2))
+
+
+def test_a_mesh_is_named_by_its_sizes():
+    assert dict(sharding.parse_mesh("data=2, fsdp=4").shape) == dict(data=2, fsdp=4, tensor=1)
+    for text in ("rows=2", "fsdp=2,fsdp=2", "fsdp=", "fsdp=two", "fsdp=-1", "data=2,"):
+        with pytest.raises(ValueError, match="is no mesh: .* is not one of data, fsdp, tensor, once, = a number"):
+            sharding.parse_mesh(text)
+    with pytest.raises(ValueError, match="a mesh of data=1, fsdp=64, tensor=1 takes 64 devices"):
+        sharding.parse_mesh("fsdp=64")
+
+
+def test_where_arrays_lie_tells_the_mesh():
+    mesh, x = sharding.make_mesh(fsdp=2), jnp.arange(4)
+    place = sharding.batch_sharding(mesh)
+    assert sharding.mesh_of([x]) is None and sharding.mesh_of([x, jax.device_put(x, place)]) == mesh
+    assert sharding.batch_parts(mesh) == 2 and sharding.batch_parts(sharding.make_mesh(tensor=2)) == 1
+    other = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="put all on one of `sharding.make_mesh`"):
+        sharding.mesh_of([jax.device_put(x, NamedSharding(other, PartitionSpec("x")))])
