@@ -267,6 +267,19 @@ def test_train_from_a_file_of_options(checkpoint, data, trained, tmp_path):
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def test_train_over_a_mesh_writes_what_one_device_writes(checkpoint, data, trained, tmp_path, capsys):
+    command = ["train", "--model", str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out"), *FEW]
+    rows = ["--per-device-train-batch-size", "1", "--device-map", "fsdp=2,tensor=2"]
+    assert cli.main([*command, *rows, "--merged", str(tmp_path / "merged")]) == 0
+    for name in ("out/adapter_model.safetensors", "merged/model.safetensors"):
+        ours, theirs = load_file(tmp_path / name), load_file(trained / name)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            x, y = (x.astype(np.float32) for x in (ours[key], value))
+            assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y), (name, key)
+    assert "'layers=2' is not one of data, fsdp, tensor" in fails(capsys, [*command, "--device-map", "layers=2"], 1)
+
+
 def test_an_adapter_goes_on_training(trained, data, tmp_path, capsys):
     command = ["train", "--model", str(trained / "out"), "--data", str(data), "--output", str(tmp_path), *FEW]
     command = [part for part in command if part not in ("--r", "4")]
