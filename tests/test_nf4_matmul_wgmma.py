@@ -11,7 +11,7 @@ import pytest
 from test_nf4_matmul import LIMITS, fields_of, operands, relative_error
 
 from jaxlora import quant
-from jaxlora.kernels import api, nf4_lookup, nf4_matmul_wgmma
+from jaxlora.kernels import api, nf4_lookup, nf4_matmul_wgmma, nf4_matmul_wgmma_kernel
 from jaxlora.kernels.gated import ACTIVATIONS
 from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.ordered import in_order
@@ -22,7 +22,7 @@ DTYPES = [jnp.bfloat16, jnp.float16]
 
 @pytest.mark.parametrize("tokens, programs", [(9, 2), (32, 2), (33, 1), (64, 1)])
 def test_an_sm_has_the_shared_memory(tokens, programs):
-    _, ring = nf4_matmul_wgmma.shared_bytes(tokens, 16 // programs)
+    _, ring = nf4_matmul_wgmma_kernel.shared_bytes(tokens, 16 // programs)
     asked = max(1 << 16, 1 << (ring - 1).bit_length())
     assert programs * (asked + nf4_lookup.PAIRS + 128 + 1024) <= 228 << 10
 
@@ -84,7 +84,7 @@ def test_the_products_of_a_block(dtype, tiles, block):
         registers[f"${2 * n + i}"] = w[upper + i // 8 * 8].reshape(128, 4, 2, 8, 2)[thread, t, block, i % 8]
     registers[f"${2 * n + 16}"] = buffer // 16 | tokens << 16  # the distance between 8 elements of k and the next
     value = lambda name: registers[name] if name in registers else int(name, 0)
-    for line in nf4_matmul_wgmma._products_assembly(dtype, tiles).splitlines()[1:-1]:
+    for line in nf4_matmul_wgmma_kernel.ptx_of_products(dtype, tiles).splitlines()[1:-1]:
         op, _, names = line.removesuffix(";").partition(" ")
         target, *arguments = names.split(", ")
         match op:
@@ -170,11 +170,11 @@ def test_the_scale_and_the_elements_of_a_block(dtype):
     words = []
     for scale in scales:
         registers["$1"] = scale
-        run(nf4_matmul_wgmma._scale_assembly(dtype))
+        run(nf4_matmul_wgmma_kernel.ptx_of_scale(dtype))
         words.append(registers["$0"])
     registers |= {f"${16 + i}": codes[i] for i in range(4)}
     registers |= {"$20": place, "$21": words[0], "$22": words[1]}
-    run(nf4_matmul_wgmma._lookup_assembly(dtype))
+    run(nf4_matmul_wgmma_kernel.ptx_of_lookup(dtype))
     factor = nf4_lookup.FACTORS[dtype.name]
     for i in range(16):
         element = as_float(table[codes[i // 4] >> np.uint32(8 * (i % 4)) & np.uint32(255)])

@@ -1,0 +1,649 @@
+"""The Triton function of `nf4_matmul_wgmma`, whose head says how it is laid out, and the PTX in it."""
+
+import functools
+from typing import no_type_check
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.kernels import nf4_lookup, reference
+from jaxlora.kernels.gated import activation_kernel
+from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
+from jaxlora.kernels.ordered import STEP as STEP_OF_X
+
+ROWS_OF_WARP = 16
+STEP = STEP_OF_X // reference.NF4_BLOCK  # blocks, a line of 128 bytes of codes
+UNIT = 2  # blocks that are copied at once
+MAP = 256 * 4  # bytes of `dynamic_map`
+STEPS_OF_X = 3  # that shared memory has places for
+UNITS_OF_CODES = 2
+# What `createpolicy.fractional.L2::evict_first` makes, as CUTLASS has it (`TMA::CacheHintSm90`): a constant takes no
+# registers. Codes are read once, and must not drive out of the cache what is read by every program or every layer.
+EVICT_FIRST = 0x12F0 << 48
+
+
+def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
+    """The shared memory of a program besides the table of pairs and the barriers: that of x, and all of it."""
+    of_x = STEPS_OF_X * STEP * -(-tokens // 8) * 8 * 128
+    return of_x, of_x + UNITS_OF_CODES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
+
+
+def ptx_of_lookup(dtype: np.dtype) -> str:
+    """PTX for 32 elements of a lane, 16 of each of its rows: the words $0..$15, from four words of codes, $16..$19, two
+    a row, a lane's place in the table, $20, and the scales of both rows as `ptx_of_scale` makes them."""
+    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    lines = [".reg .b32 at, w<16>, high, low;", ".reg .b16 lower, upper;"]
+    for row in range(2):
+        words = range(8 * row, 8 * row + 8)
+        # Halves of a scale are taken by the multiplications themselves: these are no instructions.
+        lines += [
+            f"mov.b32 {{lower, upper}}, ${21 + row};",
+            "mov.b32 low, {lower, lower};",
+            "mov.b32 high, {upper, upper};",
+        ]
+        for i in words:
+            lines += [
+                f"dp4a.u32.u32 at, ${16 + i // 4}, {128 << 8 * (i % 4):#x}, $20;",
+                f"ld.shared.b32 w{i}, [at];",
+            ]
+        for i in words:
+            lines += [f"mul.rn.{kind} ${i}, w{i}, low;", f"fma.rn.{kind} ${i}, w{i}, high, ${i};"]
+    return "\n".join(["{", *lines, "}"])
+
+
+def ptx_of_products(dtype: np.dtype, tiles: int) -> str:
+    """PTX that begins the products of a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens.
+
+    Results, in the registers of the first arguments: the totals, 4 a tile, two of row g and two of g + 8. Arguments:
+    the totals so far; the 16 words of the block; the lower word of the descriptor of its x. Neither totals nor words
+    may be touched before the products are waited for.
+    """
+    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    sums = 4 * tiles
+    words, x = 2 * sums, 2 * sums + 16
+    d = ", ".join(f"${i}" for i in range(sums))
+    lines = [
+        ".reg .b64 at64;",
+        "bar.warp.sync 0xffffffff;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        a = ", ".join(f"${words + i + 2 * step}" for i in (0, 8, 1, 9))
+        lines += [
+            # The descriptor, in units of 16 bytes: the address, how far it is from 8 elements of k to the next 8, and
+            # from 8 tokens to the next 8. No swizzle. An addition of 64 bits takes one instruction, of 32 three.
+            f"mov.b64 at64, {{${x}, 8}};",
+            f"add.u64 at64, at64, {2 * 8 * tiles * step};",
+            f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.{kind}.{kind} {{{d}}}, {{{a}}}, at64, 1, 1, 1, 0;",
+        ]
+    # Nothing is looked up across the barriers, else the assembler issues the products one by one between lookups.
+    return "\n".join(["{", *lines, "wgmma.commit_group.sync.aligned;", "bar.warp.sync 0xffffffff;", "}"])
+
+
+def ptx_of_scale(dtype: np.dtype) -> str:
+    """PTX for the scale $1 over the table's factor, rounded, in the upper half of a word, and what that lacks in the
+    lower one."""
+    unit = f"0f{np.float32(1 / FACTORS[dtype.name]).view(np.uint32):08x}"
+    if dtype == jnp.bfloat16:
+        kind, to_float = "bf16x2", ["mov.b32 rest, word;"]
+    else:
+        kind, to_float = "f16x2", ["mov.b32 {lower, upper}, word;", "cvt.f32.f16 rest, upper;"]
+    lines = [
+        ".reg .f32 scale, rest; .reg .b32 word; .reg .b16 lower, upper;",
+        f"mul.rn.f32 scale, $1, {unit};",
+        f"cvt.rn.{kind}.f32 word, scale, 0f00000000;",
+        *to_float,
+        "neg.f32 rest, rest;",
+        f"fma.rn.f32 rest, $1, {unit}, rest;",
+        f"cvt.rn.{kind}.f32 $0, scale, rest;",
+    ]
+    return "\n".join(["{", *lines, "}"])
+
+
+@functools.cache
+@no_type_check  # a type checker's wrapper around the function would hide its source from Triton
+def kernel(dtype: np.dtype, tokens: int, num_warps: int):
+    """The Triton function. Built on first use, since the library imports where Triton is not installed."""
+    import triton
+    import triton.language as tl
+
+    narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
+    activation, of_layer = activation_kernel(), nf4_lookup.layer_kernel()
+    asked_table, put_table = nf4_lookup.fill_kernels()
+    lookup_assembly = tl.constexpr(ptx_of_lookup(dtype))
+    lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 7))
+    tiles = -(-tokens // 8)
+    sums = 4 * tiles
+    products_assembly = tl.constexpr(ptx_of_products(dtype, tiles))
+    same_sums = ["=f"] * sums + [str(i) for i in range(sums)]  # results in the registers of the arguments
+    products_operands = tl.constexpr(",".join([*same_sums, *["r"] * (16 + 1)]))
+    finish_operands = tl.constexpr(",".join(same_sums))
+    totals_dtypes = tl.constexpr((tl.float32,) * sums)
+    former_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 1; mov.b32 $0, $1;")
+    finish_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
+    MAP_AT, BARRIERS_AT = tl.constexpr(PAIRS), tl.constexpr(PAIRS + MAP)
+    BLOCKS_OF_STEP = tl.constexpr(STEP)
+    PLACES = tl.constexpr(STEPS_OF_X)
+    step_bytes = STEP * tiles * 1024  # of x
+    STEP_BYTES = tl.constexpr(step_bytes)
+    ACROSS = tl.constexpr(8 * tiles << 16)  # of a descriptor: from 8 elements of k to the next 8
+    of_x, of_all = shared_bytes(tokens, num_warps)
+    CODES_AT = tl.constexpr(of_x)  # in the ring
+    # Words, a power of two. Less than 48 KB would not be asked for, and with the table it is more than a program has.
+    RING = tl.constexpr(max(1 << 14, 1 << (of_all // 4 - 1).bit_length()))
+    # What comes before the ring is a multiple of 128 bytes, since the ring begins where it ends.
+    table_assembly = tl.constexpr(
+        f"{{ .shared .align 128 .b8 table[{PAIRS + MAP + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
+    )
+    ring_assembly = tl.constexpr("mov.u32 $0, global_smem; add.u32 $0, $0, $1;")
+    kept_assembly = tl.constexpr("mov.b32 $0, $1;")
+    mapped_assembly = tl.constexpr("ld.shared.f32 $0, [$1];")
+    put_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
+    rows_bytes = 16 * 32 * num_warps  # of a unit of half of the rows
+    ask_first_assembly, ask_second_assembly = (
+        tl.constexpr(
+            "{ .reg .pred p; .reg .b64 policy;\n"
+            f"setp.gt.s32 p, $4, {UNIT * half};\n"
+            f"mov.b64 policy, {EVICT_FIRST:#x};\n"
+            + "".join(
+                f"@p cp.async.cg.shared.global.L2::cache_hint"
+                f" [$1+{(2 * half + row) * rows_bytes}], [${2 + row}+{64 * half}], 16, policy;\n"
+                for row in range(2)
+            )
+            + "cp.async.commit_group; mov.b32 $0, $4; }"
+        )
+        for half in range(2)
+    )
+    # By halves: what is added as one the assembler may keep in registers that are no pair, and copies for each address.
+    next_line_assembly = tl.constexpr(
+        "{ .reg .b32 lower, upper; mov.b64 {lower, upper}, $1; add.cc.u32 lower, lower, 128; addc.u32 upper, upper, 0;"
+        " mov.b64 $0, {lower, upper}; }"
+    )
+    take_assembly = tl.constexpr(
+        f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
+        f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{rows_bytes}];"
+    )
+    # Barriers of the places of x: those that say that it has come, and those that say that all warps are done with it.
+    # One lane makes them and asks for the first step: addresses and numbers are then the same in all lanes, for which
+    # an instruction takes them, and nothing is done by lanes one after another.
+    begin_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0;\n"
+        "@p bra END;\n"
+        + "".join(
+            f"mbarrier.init.shared::cta.b64 [$1+{8 * i}], {1 if i < STEPS_OF_X else num_warps};\n"
+            for i in range(2 * STEPS_OF_X)
+        )
+        + "fence.mbarrier_init.release.cluster;\n"
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
+        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
+    )
+    # One lane waits until the place is free and begins to copy; the other warps jump over it.
+    copy_assembly = tl.constexpr(
+        "{ .reg .pred p, done;\n"
+        "setp.ne.b32 p, $5, 0;\n"
+        "@p bra END;\n"
+        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{8 * STEPS_OF_X}], $4;\n"
+        "@!done bra WAIT;\n"
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
+        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
+    )
+    arrived_assembly = tl.constexpr(
+        "{ .reg .pred done;\n"
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;\n"
+        "@!done bra WAIT;\n"
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
+    )
+    done_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.eq.b32 p, $2, 0; setp.gt.and.s32 p, $3, $4, p;\n"
+        f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STEPS_OF_X}]; mov.b32 $0, $1; }}"
+    )
+    scale_assembly = tl.constexpr(ptx_of_scale(dtype))
+    filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
+    ordered_assembly = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
+    # $1, and 0, which is what a thread's number has from bit 10 on. The assembler does not see that behind SHFL, nor
+    # puts SHFL before a barrier, and so nothing that is made of $0.
+    after_assembly = tl.constexpr(
+        "{ .reg .b32 none; shfl.sync.idx.b32 none, $2, 0, 0x1f, 0xffffffff; shr.u32 none, none, 10;"
+        " add.s32 $0, $1, none; }"
+    )
+    # $1, of the lane itself ($2). Where the assembler sees an address in shared memory as a lane's part and one that is
+    # the same in all, it may give both to a copy that has a policy too, which is then an illegal instruction.
+    whole_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
+    two = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    # Two numbers are rounded at once: what rounds one is of the unit of exponentials, which has enough to do.
+    if dtype == jnp.bfloat16:
+        to_floats = "shl.b32 $0, word, 16; and.b32 $1, word, 0xffff0000;"
+    else:
+        to_floats = "mov.b32 {lower, upper}, word; cvt.f32.f16 $0, lower; cvt.f32.f16 $1, upper;"
+    round_assembly = tl.constexpr(
+        f"{{ .reg .b32 word; .reg .b16 lower, upper; cvt.rn.{two}.f32 word, $3, $2; {to_floats} }}"
+    )
+    times_assembly = tl.constexpr(
+        f"{{ .reg .b32 word; cvt.rn.{two}.f32 $0, $2, $1; cvt.rn.{two}.f32 word, $4, $3; mul.rn.{two} $0, $0, word; }}"
+    )
+    turn_assembly = tl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
+    from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
+
+    @triton.jit
+    def table_at(thread):
+        """Where the shared memory of the program begins."""
+        return tl.inline_asm_elementwise(table_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def ring_at(thread):
+        """Where x and codes are in shared memory. More than 48 KB must be asked for, and Triton asks for what its own
+        operations need: this one, of a second row of programs, which there is not."""
+        if tl.num_programs(1) > 1:
+            words = tl.gather(tl.arange(0, RING), thread * 8, 0)
+            tl.inline_asm_elementwise(kept_assembly, "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(ring_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def asked_layer(index, STACKED: tl.constexpr):
+        """Begin to load which of its stack a weight is."""
+        layer = 0
+        if STACKED:
+            layer = tl.load(index)
+        return layer
+
+    @triton.jit
+    def in_stack(weight, thread, BLOCKS: tl.constexpr, STACKED: tl.constexpr):
+        """Where (codes, absmax, nested absmax, mean) of a weight begin. The layer is waited for here, not before the
+        barriers are made and x is asked for."""
+        fields = weight[0], weight[1], weight[2], weight[3]
+        if STACKED:
+            layer = tl.inline_asm_elementwise(
+                after_assembly, "=r,r,r", [weight[4], thread], dtype=tl.int32, is_pure=False, pack=1
+            )
+            fields = of_layer(weight[0], weight[1], weight[2], weight[3], layer, weight[6], BLOCKS)
+        return fields
+
+    @triton.jit
+    def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
+        """The weight (codes, absmax, nested absmax, mean, layer, out, rows, tiles before its first) that rows g are of,
+        and that of rows g + 8; the tile's first row."""
+        if GATED:
+            return weights[0], weights[1], ROWS // 2 * tile
+        weight = weights[0]
+        for i in tl.static_range(1, WEIGHTS):
+            is_later = tile >= weights[i][7]
+            chosen = ()
+            for j in tl.static_range(8):
+                chosen = chosen + (tl.where(is_later, weights[i][j], weight[j]),)
+            weight = chosen
+        return weight, weight, ROWS * (tile - weight[7])
+
+    @triton.jit
+    def copy(x, place, phase, is_none, barriers, ring, thread):
+        """Begin to copy a step of x into a place, when all warps are done with what was there."""
+        tl.inline_asm_elementwise(
+            copy_assembly,
+            "=r,r,r,l,r,r",
+            [barriers + 8 * place, ring + STEP_BYTES * place, x, thread * 0 + phase, thread | is_none.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def ask(assembly: tl.constexpr, upper, lower, left, codes):
+        """Begin to copy a lane's 16 bytes of the first or second unit of a step of each of its rows to its own place.
+        What lies beyond the last block may be anything: there x is zero."""
+        tl.inline_asm_elementwise(
+            assembly, "=r,r,l,l,r", [codes, upper, lower, left], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def next_line(codes):
+        """The address of a lane's codes of the next step; by itself the compiler would keep where it began as well."""
+        return tl.inline_asm_elementwise(next_line_assembly, "=l,l", [codes], dtype=tl.int64, is_pure=False, pack=1)
+
+    @triton.jit
+    def take(codes):
+        """A lane's codes of the unit that was asked for longest ago: 4 words of its upper row, and 4 of the lower."""
+        return tl.inline_asm_elementwise(
+            take_assembly,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [codes],
+            dtype=(tl.uint32,) * 8,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def asked_nested(half, at, NESTED: tl.constexpr):
+        """Begin to load nested absmax of block `at` of a weight."""
+        nested = 0.0
+        if NESTED:
+            nested = tl.load(half[2] + (at >> 8))
+        return nested
+
+    @triton.jit
+    def asked_mean(half, NESTED: tl.constexpr):
+        """Begin to load what is added to all scales of a weight."""
+        mean = 0.0
+        if NESTED:
+            mean = tl.load(half[3])
+        return mean
+
+    @triton.jit
+    def asked_statistics(half, at, nested, NESTED: tl.constexpr, OF_ROW: tl.constexpr):
+        """Begin to load absmax, and nested absmax unless a row has but one, of block `at` of a weight. Beyond the last
+        block of a row it is that of the last: there x is zero, and any finite scale will do."""
+        if not OF_ROW:
+            nested = asked_nested(half, at, NESTED)
+        return tl.load(half[1] + at), nested
+
+    @triton.jit
+    def mapped(statistics, table, NESTED: tl.constexpr):
+        """Statistics whose absmax is looked up in shared memory, if it is a code."""
+        value, nested = statistics
+        if NESTED:
+            place = table + (MAP_AT + 4 * value.to(tl.int32))
+            value = tl.inline_asm_elementwise(mapped_assembly, "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1)
+        return value, nested
+
+    @triton.jit
+    def scale_of(statistics, mean, NESTED: tl.constexpr):
+        """The scale of a block of a row over the table's factor, in two numbers of x's dtype, a word."""
+        scale = statistics[0]
+        if NESTED:
+            scale = scale * statistics[1] + mean
+        return tl.inline_asm_elementwise(scale_assembly, "=r,f", [scale], dtype=tl.uint32, is_pure=True, pack=1)
+
+    @triton.jit
+    def from_lane(above, below, lane):
+        """The scales of both rows that a lane of four has, as `elements` takes them."""
+        values, scales = (above, below), ()
+        for i in tl.static_range(2):
+            scale = tl.inline_asm_elementwise(
+                from_lane_assembly, "=r,r,r", [values[i], lane], dtype=tl.uint32, is_pure=True, pack=1
+            )
+            scales = scales + (scale,)
+        return scales
+
+    @triton.jit
+    def elements(codes, place, scales):
+        """The elements of a lane's two rows of a block, 16 words."""
+        return tl.inline_asm_elementwise(
+            lookup_assembly,
+            lookup_operands,
+            codes + (place,) + scales,
+            dtype=(tl.uint32,) * 16,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def products(totals, words, x):
+        """Begin to add a block's products to the totals, which are right when they are `finished`. The words may change
+        when the group of products is waited for."""
+        return tl.inline_asm_elementwise(
+            products_assembly,
+            products_operands,
+            totals + words + (x,),
+            dtype=totals_dtypes,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def finished(totals):
+        """The totals when all products have been added."""
+        return tl.inline_asm_elementwise(
+            finish_assembly, finish_operands, totals, dtype=totals_dtypes, is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def joined(first, second):
+        """Two numbers of x's dtype or float32 in one of twice the bits."""
+        BITS: tl.constexpr = first.dtype.primitive_bitwidth
+        one: tl.constexpr = tl.uint32 if BITS == 32 else tl.uint16
+        both: tl.constexpr = tl.uint64 if BITS == 32 else tl.uint32
+        return first.to(one, bitcast=True).to(both) | second.to(one, bitcast=True).to(both) << BITS
+
+    @triton.jit
+    def gated(gates, ups, ACT: tl.constexpr):
+        """Two elements of a gated result, a word."""
+        first, second = tl.inline_asm_elementwise(
+            round_assembly, "=f,=f,f,f", gates, dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )
+        first, second = activation(first, ACT)[0], activation(second, ACT)[0]
+        return tl.inline_asm_elementwise(
+            times_assembly, "=&r,f,f,f,f", (first, second) + ups, dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def turned(word):
+        """Of 8 rows g and 8 tokens, where a lane has tokens 2 t and the next of row g: rows 2 t and the next of
+        token g."""
+        return tl.inline_asm_elementwise(turn_assembly, "=r,r", [word], dtype=tl.uint32, is_pure=False, pack=1)
+
+    @triton.jit
+    def matmul_nf4_wgmma(
+        x,  # the data of `Ordered`
+        nf4,  # uint32 [256], `nf4_lookup.pairs`
+        dynamic_map,  # float32 [256]
+        codes0,  # of the first weight: uint8 [stack, rows, COLUMNS / 2]
+        absmax0,  # uint8 or float32 [stack, rows, COLUMNS / 64]
+        nested_absmax0,  # float32 [stack, ceil(blocks / 256)]; unread unless NESTED
+        mean0,  # float32 [stack]; unread unless NESTED
+        index0,  # int32 []: which of the stack; unread unless STACKED
+        codes1,  # of the second, and so on; unread where there are fewer
+        absmax1,
+        nested_absmax1,
+        mean1,
+        index1,
+        codes2,
+        absmax2,
+        nested_absmax2,
+        mean2,
+        index2,
+        out0,  # [M, rows] in x's dtype, or float32 [SPLIT, M, rows], or the data of `Ordered`
+        out1,
+        out2,
+        M: tl.constexpr,
+        ROWS0: tl.constexpr,
+        ROWS1: tl.constexpr,
+        ROWS2: tl.constexpr,
+        WEIGHTS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        NESTED: tl.constexpr,
+        STACKED: tl.constexpr,
+        WARPS: tl.constexpr,
+        SPLIT: tl.constexpr,
+        ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
+        ORDERED: tl.constexpr,  # whether out0 is `Ordered`, with ACT
+    ):
+        THREADS: tl.constexpr = 32 * WARPS
+        ROWS: tl.constexpr = 16 * WARPS  # of a tile
+        BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
+        ROW_NESTED: tl.constexpr = 256 % BLOCKS == 0  # all blocks of a row have one nested absmax
+        STEPS: tl.constexpr = (BLOCKS + BLOCKS_OF_STEP - 1) // BLOCKS_OF_STEP
+        FIRST: tl.constexpr = (ROWS0 + ROWS - 1) // ROWS  # tiles before those of the second weight
+        SECOND: tl.constexpr = FIRST + (ROWS1 + ROWS - 1) // ROWS
+        GATED: tl.constexpr = ACT != ""
+        TILES: tl.constexpr = (2 * ROWS0 + ROWS - 1) // ROWS if GATED else SECOND + (ROWS2 + ROWS - 1) // ROWS
+        TOKEN_TILES: tl.constexpr = (M + 7) // 8
+        EVEN: tl.constexpr = (ROWS0 | ROWS1 | ROWS2) % 2 == 0
+        WHOLE: tl.constexpr = TILES * ROWS == ROWS0 + ROWS1 + ROWS2
+
+        thread = tl.arange(0, THREADS)
+        warp, lane = thread // 32, thread % 32
+        group, t = lane // 4, lane % 4
+        # What all warps wait for comes first, before any of what is many times as much.
+        weights = ((codes0, absmax0, nested_absmax0, mean0, asked_layer(index0, STACKED), out0, ROWS0, 0),)
+        if WEIGHTS > 1:
+            layer = asked_layer(index1, STACKED)
+            weights = weights + ((codes1, absmax1, nested_absmax1, mean1, layer, out1, ROWS1, FIRST),)
+        if WEIGHTS > 2:
+            layer = asked_layer(index2, STACKED)
+            weights = weights + ((codes2, absmax2, nested_absmax2, mean2, layer, out2, ROWS2, SECOND),)
+        pairs = asked_table(nf4, thread, THREADS)
+        map_values = ()
+        if NESTED:
+            for i in tl.static_range((256 + THREADS - 1) // THREADS):
+                map_values = map_values + (tl.load(dynamic_map + (i * THREADS + thread) % 256),)
+        part = 0 if SPLIT == 1 else tl.program_id(0) // TILES
+        start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
+        table, ring = table_at(thread), ring_at(thread)
+        barriers = table + BARRIERS_AT
+        x = x.to(tl.pointer_type(tl.uint32)) + start * (STEP_BYTES // 4)
+        tl.inline_asm_elementwise(
+            begin_assembly, "=r,r,r,l,r", [barriers, ring, x, thread], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+        upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
+        row_count, out = upper[6], upper[5]
+        first_row += 8 * warp + group if GATED else 16 * warp + 2 * group
+        second_row = first_row if GATED else first_row + 1
+        upper_row, lower_row = first_row, second_row  # that are read
+        if ORDERED:  # what is read for the place of a row in that order
+            upper_row = first_row // 128 * 128 + first_row % 128 // 8 * 2 + first_row % 8 // 2 * 32 + first_row % 2
+            lower_row = upper_row
+        if not WHOLE:
+            upper_row, lower_row = tl.minimum(upper_row, row_count - 1), tl.minimum(lower_row, row_count - 1)
+        upper = in_stack(upper, thread, BLOCKS, STACKED)
+        lower = in_stack(lower, thread, BLOCKS, STACKED) if GATED else upper
+        block = tl.minimum(BLOCKS_OF_STEP * start + t, BLOCKS - 1)
+        upper_at, lower_at = upper_row * BLOCKS + block, lower_row * BLOCKS + block
+        upper_last, lower_last = upper_row * BLOCKS + (BLOCKS - 1), lower_row * BLOCKS + (BLOCKS - 1)
+        upper_nested, lower_nested = asked_nested(upper, upper_at, NESTED), asked_nested(lower, lower_at, NESTED)
+        above_now = asked_statistics(upper, upper_at, upper_nested, NESTED, True)
+        below_now = asked_statistics(lower, lower_at, lower_nested, NESTED, True)
+        upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
+        lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
+        above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)
+        below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
+        upper_mean = asked_mean(upper, NESTED)
+        lower_mean = asked_mean(lower, NESTED) if GATED else upper_mean
+
+        # Else the assembler would put these loads behind the copies of codes.
+        tl.inline_asm_elementwise(ordered_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+        codes_at = tl.inline_asm_elementwise(
+            whole_assembly, "=r,r,r", [ring + (CODES_AT + 16 * thread), lane], dtype=tl.int32, is_pure=False, pack=1
+        )
+        of_lane = start * 128 + t * 16
+        upper_codes = (upper[0] + (upper_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
+        lower_codes = (lower[0] + (lower_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
+        left = tl.minimum(BLOCKS, BLOCKS_OF_STEP * end) - BLOCKS_OF_STEP * start - t // 2  # blocks to be asked for
+        # A part has a step at least; where its blocks are four, none of it has to be asked whether it is there.
+        left_now = thread * 0 + BLOCKS_OF_STEP if BLOCKS % BLOCKS_OF_STEP == 0 else left
+        ask(ask_first_assembly, upper_codes, lower_codes, left_now, codes_at)
+        ask(ask_second_assembly, upper_codes, lower_codes, left_now, codes_at)
+        # The second step of x is needed later than all these.
+        x += STEP_BYTES // 4
+        copy(x, 1, 1, (start + 1 >= end) & (STEPS // SPLIT < 2), barriers, ring, thread)
+        x += STEP_BYTES // 4
+        put_table(table, pairs, thread, THREADS)
+        if NESTED:
+            for i in tl.static_range((256 + THREADS - 1) // THREADS):
+                code = (i * THREADS + thread) % 256
+                tl.inline_asm_elementwise(
+                    put_assembly,
+                    "=r,r,f",
+                    [table + (MAP_AT + 4 * code), map_values[i]],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
+        tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+        above_now, below_now = mapped(above_now, table, NESTED), mapped(below_now, table, NESTED)
+        scales = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
+
+        entry = table + lane * 4
+        x_at = (ring >> 4) + ACROSS
+        pair = t // 2  # which of two blocks a lane has elements of; it has the scales of block t of a step
+        unit_codes = take(codes_at)
+        upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - BLOCKS_OF_STEP
+        ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
+        codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
+        of_pair = from_lane(scales[0], scales[1], pair)
+        words = elements(codes, entry, of_pair)
+        place, phase = start * 0, start * 0
+        free_place, free_phase = place + (PLACES - 1), phase + 1  # of a place that was never used: done with
+        totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
+        for step in range(start, end):
+            tl.inline_asm_elementwise(
+                arrived_assembly,
+                "=r,r,r",
+                [barriers + 8 * place, thread * 0 + phase],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            of_x = x_at + (STEP_BYTES // 16) * place
+            for i in tl.static_range(BLOCKS_OF_STEP):
+                totals = products(totals, words, of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16))
+                if i == 0:  # of the next step
+                    above_now, below_now = mapped(above, table, NESTED), mapped(below, table, NESTED)
+                if i == 1:
+                    next_codes = take(codes_at + 32 * THREADS)
+                    ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
+                if i == 2:
+                    next_scales = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
+                    upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
+                    lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
+                    above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)  # of the one after
+                    below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
+                if i == 3:
+                    scales, next_codes = next_scales, take(codes_at)
+                    upper_codes, lower_codes = next_line(upper_codes), next_line(lower_codes)
+                    left -= BLOCKS_OF_STEP
+                    ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
+                    copy(x, free_place, free_phase, step + 2 >= end, barriers, ring, thread)
+                    x += STEP_BYTES // 4
+                # The next block is looked up: its second one of two, or the first of the next two.
+                if i % 2 == 1:
+                    of_pair = from_lane(scales[0], scales[1], pair + (i + 1) % 4)
+                if i % 2 == 0:
+                    codes = unit_codes[2], unit_codes[3], unit_codes[6], unit_codes[7]
+                else:
+                    unit_codes = next_codes
+                    codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
+                # The block before this one is done, and its words are free for the next.
+                tl.inline_asm_elementwise(former_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+                if i == 0:  # it was the last of its step
+                    tl.inline_asm_elementwise(
+                        done_assembly,
+                        "=r,r,r,r,r",
+                        [barriers + 8 * free_place, lane, step, start],
+                        dtype=tl.int32,
+                        is_pure=False,
+                        pack=1,
+                    )
+                words = elements(codes, entry, of_pair)
+            free_place, free_phase = place, phase
+            place += 1
+            phase = tl.where(place == PLACES, 1 - phase, phase)
+            place = tl.where(place == PLACES, 0, place)
+
+        totals = finished(totals)
+        out += part * M * row_count
+        here = first_row < row_count
+        for j in tl.static_range(TOKEN_TILES):
+            first, second = totals[4 * j : 4 * j + 2], totals[4 * j + 2 : 4 * j + 4]  # of rows, each of two tokens
+            if GATED:
+                word = gated(first, second, ACT)
+                first = word.to(tl.uint16).to(narrow, bitcast=True), (word >> 16).to(tl.uint16).to(narrow, bitcast=True)
+            if ORDERED:  # all rows are there, and tokens that are not may be anything
+                of_warp = out.to(tl.pointer_type(tl.uint32)) + (first_row // 8 * (32 * TOKEN_TILES) + lane)
+                tl.store(of_warp + 32 * j, turned(word))
+            else:
+                for i in tl.static_range(2):
+                    target = out + (2 * t * row_count + first_row) + (8 * j + i) * row_count
+                    mask = (8 * j + 2 * t + i < M) & here
+                    if GATED:
+                        tl.store(target, first[i], mask=mask)
+                    elif EVEN:
+                        word = joined(first[i].to(out.dtype.element_ty), second[i].to(out.dtype.element_ty))
+                        tl.store(target.to(tl.pointer_type(word.dtype)), word, mask=mask)
+                    else:
+                        tl.store(target, first[i].to(out.dtype.element_ty), mask=mask)
+                        tl.store(target + 1, second[i].to(out.dtype.element_ty), mask=mask & (second_row < row_count))
+
+    return matmul_nf4_wgmma
