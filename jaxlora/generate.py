@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from jaxlora import sharding
 from jaxlora.layers import Linear
 from jaxlora.model import CausalLM, KVCache
 
@@ -115,11 +116,12 @@ def generate(
     padded, mask = np.pad(np.where(mask, ids, 0), left), np.pad(mask, left)
     at_once = STEPS_AT_ONCE if jax.default_backend() == "gpu" else 1
     room = _round_up(places + max_new_tokens + at_once - 1, CACHE_BUCKET)
-    logits, cache = _prefill(model, padded, mask, places=room)
-    tokens, new, _ = _decode(
-        model, cache, logits, mask.sum(axis=1, dtype=np.int32), jnp.int32(max_new_tokens),
-        np.asarray(eos, np.int32), jnp.int32(pad), sampling, at_once=at_once,
-    )  # fmt: skip
+    with sharding.over(sharding.mesh_of(model)):
+        logits, cache = _prefill(model, padded, mask, places=room)
+        tokens, new, _ = _decode(
+            model, cache, logits, mask.sum(axis=1, dtype=np.int32), jnp.int32(max_new_tokens),
+            np.asarray(eos, np.int32), jnp.int32(pad), sampling, at_once=at_once,
+        )  # fmt: skip
     # Put together on the host: slicing on the device would compile once for every length.
     return jnp.asarray(np.concatenate([ids, np.asarray(tokens)[:, places : places + int(new)]], axis=1))
 

@@ -1,5 +1,6 @@
 """What devices send each other: a layer's codes, gradients of adapters, and no hidden states but where tensors meet."""
 
+import functools
 import math
 import re
 
@@ -11,8 +12,10 @@ import pytest
 from helpers import load_folder, make_checkpoint, random_ids, randomise_adapters, relative_error
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlora import generate as generating
 from jaxlora import quant, remat, sharding
 from jaxlora.config import LoraConfig, QuantConfig
+from jaxlora.generate import generate
 from jaxlora.kernels import api, reference
 from jaxlora.kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy
 from jaxlora.lora import add_adapters, partition
@@ -220,6 +223,26 @@ def test_few_tokens_and_norms_of_dora_gather_a_layer(tmp_path):
     step, args = step_of(tmp_path, NF4, "full", mesh, dict(use_dora=True))
     np.testing.assert_allclose(step(*args)[1]["loss"], expected["loss"], rtol=1e-5)
     assert all(len(dims) < 3 for kind, dtype, dims in collectives(step) if dtype == "u8")
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=2), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("quant_config", [NF4, None], ids=["nf4", "dense"])
+def test_generating_knows_the_mesh_that_the_model_lies_on(sizes, quant_config, tmp_path, monkeypatch):
+    """Kernels for few tokens would gather a stack for each layer, so they leave to others what lies on a mesh."""
+    make_checkpoint("llama", tmp_path, **SIZES)
+    model = load_folder(tmp_path, quant_config=quant_config)
+    add_adapters(model, LoraConfig(r=4), jax.random.key(0))
+    randomise_adapters(model)
+    run = functools.partial(generate, input_ids=random_ids(4, 20, vocab=160), max_new_tokens=12, eos_token_id=[])
+    expected = run(model)
+    sharding.shard(model, sharding.make_mesh(**sizes))
+    seen = []
+    for name in ("_prefill", "_decode"):
+        real = getattr(generating, name)
+        watched = lambda *args, real=real, **kw: (seen.append(jax.sharding.get_abstract_mesh()), real(*args, **kw))[1]
+        monkeypatch.setattr(generating, name, watched)
+    np.testing.assert_array_equal(run(model), expected)
+    assert [dict(mesh.shape) for mesh in seen] == [dict(data=1, fsdp=1, tensor=1) | sizes] * 2
 
 
 def test_without_a_mesh_nothing_is_asked_of_xla():
