@@ -229,8 +229,14 @@ class SFTTrainer:
     ):
         self.model, self.args, self.processing_class = model, args or SFTConfig(), processing_class
         args, self.mesh = self.args, sharding.mesh_of(model)
-        if self.mesh is not None:  # adapters that were put on the model since it was loaded are not on it yet
-            sharding.shard(model, self.mesh)
+        if self.mesh is not None:
+            if self.mesh.axis_names != sharding.MESH_AXES:
+                axes = ", ".join(map(str, self.mesh.axis_names))
+                raise ValueError(
+                    f"the model lies on a mesh with the axes {axes}, and a trainer can split its batches over one of "
+                    "jaxlora.sharding.make_mesh alone"
+                )
+            sharding.shard(model, self.mesh)  # adapters that were put on it since it was loaded are not there yet
         self.output_dir = Path(args.output_dir).absolute()
         _check_writable(self.output_dir)
         if not jax.tree.leaves(partition(model)[1]):

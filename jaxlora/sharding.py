@@ -86,18 +86,15 @@ def mesh_of(tree: Any) -> Mesh | None:
     """The mesh of several devices that the arrays of a model, or of a tree, lie on; None where there is none.
 
     Raises:
-        ValueError: they lie on several, or on one with other axes than `make_mesh` gives it.
+        ValueError: they lie on several.
     """
     leaves = jax.tree.leaves(nnx.state(tree) if isinstance(tree, nnx.Module) else tree)
     places = [leaf.sharding for leaf in leaves if isinstance(leaf, jax.Array)]
-    meshes = {place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1}
-    if not meshes:
-        return None
-    mesh = meshes.pop()
-    if meshes or not isinstance(mesh, Mesh) or mesh.axis_names != MESH_AXES:
-        others = ", ".join(map(str, meshes))
-        raise ValueError(f"arrays lie on {mesh}{others and ' and ' + others}: put all on one of `sharding.make_mesh`")
-    return mesh
+    meshes = {place.mesh for place in places if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh)}
+    meshes = [mesh for mesh in meshes if mesh.size > 1]
+    if len(meshes) > 1:
+        raise ValueError(f"arrays lie on {' and '.join(map(str, meshes))}: put all on one of them (`sharding.shard`)")
+    return meshes[0] if meshes else None
 
 
 def batch_parts(mesh: Mesh | None) -> int:

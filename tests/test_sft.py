@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 import trl
+from flax import nnx
 from helpers import VOCAB, load_folder, make_checkpoint
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
@@ -371,6 +372,14 @@ def test_a_run_on_a_mesh_is_that_of_one_device(base, tmp_path, device_map, rows,
     for x, y in zip(adapter_arrays(trainer.model).values(), adapter_arrays(alone.model).values(), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], rel=2e-5)
+
+
+def test_a_mesh_of_ones_own_is_refused(base, tmp_path):
+    model = with_adapters(base[0])
+    place = jax.NamedSharding(jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), jax.P())
+    nnx.update(model, jax.device_put(nnx.state(model), place))
+    with pytest.raises(ValueError, match="a mesh with the axes x, and .* of jaxlora.sharding.make_mesh alone"):
+        SFTTrainer(model, SFTConfig(output_dir=tmp_path), train_dataset=rows_of_ids(4))
 
 
 def test_a_run_on_a_mesh_is_resumed_with_the_same_bits(base, tmp_path):

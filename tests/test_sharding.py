@@ -180,5 +180,7 @@ def test_where_arrays_lie_tells_the_mesh():
     assert sharding.mesh_of([x]) is None and sharding.mesh_of([x, jax.device_put(x, place)]) == mesh
     assert sharding.batch_parts(mesh) == 2 and sharding.batch_parts(sharding.make_mesh(tensor=2)) == 1
     other = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    with pytest.raises(ValueError, match="put all on one of `sharding.make_mesh`"):
-        sharding.mesh_of([jax.device_put(x, NamedSharding(other, PartitionSpec("x")))])
+    elsewhere = jax.device_put(x, NamedSharding(other, PartitionSpec("x")))
+    assert sharding.mesh_of([elsewhere]) == other
+    with pytest.raises(ValueError, match="arrays lie on .* and .*: put all on one of them"):
+        sharding.mesh_of([elsewhere, jax.device_put(x, place)])
