@@ -22,7 +22,7 @@ keys; then it makes p of the scores, while the other one has its turn. Only the 
 Programs with the most keys come first, so that short ones fill the end, and programs of the same queries are
 neighbours, of which those that share key heads find them in the second-level cache.
 
-What it is worth is in docs/decisions.md. It is not in the library, since no step of real length was faster for it.
+It is not in the library, since no step of real length was faster for it (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -292,7 +292,8 @@ def measure_steps(tokens: int, layers: int) -> None:
     from jaxlora.kernels import api
 
     def ours(q, k, v, *, scale, **others):
-        if any(others[name] is not None for name in ("window", "softcap", "query_segments")):
+        offset = others.pop("offset")
+        if any(value is not None for value in others.values()) or offset != 0 or q.shape[1] % TILE:
             raise NotImplementedError("the kernel takes plain causal rows")
         return attention(q, k, v, scale)
 

@@ -211,9 +211,9 @@ class SFTTrainer:
 
     Raises:
         OSError: `args.output_dir` cannot be written to.
-        ValueError: a model without adapters, a `max_length` beyond the model's, or data that cannot be trained on:
-            empty, with other fields, with no supervised token (see `tokenization.tokenize`), or ids beyond the
-            vocabulary.
+        ValueError: a model without adapters, or on a mesh that `sharding.make_mesh` did not make; a `max_length` beyond
+            the model's; or data that cannot be trained on: empty, with other fields, with no supervised token (see
+            `tokenization.tokenize`), or ids beyond the vocabulary.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequenc
     )
 
 
-def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+def parse_mesh(text: str) -> Mesh:
     """The mesh of a text such as "data=2,fsdp=4", as `make_mesh` makes it.
 
     Raises:
@@ -79,7 +79,8 @@ def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
         if axis not in MESH_AXES or axis in sizes or not size.isdecimal():
             raise ValueError(f"{text!r} is no mesh: {part!r} is not one of {', '.join(MESH_AXES)}, once, = a number")
         sizes[axis] = int(size)
-    return make_mesh(**sizes, devices=devices)
+    data, fsdp, tensor = (sizes.get(axis, 1) for axis in MESH_AXES)
+    return make_mesh(data=data, fsdp=fsdp, tensor=tensor)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

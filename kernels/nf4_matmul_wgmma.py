@@ -32,8 +32,8 @@ the lane that makes the barriers. Then come scales and codes, x's second step, a
 
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, some
 220 for x's reading and 64 for its writing, 128 for codes and some 60 for scales; 104 instructions a warp, 417 cycles.
-An H100 takes 817, by Nsight Compute: shared memory is busy for 84% of them, and the ports of registers, which tensor
-cores and other instructions share, for 80% by count (`benchmarks/wgmma_beside.py`).
+An H100 takes 817, by Nsight Compute: shared memory is busy for at most 86% of them, and the ports of registers, which
+tensor cores and other instructions share, for 80% by count (`benchmarks/wgmma_beside.py`).
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 

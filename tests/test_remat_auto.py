@@ -67,13 +67,16 @@ def test_on_a_mesh_a_device_needs_room_for_its_own_rows(parts, monkeypatch):
     model, optimizer, batch = parts
     mesh = sharding.make_mesh(data=2)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    kept = 512 * remat_auto.kept_bytes("projections", CONFIG, 4)
-    whole = choose(parts, None).needed
+    free = int(0.7 * choose(parts, None).needed)
+    # As if so much were kept that it fits half of the rows alone, which one device is not even to compile.
+    monkeypatch.setattr(remat_auto, "kept_bytes", lambda *_: int(1.5 * free) // 512)
+    with pytest.raises(MemoryError):
+        choose(parts, free, 0)
     on_mesh = jax.tree.map(jnp.copy, sharding.shard(nnx.state(model), mesh))
     model = nnx.merge(nnx.graphdef(model), on_mesh)
     state = sharding.shard(TrainState.create(lora.partition(model)[1], optimizer), mesh)
-    choice = remat_auto.choose_policy(model, optimizer, state, batch, mesh=mesh, free=int(0.7 * whole))
-    assert choice.policy == "projections" and kept / 2 < choice.needed < 0.7 * whole
+    choice = remat_auto.choose_policy(model, optimizer, state, batch, mesh=mesh, free=free)
+    assert choice.policy == "projections" and choice.needed <= free
     losses = [float(c.step(s, lora.partition(m)[2], b)[1]["loss"]) for c, s, m, b in (
         (choice, state, model, batch),
         (choose(parts, None), TrainState.create(lora.partition(parts[0])[1], optimizer), parts[0], parts[2]),
