@@ -66,7 +66,9 @@ def implementations_in(function: Callable, *args, **kwargs) -> set[str]:
 
     It is traced and lowered and not run, so the arguments may be `jax.ShapeDtypeStruct`s.
     """
-    program = jax.jit(function).lower(*args, **kwargs).as_text(debug_info=True)
+    lowered: Any = jax.jit(function).lower(*args, **kwargs).compiler_ir("stablehlo")
+    # The values of constants, such as weights that a function closes over, are no program to look through.
+    program = lowered.operation.get_asm(enable_debug_info=True, large_elements_limit=16)
     return {f"{op}.{name}" for op, names in _OPS.items() for name in names if re.search(rf"\b{op}\.{name}\b", program)}
 
 

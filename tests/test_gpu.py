@@ -209,7 +209,7 @@ def test_many_tokens_are_normed_by_kernels(policy):
         assert not re.search(r"residual_norm\.triton_many[^\n]*reduce_sum", compiled.as_text())
         return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(compiled(trainable))])
 
-    with jax.default_matmul_precision("highest"):
+    with jax.default_device(jax.devices("cpu")[0]):  # where float32 is exact, and soon compiled
         exact = gradients("none", jnp.float32)
     assert np.linalg.norm(gradients(policy, jnp.bfloat16) - exact) < 2e-2 * np.linalg.norm(exact)
 
