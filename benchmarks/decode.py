@@ -65,7 +65,7 @@ def bytes_of_step(model, batch: int, places: int) -> int:
     import jax
     from flax import nnx
 
-    from jaxlora.layers import LoraParam
+    from jaxlora.variables import LoraParam
 
     total = 0
     for path, variable in nnx.to_flat_state(nnx.state(model)):

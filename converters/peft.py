@@ -25,9 +25,13 @@ from jaxlora.converters import peft_experts
 from jaxlora.converters.families import FAMILIES
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsFile, tensor_problems
 from jaxlora.converters.staging import staged
-from jaxlora.layers import Adapted, Embedding, Weighted
+from jaxlora.layers import Embedding
 from jaxlora.lora_targets import Copied, copied, is_target_parameter, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
+from jaxlora.variables import (
+    Adapted,
+    Weighted,
+)
 from jaxlora.vocabulary import learning_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

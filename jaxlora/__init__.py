@@ -9,9 +9,6 @@ from jaxlora.config import ModelConfig as ModelConfig
 from jaxlora.config import QuantConfig as QuantConfig
 from jaxlora.config import RopeConfig as RopeConfig
 from jaxlora.language_model import LanguageModel as LanguageModel
-from jaxlora.layers import BaseParam as BaseParam
-from jaxlora.layers import LoraParam as LoraParam
-from jaxlora.layers import TrainableParam as TrainableParam
 from jaxlora.loader import FastLanguageModel as FastLanguageModel
 from jaxlora.lora import add_adapters as add_adapters
 from jaxlora.lora import partition as partition
@@ -23,6 +20,9 @@ from jaxlora.sft import SFTConfig as SFTConfig
 from jaxlora.sft import SFTTrainer as SFTTrainer
 from jaxlora.train import TrainState as TrainState
 from jaxlora.train import make_train_step as make_train_step
+from jaxlora.variables import BaseParam as BaseParam
+from jaxlora.variables import LoraParam as LoraParam
+from jaxlora.variables import TrainableParam as TrainableParam
 from jaxlora.vocabulary import add_new_tokens as add_new_tokens
 
 __version__ = "0.1.0.dev0"

@@ -27,7 +27,9 @@ from flax import nnx
 
 from jaxlora import lora
 from jaxlora.config import LoraConfig
-from jaxlora.layers import (
+from jaxlora.lora_targets import target_ranks
+from jaxlora.model import CausalLM, Named, named_nodes
+from jaxlora.variables import (
     Adaptable,
     Adapted,
     AdapterConstant,
@@ -38,8 +40,6 @@ from jaxlora.layers import (
     LoraParam,
     Weighted,
 )
-from jaxlora.lora_targets import target_ranks
-from jaxlora.model import CausalLM, Named, named_nodes
 
 _COPY_FIELDS = ("trained_weight", "trained_bias")
 _ADAPTER_FIELDS = ("lora_A", "lora_B", "lora_scaling", "lora_ranks")

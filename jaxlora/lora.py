@@ -24,6 +24,15 @@ from jaxlora.config import LoraConfig
 from jaxlora.kernels.fake_quant import GROUP, SCHEMES
 from jaxlora.kernels.lora import row_norms
 from jaxlora.layers import (
+    Embedding,
+    Linear,
+)
+from jaxlora.lora_targets import copied, target_ranks
+from jaxlora.model import CausalLM, Named, named_nodes
+from jaxlora.moe import ExpertAdapter, Experts
+from jaxlora.norms import Norm
+from jaxlora.quant import QuantizedArray
+from jaxlora.variables import (
     Adaptable,
     Adapted,
     AdapterConstant,
@@ -33,17 +42,10 @@ from jaxlora.layers import (
     BaseSquare,
     Buffer,
     Copy,
-    Embedding,
-    Linear,
     LoraParam,
-    Norm,
     TrainableParam,
     Weighted,
 )
-from jaxlora.lora_targets import copied, target_ranks
-from jaxlora.model import CausalLM, Named, named_nodes
-from jaxlora.moe import ExpertAdapter, Experts
-from jaxlora.quant import QuantizedArray
 
 
 def add_adapters(model: CausalLM, config: LoraConfig, key: Any, init_dataset: Any = None) -> LoraConfig:
@@ -172,7 +174,7 @@ def _of_layer(value: Any, layer: int | None) -> Any:
 
 
 def add_copy(model: CausalLM, module: Named, part: str, layers: tuple[bool, ...]) -> None:
-    """Let a copy of a module's weight or bias learn in its place, see `layers.Copy`."""
+    """Let a copy of a module's weight or bias learn in its place, see `variables.Copy`."""
     node: Weighted = module.node
     base = model.model.embed_tokens.weight if getattr(node, part) is None else getattr(node, part)
     setattr(node, f"trained_{part}", Copy(base.get_value(), base.get_metadata()["axes"], layers))

@@ -12,10 +12,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from jaxlora.config import LoraConfig
-from jaxlora.layers import Adapted, BaseParam, Linear, Weighted
+from jaxlora.layers import Linear
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.moe import ExpertAdapter
 from jaxlora.quant import QuantizedArray
+from jaxlora.variables import (
+    Adapted,
+    BaseParam,
+    Weighted,
+)
 
 # What target_modules may name without a linear, where experts are adapted as parameters: all families call them so.
 _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")

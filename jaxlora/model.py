@@ -34,17 +34,13 @@ from jaxlora.delta_net import GatedDeltaNet
 from jaxlora.kernels import api as kernels
 from jaxlora.kernels.decode_attention import rows_and_places
 from jaxlora.kernels.gated import ACTIVATIONS
+from jaxlora.kernels.residual_norm import added
 from jaxlora.layers import (
-    Buffer,
     Embedding,
-    Identity,
     Linear,
-    Norm,
     PlainLinear,
     TokenwiseModule,
     Unsummed,
-    added,
-    base_param,
     gated_linear,
     linear_each,
     of_gate,
@@ -56,8 +52,16 @@ from jaxlora.layers import (
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
+from jaxlora.norms import (
+    Identity,
+    Norm,
+)
 from jaxlora.offload import pinned_bytes
 from jaxlora.rope import alibi_bias, rope_tables, segment_positions
+from jaxlora.variables import (
+    Buffer,
+    base_param,
+)
 
 
 @jax.tree_util.register_dataclass

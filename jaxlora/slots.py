@@ -18,10 +18,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from jaxlora import lora
-from jaxlora.layers import Adaptable, Adapted, AdapterScale, Linear
+from jaxlora.layers import Linear
 from jaxlora.model import CausalLM, KVCache
 from jaxlora.moe import ExpertAdapter
 from jaxlora.sampling import Drawn, Needs, Seen, Wishes, draw, finished
+from jaxlora.variables import (
+    Adaptable,
+    Adapted,
+    AdapterScale,
+)
 
 STEPS = 32  # the most tokens of one call of `decode`
 

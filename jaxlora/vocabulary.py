@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 
 from jaxlora import lora
 from jaxlora.config import LoraConfig
-from jaxlora.layers import Adapted
 from jaxlora.model import CausalLM, named_nodes
 from jaxlora.sharding import variable_sharding
+from jaxlora.variables import Adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

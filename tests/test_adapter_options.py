@@ -20,10 +20,11 @@ from jaxlora.converters import peft as ours
 from jaxlora.converters.export import save_merged
 from jaxlora.converters.huggingface import model_config
 from jaxlora.kernels.dropout import dropout
-from jaxlora.layers import Adapted, Linear
+from jaxlora.layers import Linear
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import QuantizedArray, dequantize
+from jaxlora.variables import Adapted
 
 OPTIONS = {
     "dora": ("llama", dict(use_dora=True)),

@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 
 from jaxlora import checkpoint
-from jaxlora.layers import LoraParam
 from jaxlora.optimizer import make_optimizer, make_schedule
 from jaxlora.train import TrainState
+from jaxlora.variables import LoraParam
 
 SCHEDULE = make_schedule("linear", 1e-3, warmup_steps=2, total_steps=10)
 ADAMW = make_optimizer("adamw_torch", SCHEDULE)

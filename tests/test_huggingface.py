@@ -20,9 +20,9 @@ from jaxlora.config import QuantConfig
 from jaxlora.converters.families import FAMILIES
 from jaxlora.converters.gguf import GGUFSource
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource, load_model, model_config
-from jaxlora.layers import BaseParam
 from jaxlora.model import named_nodes
 from jaxlora.quant import QuantizedArray, dequantize, quantize
+from jaxlora.variables import BaseParam
 
 DTYPES = {torch.float32: np.float32, torch.bfloat16: jnp.bfloat16, torch.float16: np.float16}
 

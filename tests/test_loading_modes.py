@@ -19,13 +19,16 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer, quant
 from jaxlora.converters.huggingface import CheckpointError, SafetensorsSource
 from jaxlora.converters.peft import load_adapter
-from jaxlora.layers import BaseParam, TrainableParam
 from jaxlora.lora import partition, unfreeze
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import named_nodes
 from jaxlora.modes import choose_mode
 from jaxlora.optimizer import make_optimizer
 from jaxlora.train import LossScale, TrainState, make_train_step
+from jaxlora.variables import (
+    BaseParam,
+    TrainableParam,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer files:UserWarning")
 

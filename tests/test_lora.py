@@ -26,7 +26,6 @@ from helpers import (
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.huggingface import model_config
 from jaxlora.kernels.dropout import dropout
-from jaxlora.layers import LoraParam
 from jaxlora.lora import (
     adapters,
     add_adapters,
@@ -37,6 +36,7 @@ from jaxlora.lora import (
 )
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import CausalLM
+from jaxlora.variables import LoraParam
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

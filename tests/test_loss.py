@@ -23,10 +23,10 @@ from helpers import (
 from jaxlora.config import LoraConfig
 from jaxlora.converters.huggingface import model_config
 from jaxlora.kernels.cross_entropy import chunk_length, linear_cross_entropy
-from jaxlora.layers import LoraParam
 from jaxlora.lora import add_adapters, partition
 from jaxlora.loss import causal_lm_loss, shift_labels
 from jaxlora.model import CausalLM, named_nodes
+from jaxlora.variables import LoraParam
 
 
 def labelled(batch, length, seed=0):
