@@ -327,7 +327,7 @@ def gradients(model, batch, policy):
         ("qwen2-windows", None, 0.0),
         ("llama", QuantConfig(), 0.2),
         ("phi3", None, 0.2),
-        ("gemma4_text", QuantConfig(), 0.2),
+        ("gemma4_text", QuantConfig(), 0.0),  # masks in its seven layers would be half of what is compiled
     ],
     ids=["dense", "nf4", "fused", "shared"],
 )
