@@ -173,13 +173,19 @@ def measure_peer(args) -> None:
         del model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser of what is generated."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=CONFIGS)
     parser.add_argument("--weights", nargs="+", choices=["nf4", "bf16"], default=["nf4", "bf16"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, default=128, help="2 or more: a step is a later token's")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--profile", action="store_true")

@@ -11,14 +11,13 @@ of a step's bytes, each read once, and of its products, with what a byte and an 
 GiB, "matmul" multiplies 8192 x 8192 normally distributed numbers in bfloat16, each over what the card takes when idle.
 Nothing else that a step does is in it: no lookups, no scales, nothing that is read twice.
 
-"decode" lines have a step's joules, milliseconds, watts and clock (MHz, sampled by NVML) while steps follow each other
-for some seconds, `of_floor`, and `rested_ms`: a step's milliseconds within the first tokens after a second of rest,
-before the limit is felt. They are of `decode.py`'s models: random weights and prompts, greedy.
+"decode" lines have a step's joules, milliseconds and watts while steps follow each other for some seconds, `of_floor`,
+and `rested_ms`: a step's milliseconds within the first tokens after a second of rest. `mhz` is the clock between two
+calls, as NVML tells it: within one it may be lower. The models are `decode.py`'s: random weights and prompts, greedy.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import statistics
@@ -28,9 +27,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import bytes_of_step
+from decode import arguments, bytes_of_step
 
-from jaxlora.bench.shapes import CONFIGS, random_model
+from jaxlora.bench.shapes import random_model, weights_of
 from jaxlora.config import QuantConfig
 from jaxlora.generate import generate
 
@@ -67,8 +66,8 @@ class Meter:
         return self._number("nvmlDeviceGetEnforcedPowerLimit", ctypes.c_uint) / 1e3
 
     def over(self, run: Callable[[], object], seconds: float) -> dict[str, float]:
-        """Of runs that follow each other: seconds and joules of one, watts, and the clock. Those of the first second
-        are not counted: the limit is felt after a while."""
+        """Of runs that follow each other: seconds and joules of one, watts, and the clock after one. Those of the first
+        second, in which it settles, are not counted."""
         start = time.perf_counter()
         while time.perf_counter() - start < 1.0:
             run()
@@ -110,13 +109,6 @@ def costs(meter: Meter, seconds: float) -> dict[str, float]:
     return found
 
 
-def work_of(config, batch: int) -> int:
-    """Operations of a step's products with weights."""
-    inner = 3 * config.hidden_size * config.intermediate_size
-    heads = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
-    return 2 * batch * (config.num_hidden_layers * (inner + heads) + config.vocab_size * config.hidden_size)
-
-
 def rested(run: Callable[[int], object]) -> float:
     """Seconds of a step within the first tokens after a second of rest."""
     few, steps = 33, []
@@ -132,12 +124,12 @@ def rested(run: Callable[[int], object]) -> float:
 
 
 def measure(args, meter: Meter, cost: dict[str, float], model, weights: str, batch: int) -> None:
-    config, idle = model.config, cost["idle"]
-    ids = np.random.default_rng(0).integers(1, config.vocab_size, (batch, args.prompt))
+    idle = cost["idle"]
+    ids = np.random.default_rng(0).integers(1, model.config.vocab_size, (batch, args.prompt))
     run = lambda new: generate(model, ids, max_new_tokens=new, eos_token_id=[])
     first, whole = meter.over(lambda: run(1), args.seconds), meter.over(lambda: run(args.new), args.seconds)
     step, joules = ((whole[key] - first[key]) / (args.new - 1) for key in ("s", "j"))
-    size, flops = bytes_of_step(model, batch, args.prompt + args.new // 2), work_of(config, batch)
+    size, flops = bytes_of_step(model, batch, args.prompt + args.new // 2), 2 * batch * weights_of(args.shape)
     floor = (size * cost["byte"] + flops * cost["flop"]) / (meter.limit() - idle)
     report(
         op="energy", work=f"decode {args.shape}-{batch}x{args.prompt}+{args.new}", weights=weights, j=joules,
@@ -148,12 +140,7 @@ def measure(args, meter: Meter, cost: dict[str, float], model, weights: str, bat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=CONFIGS)
-    parser.add_argument("--weights", nargs="+", choices=["nf4", "bf16"], default=["nf4", "bf16"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=128)
+    parser = arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=3.0)
     args = parser.parse_args()
     meter = Meter()

@@ -42,18 +42,10 @@ from jaxlora.converters.huggingface import (
 )
 from jaxlora.converters.mxfp4 import Mxfp4Source, is_mxfp4
 from jaxlora.converters.staging import staged
-from jaxlora.layers import (
-    Linear,
-    PlainLinear,
-)
+from jaxlora.layers import Linear, PlainLinear
 from jaxlora.model import CausalLM, named_nodes
 from jaxlora.quant import QuantizedArray
-from jaxlora.variables import (
-    Adapted,
-    BaseParam,
-    LoraParam,
-    TrainableParam,
-)
+from jaxlora.variables import Adapted, BaseParam, LoraParam, TrainableParam
 
 logger = logging.getLogger(__name__)
 

@@ -28,10 +28,7 @@ from jaxlora.converters.staging import staged
 from jaxlora.layers import Embedding
 from jaxlora.lora_targets import Copied, copied, is_target_parameter, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
-from jaxlora.variables import (
-    Adapted,
-    Weighted,
-)
+from jaxlora.variables import Adapted, Weighted
 from jaxlora.vocabulary import learning_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

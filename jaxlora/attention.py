@@ -20,10 +20,7 @@ from jaxlora.kernels import api as kernels
 from jaxlora.kernels.decode_attention import write_cache
 from jaxlora.kernels.ordered import Ordered
 from jaxlora.layers import linear_each
-from jaxlora.norms import (
-    Identity,
-    rms_normed,
-)
+from jaxlora.norms import Identity, rms_normed
 from jaxlora.rope import apply_rope
 
 

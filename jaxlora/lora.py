@@ -23,10 +23,7 @@ from jaxlora import data_starts, lora_init, quant
 from jaxlora.config import LoraConfig
 from jaxlora.kernels.fake_quant import GROUP, SCHEMES
 from jaxlora.kernels.lora import row_norms
-from jaxlora.layers import (
-    Embedding,
-    Linear,
-)
+from jaxlora.layers import Embedding, Linear
 from jaxlora.lora_targets import copied, target_ranks
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.moe import ExpertAdapter, Experts

@@ -16,11 +16,7 @@ from jaxlora.layers import Linear
 from jaxlora.model import CausalLM, Named, named_nodes
 from jaxlora.moe import ExpertAdapter
 from jaxlora.quant import QuantizedArray
-from jaxlora.variables import (
-    Adapted,
-    BaseParam,
-    Weighted,
-)
+from jaxlora.variables import Adapted, BaseParam, Weighted
 
 # What target_modules may name without a linear, where experts are adapted as parameters: all families call them so.
 _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")

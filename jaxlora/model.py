@@ -52,16 +52,10 @@ from jaxlora.layers import (
 )
 from jaxlora.mamba import Mamba, segment_runs
 from jaxlora.moe import ExpertLinear, RouterLoad, SparseMLP
-from jaxlora.norms import (
-    Identity,
-    Norm,
-)
+from jaxlora.norms import Identity, Norm
 from jaxlora.offload import pinned_bytes
 from jaxlora.rope import alibi_bias, rope_tables, segment_positions
-from jaxlora.variables import (
-    Buffer,
-    base_param,
-)
+from jaxlora.variables import Buffer, base_param
 
 
 @jax.tree_util.register_dataclass

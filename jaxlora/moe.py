@@ -49,16 +49,9 @@ from jaxlora.config import ModelConfig, QuantConfig
 from jaxlora.kernels.api import gated, grouped_dot, grouped_outer
 from jaxlora.kernels.grouped import grouped_lora_delta
 from jaxlora.layers import TokenwiseModule
-from jaxlora.norms import (
-    Identity,
-    rms_normed,
-)
+from jaxlora.norms import Identity, rms_normed
 from jaxlora.quant import QuantizedArray
-from jaxlora.variables import (
-    Adaptable,
-    base_param,
-    normal,
-)
+from jaxlora.variables import Adaptable, base_param, normal
 
 
 class Groups(NamedTuple):

@@ -22,11 +22,7 @@ from jaxlora.layers import Linear
 from jaxlora.model import CausalLM, KVCache
 from jaxlora.moe import ExpertAdapter
 from jaxlora.sampling import Drawn, Needs, Seen, Wishes, draw, finished
-from jaxlora.variables import (
-    Adaptable,
-    Adapted,
-    AdapterScale,
-)
+from jaxlora.variables import Adaptable, Adapted, AdapterScale
 
 STEPS = 32  # the most tokens of one call of `decode`
 

@@ -16,18 +16,10 @@ from jaxlora import lora, quant, remat
 from jaxlora.config import LoraConfig, QuantConfig, QuantScheme
 from jaxlora.converters.huggingface import model_config
 from jaxlora.kernels import api, nf4_merge, nf4_merge16, reference
-from jaxlora.layers import (
-    Linear,
-    linear_each,
-    of_gate,
-)
+from jaxlora.layers import Linear, linear_each, of_gate
 from jaxlora.loss import causal_lm_loss
 from jaxlora.model import CausalLM
-from jaxlora.variables import (
-    AdapterScale,
-    BaseSquare,
-    LoraParam,
-)
+from jaxlora.variables import AdapterScale, BaseSquare, LoraParam
 
 
 def operands(key, scheme: QuantScheme = "nf4", out=96, d_in=128, tokens=128, dtype=jnp.float32):

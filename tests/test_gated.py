@@ -13,16 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlora.config import QuantConfig
 from jaxlora.kernels import api
 from jaxlora.kernels import gated as gating
-from jaxlora.layers import (
-    Linear,
-    of_gate,
-)
+from jaxlora.layers import Linear, of_gate
 from jaxlora.sharding import make_mesh
-from jaxlora.variables import (
-    AdapterScale,
-    Copy,
-    LoraParam,
-)
+from jaxlora.variables import AdapterScale, Copy, LoraParam
 
 ACTS = ["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 

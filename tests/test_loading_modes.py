@@ -25,10 +25,7 @@ from jaxlora.model import named_nodes
 from jaxlora.modes import choose_mode
 from jaxlora.optimizer import make_optimizer
 from jaxlora.train import LossScale, TrainState, make_train_step
-from jaxlora.variables import (
-    BaseParam,
-    TrainableParam,
-)
+from jaxlora.variables import BaseParam, TrainableParam
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no tokenizer files:UserWarning")
 

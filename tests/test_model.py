@@ -15,16 +15,9 @@ import jaxlora.model
 from jaxlora import quant
 from jaxlora.config import QuantConfig
 from jaxlora.converters.huggingface import SafetensorsSource, model_config, parameter_shapes
-from jaxlora.layers import (
-    Linear,
-    linear_each,
-)
+from jaxlora.layers import Linear, linear_each
 from jaxlora.model import CausalLM, layer_runs, named_nodes
-from jaxlora.variables import (
-    AdapterScale,
-    BaseParam,
-    LoraParam,
-)
+from jaxlora.variables import AdapterScale, BaseParam, LoraParam
 
 # Every family, the windows, and two runs of layers. "dynamic" is left out where documents are packed: its frequencies
 # depend on the longest document of a batch, in transformers too.

@@ -94,12 +94,23 @@ class Work:
     def flop_per_token(self) -> int:
         """See the head of this module."""
         c: dict[str, Any] = CONFIGS[self.shape]
-        d, f, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
-        q, k = (c[heads] * c["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
-        linears = [(d, q), (d, k), (d, k), (q, d), (d, f), (d, f), (f, d)]
-        weights = layers * sum(rows * columns for rows, columns in linears) + d * c["vocab_size"]
-        adapters = layers * sum(RANK * (rows + columns) for rows, columns in linears)
-        return 4 * weights + 6 * adapters + 6 * layers * q * self.sequence
+        layers, q = c["num_hidden_layers"], c["num_attention_heads"] * c["head_dim"]
+        adapters = layers * sum(RANK * (rows + columns) for rows, columns in linears_of(self.shape))
+        return 4 * weights_of(self.shape) + 6 * adapters + 6 * layers * q * self.sequence
+
+
+def linears_of(shape: str) -> list[tuple[int, int]]:
+    """(in, out) of a layer's linear layers."""
+    c: dict[str, Any] = CONFIGS[shape]
+    d, f = c["hidden_size"], c["intermediate_size"]
+    q, k = (c[heads] * c["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+    return [(d, q), (d, k), (d, k), (q, d), (d, f), (d, f), (f, d)]
+
+
+def weights_of(shape: str) -> int:
+    """Elements of the matrices that a token is multiplied by, the head's with them."""
+    c: dict[str, Any] = CONFIGS[shape]
+    return c["num_hidden_layers"] * sum(a * b for a, b in linears_of(shape)) + c["hidden_size"] * c["vocab_size"]
 
 
 def random_model(shape: str, quant_config: Any, dtype: Any) -> Any:
