@@ -278,8 +278,8 @@ def _kernel():
             # A row that is nobody's may see nothing.
             sum_ = tl.where(sum_ > 0.0, sum_, 1.0)
             result = (result / sum_[:, None]).to(out.dtype.element_ty)
-            if PADDED:  # 128 elements [t, c, 2 s + u, h] as [c, 2 s + u, t, h]
-                result = tl.permute(tl.reshape(result, (ROWS, WIDTH // 128, 4, 2, 8, 2)), (0, 1, 3, 4, 2, 5))
+            if PADDED:  # 64 elements [t, 2 s + u, h] as [2 s + u, t, h]
+                result = tl.permute(tl.reshape(result, (ROWS, WIDTH // 64, 4, 8, 2)), (0, 1, 3, 2, 4))
                 result = tl.reshape(result, (ROWS, WIDTH))
                 piece = (head * GROUP + row)[:, None] * (H // 8) + (column // 8)[None, :]
                 at = piece * (8 * PADDED) + b * 8 + (column % 8)[None, :]
@@ -340,7 +340,7 @@ def decode_attention(
     ordered: bool = False,
 ) -> tuple[Any, Float[Array, "layers b s kv h"], Float[Array, "layers b s kv h"]]:
     """`decode_attention_reference` as a Triton kernel. Every query must see at least itself. With `ordered` the result
-    is `Ordered` [B, N H] where places are not divided, H is a multiple of 128, and N H one of 256.
+    is `Ordered` [B, N H] where places are not divided, H is a multiple of 64, and N H one of 256.
 
     An `offset` for all rows must be a place of the cache: the reference clamps it, and this writes nothing.
 
@@ -366,7 +366,7 @@ def decode_attention(
     split, pairs = split_of(batch * kv, places), 0 if rotary is None else rotary[0].shape[-1]
     part = jax.ShapeDtypeStruct((split, batch, heads), jnp.float32)
     out_dtype = q.dtype if split == 1 else jnp.float32
-    ordered = ordered and split == 1 and width % 128 == 0 and heads * width % STEP == 0
+    ordered = ordered and split == 1 and width % 64 == 0 and heads * width % STEP == 0
     out_shape = shape_of(batch, heads * width) if ordered else (split, *q.shape)
     shapes = [jax.ShapeDtypeStruct(out_shape, out_dtype), part, part]
     programs, one_offset = batch * kv * split, jnp.ndim(offset) == 0

@@ -1,39 +1,46 @@
 """Products of 9 to 64 tokens with NF4 weights by `wgmma`, for cards of compute capability 9.0, in one Triton kernel.
 
-The maths. As dequantising does, and unlike `nf4_matmul`, elements are multiplied by their block's scale and rounded to
-x's dtype before the product, so that the tensor cores sum all of k by themselves, float32, and nothing is done to what
-they sum before the end. A scale is two numbers of that dtype, so that an element is rounded once: w * high + w * low.
-With the table's own rounding the error of a weight is 1.85e-3 in bfloat16, relative, and 2.2e-4 in float16.
+The maths. Of a row of a weight, with scales s_b of its blocks and table entries e of its codes,
+
+    sum over b of s_b (e_b . x_b),    by    S_b = S_(b-1) s_(b-1) / s_b + e_b . x_b,    whose last is times the last s,
+
+so that S is where the tensor cores add up, float32, and only the table is rounded to x's dtype: the error of a weight
+is 8.0e-4 in bfloat16, relative, and 8.4e-5 in float16, where dequantising first has 1.66e-3 and 2.1e-4. For that S is
+waited for at every block. A lane multiplies half as many sums as there are tokens, but has only 16 words of a block. So
+above 32 tokens, in bfloat16, there is one s for four blocks, the first's, and elements of the other three are
+e s_b / s, of which both factors and the product are rounded: 2.1e-3. (In float16 s_b / s may be beyond the range, where
+a block is 0.) That is for energy: with 64 tokens a card is at its power limit, and a tenth of the instructions is 2% of
+the time of a whole decode step, whether or not a warp waits for them.
 
 The layout. A warpgroup, 4 warps, multiplies 64 rows with all tokens by `wgmma.m64nNk16`, whose left operand is the
 elements as they were looked up, in registers, and whose right one the tensor cores read out of shared memory by
 themselves. So no lane holds x, and a lane has 4 sums a tile of 8 tokens.
 
-Lane 4 g + t has 16 bytes of rows g and g + 8 of its warp's 16: elements 32 t .. 32 t + 31 of 128. The first half of
-each lane's are one block of the product, the second half the next, and word 2 s + u of a half is an operand of product
-s, at its elements 8 u + 2 t and the next. So x is read in that order, and in that of shared memory (`ordered`): what a
-program copies at once is in one piece. Who made x may have put it so (`Ordered`), else XLA does.
+Lane 4 g + t has 8 bytes of rows g and g + 8 of its warp's 16: elements 16 t .. 16 t + 15 of a block of 64. Word
+2 s + u of them is an operand of product s of four, at its elements 8 u + 2 t and the next. So x is read in that order,
+and in that of shared memory (`ordered`): what a program copies at once is in one piece. Who made x may have put it so
+(`Ordered`), else XLA does.
 
-The overlap. While the tensor cores multiply one block, the lanes look up the next, multiply by its scales, and begin
-its products; those of the block before are waited for only when the block after the next is to be put into their
-registers. So the products of a block or two are in flight at any time. The totals are in the same registers in every
+The overlap. While the tensor cores multiply one block, the lanes look up the next and begin its products; those of the
+block before are waited for only when the block after the next is to be put into their registers, or when sums are to be
+multiplied. So the products of a block or two are in flight at most times. The totals are in the same registers in every
 statement of assembly (operands that are results as well), so that nothing copies them meanwhile. Warps do not wait for
 each other but by barriers in shared memory: one says that a step of x, 4 blocks, has come, another that all warps are
 done with it, which a warp says in the step after. So warps drift apart, and while some look up, the tensor cores have
 the products of others.
 
 The stream. A step of x is copied by one lane, in bulk, up to two steps ahead; the copying is done by the asynchronous
-proxy, in which `wgmma` reads, so no fence is needed. Each lane copies its own codes to its own place in shared memory,
-two units of 2 blocks ahead, 32 KB an SM, and nobody else reads them.
+proxy, in which `wgmma` reads, so no fence is needed. Each lane copies 16 bytes of codes a row to a place of its own in
+shared memory, two units of 2 blocks ahead, 32 KB an SM, and its warp reads them, 8 bytes a lane and block.
 
 The start. What little all else waits for is asked for first, else it would come behind all of that: the layer, then
 the table of pairs and `dynamic_map`. The first step of x needs no layer, so it is on its way meanwhile, asked for by
 the lane that makes the barriers. Then come scales and codes, x's second step, and the table is put into shared memory.
 
 What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; of shared memory 256 for lookups, some
-220 for x's reading and 64 for its writing, 128 for codes and some 60 for scales; 104 instructions a warp, 417 cycles.
-An H100 takes 817, by Nsight Compute: shared memory is busy for at most 86% of them, and the ports of registers, which
-tensor cores and other instructions share, for 80% by count (`benchmarks/wgmma_beside.py`).
+220 for x's reading and 64 for its writing, 128 for codes and some 60 for scales; 96 instructions a warp, 385 cycles. An
+H100 took 817 when they were 104, by Nsight Compute: shared memory was busy for at most 86% of them, and the ports of
+registers, which tensor cores and other instructions share, for 80% by count (`benchmarks/wgmma_beside.py`).
 
 Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
 

@@ -20,6 +20,7 @@ UNITS_OF_CODES = 2
 # What `createpolicy.fractional.L2::evict_first` makes, as CUTLASS has it (`TMA::CacheHintSm90`): a constant takes no
 # registers. Codes are read once, and must not drive out of the cache what is read by every program or every layer.
 EVICT_FIRST = 0x12F0 << 48
+LEAST_SCALE = 2.0**-84  # what a scale counts as that is nearer to 0, since sums are divided by it
 
 
 def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
@@ -28,35 +29,35 @@ def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
     return of_x, of_x + UNITS_OF_CODES * UNIT * num_warps * ROWS_OF_WARP * reference.NF4_BLOCK // 2
 
 
-def ptx_of_lookup(dtype: np.dtype) -> str:
-    """PTX for 32 elements of a lane, 16 of each of its rows: the words $0..$15, from four words of codes, $16..$19, two
-    a row, a lane's place in the table, $20, and the scales of both rows as `ptx_of_scale` makes them."""
+def is_each_rescaled(dtype: np.dtype, tokens: int) -> bool:
+    """Whether sums are rescaled for every block, else for each first of a step, by whose scale elements of the other
+    three are divided.
+
+    Of a block a lane has 16 words and half as many sums as there are tokens. In float16 a ratio of scales may be beyond
+    the range, where a whole block is 0.
+    """
+    return dtype == jnp.float16 or tokens <= 32
+
+
+def ptx_of_lookup(dtype: np.dtype, is_scaled: bool) -> str:
+    """PTX for 32 elements of a lane, 16 of each of its rows, over their scales: the words $0..$15, from four words of
+    codes, $16..$19, two a row, and a lane's place in the table, $20. If `is_scaled`, times ratios of scales, of the
+    upper row $21 and of the lower $22, each a number twice."""
     kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
-    lines = [".reg .b32 at, w<16>, high, low;", ".reg .b16 lower, upper;"]
-    for row in range(2):
-        words = range(8 * row, 8 * row + 8)
-        # Halves of a scale are taken by the multiplications themselves: these are no instructions.
-        lines += [
-            f"mov.b32 {{lower, upper}}, ${21 + row};",
-            "mov.b32 low, {lower, lower};",
-            "mov.b32 high, {upper, upper};",
-        ]
-        for i in words:
-            lines += [
-                f"dp4a.u32.u32 at, ${16 + i // 4}, {128 << 8 * (i % 4):#x}, $20;",
-                f"ld.shared.b32 w{i}, [at];",
-            ]
-        for i in words:
-            lines += [f"mul.rn.{kind} ${i}, w{i}, low;", f"fma.rn.{kind} ${i}, w{i}, high, ${i};"]
+    lines = [".reg .b32 at;"]
+    for i in range(16):
+        lines += [f"dp4a.u32.u32 at, ${16 + i // 4}, {128 << 8 * (i % 4):#x}, $20;", f"ld.shared.b32 ${i}, [at];"]
+    lines += [f"mul.rn.{kind} ${i}, ${i}, ${21 + i // 8};" for i in range(16) if is_scaled]
     return "\n".join(["{", *lines, "}"])
 
 
-def ptx_of_products(dtype: np.dtype, tiles: int) -> str:
+def ptx_of_products(dtype: np.dtype, tiles: int, is_rescaled: bool) -> str:
     """PTX that begins the products of a block of 64 rows of a warpgroup and `tiles` tiles of 8 tokens.
 
     Results, in the registers of the first arguments: the totals, 4 a tile, two of row g and two of g + 8. Arguments:
     the totals so far; the 16 words of the block; the lower word of the descriptor of its x. Neither totals nor words
-    may be touched before the products are waited for.
+    may be touched before the products are waited for. If `is_rescaled`, those before are waited for, and the totals
+    multiplied by two more arguments, of row g and of g + 8.
     """
     kind = "bf16" if dtype == jnp.bfloat16 else "f16"
     sums = 4 * tiles
@@ -65,6 +66,8 @@ def ptx_of_products(dtype: np.dtype, tiles: int) -> str:
     lines = [
         ".reg .b64 at64;",
         "bar.warp.sync 0xffffffff;",
+        *(["wgmma.wait_group.sync.aligned 0;"] if is_rescaled else []),
+        *(f"mul.rn.f32 ${i}, ${i}, ${x + 1 + i // 2 % 2};" for i in range(sums) if is_rescaled),
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(4):
@@ -80,26 +83,6 @@ def ptx_of_products(dtype: np.dtype, tiles: int) -> str:
     return "\n".join(["{", *lines, "wgmma.commit_group.sync.aligned;", "bar.warp.sync 0xffffffff;", "}"])
 
 
-def ptx_of_scale(dtype: np.dtype) -> str:
-    """PTX for the scale $1 over the table's factor, rounded, in the upper half of a word, and what that lacks in the
-    lower one."""
-    unit = f"0f{np.float32(1 / FACTORS[dtype.name]).view(np.uint32):08x}"
-    if dtype == jnp.bfloat16:
-        kind, to_float = "bf16x2", ["mov.b32 rest, word;"]
-    else:
-        kind, to_float = "f16x2", ["mov.b32 {lower, upper}, word;", "cvt.f32.f16 rest, upper;"]
-    lines = [
-        ".reg .f32 scale, rest; .reg .b32 word; .reg .b16 lower, upper;",
-        f"mul.rn.f32 scale, $1, {unit};",
-        f"cvt.rn.{kind}.f32 word, scale, 0f00000000;",
-        *to_float,
-        "neg.f32 rest, rest;",
-        f"fma.rn.f32 rest, $1, {unit}, rest;",
-        f"cvt.rn.{kind}.f32 $0, scale, rest;",
-    ]
-    return "\n".join(["{", *lines, "}"])
-
-
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
 def kernel(dtype: np.dtype, tokens: int, num_warps: int):
@@ -110,13 +93,17 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
     activation, of_layer = activation_kernel(), nf4_lookup.layer_kernel()
     asked_table, put_table = nf4_lookup.fill_kernels()
-    lookup_assembly = tl.constexpr(ptx_of_lookup(dtype))
-    lookup_operands = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 7))
+    EACH = tl.constexpr(is_each_rescaled(dtype, tokens))
+    lookup_assembly, scaled_assembly = (tl.constexpr(ptx_of_lookup(dtype, is_scaled)) for is_scaled in (False, True))
+    lookup_operands, scaled_operands = (tl.constexpr(",".join(["=&r"] * 16 + ["r"] * n)) for n in (5, 7))
     tiles = -(-tokens // 8)
     sums = 4 * tiles
-    products_assembly = tl.constexpr(ptx_of_products(dtype, tiles))
+    products_assembly, rescaled_assembly = (
+        tl.constexpr(ptx_of_products(dtype, tiles, is_rescaled)) for is_rescaled in (False, True)
+    )
     same_sums = ["=f"] * sums + [str(i) for i in range(sums)]  # results in the registers of the arguments
     products_operands = tl.constexpr(",".join([*same_sums, *["r"] * (16 + 1)]))
+    rescaled_operands = tl.constexpr(",".join([*same_sums, *["r"] * (16 + 1), "f", "f"]))
     finish_operands = tl.constexpr(",".join(same_sums))
     totals_dtypes = tl.constexpr((tl.float32,) * sums)
     former_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 1; mov.b32 $0, $1;")
@@ -161,8 +148,11 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     )
     take_assembly = tl.constexpr(
         f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8];\n"
-        f"ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8+{rows_bytes}];"
+        "bar.warp.sync 0xffffffff;\n"
+        + "".join(
+            f"ld.shared.v2.b32 {{${2 * i}, ${2 * i + 1}}}, [${8 + i // 2}+{rows_bytes * (i % 2)}];\n" for i in range(4)
+        )
+        + "bar.warp.sync 0xffffffff;"
     )
     # Barriers of the places of x: those that say that it has come, and those that say that all warps are done with it.
     # One lane makes them and asks for the first step: addresses and numbers are then the same in all lanes, for which
@@ -200,7 +190,10 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         "{ .reg .pred p; setp.eq.b32 p, $2, 0; setp.gt.and.s32 p, $3, $4, p;\n"
         f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STEPS_OF_X}]; mov.b32 $0, $1; }}"
     )
-    scale_assembly = tl.constexpr(ptx_of_scale(dtype))
+    UNIT_OF_TABLE = tl.constexpr(1 / FACTORS[dtype.name])
+    LEAST = tl.constexpr(LEAST_SCALE)
+    twice_assembly = tl.constexpr(f"cvt.rn.{'bf16x2' if dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $1;")
+    inverse_assembly = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
     ordered_assembly = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
     # $1, and 0, which is what a thread's number has from bit 10 on. The assembler does not see that behind SHFL, nor
@@ -302,12 +295,13 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         return tl.inline_asm_elementwise(next_line_assembly, "=l,l", [codes], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
-    def take(codes):
-        """A lane's codes of the unit that was asked for longest ago: 4 words of its upper row, and 4 of the lower."""
+    def take(first, second):
+        """A lane's codes of the unit that was asked for longest ago, of its first block and its second: 2 words of the
+        upper row, 2 of the lower."""
         return tl.inline_asm_elementwise(
             take_assembly,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            [codes],
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+            [first, second],
             dtype=(tl.uint32,) * 8,
             is_pure=False,
             pack=1,
@@ -348,30 +342,55 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
 
     @triton.jit
     def scale_of(statistics, mean, NESTED: tl.constexpr):
-        """The scale of a block of a row over the table's factor, in two numbers of x's dtype, a word."""
+        """The scale of a block of a row, or what it counts as."""
         scale = statistics[0]
         if NESTED:
             scale = scale * statistics[1] + mean
-        return tl.inline_asm_elementwise(scale_assembly, "=r,f", [scale], dtype=tl.uint32, is_pure=True, pack=1)
+        return tl.where(tl.abs(scale) < LEAST, LEAST, scale)
 
     @triton.jit
-    def from_lane(above, below, lane):
-        """The scales of both rows that a lane of four has, as `elements` takes them."""
-        values, scales = (above, below), ()
-        for i in tl.static_range(2):
-            scale = tl.inline_asm_elementwise(
-                from_lane_assembly, "=r,r,r", [values[i], lane], dtype=tl.uint32, is_pure=True, pack=1
+    def from_lane(value, lane):
+        """What a lane of four has."""
+        return tl.inline_asm_elementwise(
+            from_lane_assembly, "=r,r,r", [value, lane], dtype=value.dtype, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def ratios_of(former, scale, t):
+        """Of a row, where lane t has the scale of block t of a step: what elements of a block are multiplied by, or
+        with EACH the sums before it; what sums before the step are multiplied by; the scale that they are over then,
+        which is `former` for the next step, and with EACH one of each lane."""
+        first = scale if EACH else from_lane(scale, 0)
+        inverse = tl.inline_asm_elementwise(inverse_assembly, "=f,f", [first], dtype=tl.float32, is_pure=True, pack=1)
+        if EACH:
+            of_sums = from_lane(tl.where(t == 3, former, scale), (t + 3) % 4) * inverse
+            ratio = of_sums
+        else:
+            of_sums = former * inverse
+            ratio = tl.inline_asm_elementwise(
+                twice_assembly, "=r,f", [scale * inverse], tl.uint32, is_pure=True, pack=1
             )
-            scales = scales + (scale,)
-        return scales
+        return ratio, of_sums, first
 
     @triton.jit
-    def elements(codes, place, scales):
-        """The elements of a lane's two rows of a block, 16 words."""
+    def elements(codes, place):
+        """The elements of a lane's two rows of a block over their scales, 16 words."""
         return tl.inline_asm_elementwise(
             lookup_assembly,
             lookup_operands,
-            codes + (place,) + scales,
+            codes + (place,),
+            dtype=(tl.uint32,) * 16,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def scaled_elements(codes, place, above, below):
+        """`elements` times a ratio of scales of each row."""
+        return tl.inline_asm_elementwise(
+            scaled_assembly,
+            scaled_operands,
+            codes + (place, above, below),
             dtype=(tl.uint32,) * 16,
             is_pure=False,
             pack=1,
@@ -385,6 +404,18 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
             products_assembly,
             products_operands,
             totals + words + (x,),
+            dtype=totals_dtypes,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def rescaled_products(totals, words, x, above, below):
+        """`products` that are added to the totals so far, which are waited for, times a number of each row."""
+        return tl.inline_asm_elementwise(
+            rescaled_assembly,
+            rescaled_operands,
+            totals + words + (x, above, below),
             dtype=totals_dtypes,
             is_pure=False,
             pack=1,
@@ -502,7 +533,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         second_row = first_row if GATED else first_row + 1
         upper_row, lower_row = first_row, second_row  # that are read
         if ORDERED:  # what is read for the place of a row in that order
-            upper_row = first_row // 128 * 128 + first_row % 128 // 8 * 2 + first_row % 8 // 2 * 32 + first_row % 2
+            upper_row = first_row // 64 * 64 + first_row % 64 // 8 * 2 + first_row % 8 // 2 * 16 + first_row % 2
             lower_row = upper_row
         if not WHOLE:
             upper_row, lower_row = tl.minimum(upper_row, row_count - 1), tl.minimum(lower_row, row_count - 1)
@@ -524,9 +555,18 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         # Else the assembler would put these loads behind the copies of codes.
         tl.inline_asm_elementwise(ordered_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
 
+        # A lane reads 8 bytes of a block, of 64 that lie together. Else rows g and g + 2 would ask for the same banks.
+        turned_rows = group // 2 % 2
         codes_at = tl.inline_asm_elementwise(
-            whole_assembly, "=r,r,r", [ring + (CODES_AT + 16 * thread), lane], dtype=tl.int32, is_pure=False, pack=1
+            whole_assembly,
+            "=r,r,r",
+            [ring + (CODES_AT + 16 * (thread ^ 2 * turned_rows)), lane],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
+        first_codes = ring + (CODES_AT + 64 * (thread // 4) + 8 * t + 32 * turned_rows)
+        second_codes = first_codes ^ 32
         of_lane = start * 128 + t * 16
         upper_codes = (upper[0] + (upper_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
         lower_codes = (lower[0] + (lower_row * (BLOCKS * 32) + of_lane)).to(tl.int64)
@@ -553,17 +593,17 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
                 )
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
         above_now, below_now = mapped(above_now, table, NESTED), mapped(below_now, table, NESTED)
-        scales = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
+        above_scale, below_scale = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
+        # Nothing was added up before: any former scale will do.
+        above_ratio, above_sums, above_scale = ratios_of(above_scale, above_scale, t)
+        below_ratio, below_sums, below_scale = ratios_of(below_scale, below_scale, t)
 
         entry = table + lane * 4
         x_at = (ring >> 4) + ACROSS
-        pair = t // 2  # which of two blocks a lane has elements of; it has the scales of block t of a step
-        unit_codes = take(codes_at)
+        unit_codes = take(first_codes, second_codes)
         upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - BLOCKS_OF_STEP
         ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
-        codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
-        of_pair = from_lane(scales[0], scales[1], pair)
-        words = elements(codes, entry, of_pair)
+        words = elements(unit_codes[:4], entry)
         place, phase = start * 0, start * 0
         free_place, free_phase = place + (PLACES - 1), phase + 1  # of a place that was never used: done with
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
@@ -578,36 +618,14 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
             )
             of_x = x_at + (STEP_BYTES // 16) * place
             for i in tl.static_range(BLOCKS_OF_STEP):
-                totals = products(totals, words, of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16))
-                if i == 0:  # of the next step
-                    above_now, below_now = mapped(above, table, NESTED), mapped(below, table, NESTED)
-                if i == 1:
-                    next_codes = take(codes_at + 32 * THREADS)
-                    ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
-                if i == 2:
-                    next_scales = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
-                    upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
-                    lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
-                    above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)  # of the one after
-                    below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
-                if i == 3:
-                    scales, next_codes = next_scales, take(codes_at)
-                    upper_codes, lower_codes = next_line(upper_codes), next_line(lower_codes)
-                    left -= BLOCKS_OF_STEP
-                    ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
-                    copy(x, free_place, free_phase, step + 2 >= end, barriers, ring, thread)
-                    x += STEP_BYTES // 4
-                # The next block is looked up: its second one of two, or the first of the next two.
-                if i % 2 == 1:
-                    of_pair = from_lane(scales[0], scales[1], pair + (i + 1) % 4)
-                if i % 2 == 0:
-                    codes = unit_codes[2], unit_codes[3], unit_codes[6], unit_codes[7]
+                of_block = of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16)
+                if EACH:
+                    above_sums, below_sums = from_lane(above_ratio, i), from_lane(below_ratio, i)
+                if EACH or i == 0:
+                    totals = rescaled_products(totals, words, of_block, above_sums, below_sums)
                 else:
-                    unit_codes = next_codes
-                    codes = unit_codes[0], unit_codes[1], unit_codes[4], unit_codes[5]
-                # The block before this one is done, and its words are free for the next.
-                tl.inline_asm_elementwise(former_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
-                if i == 0:  # it was the last of its step
+                    totals = products(totals, words, of_block)
+                if i == 0:  # the last block of the step before is done
                     tl.inline_asm_elementwise(
                         done_assembly,
                         "=r,r,r,r,r",
@@ -616,17 +634,54 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
                         is_pure=False,
                         pack=1,
                     )
-                words = elements(codes, entry, of_pair)
+                    # Of the next step.
+                    above_now, below_now = mapped(above, table, NESTED), mapped(below, table, NESTED)
+                if i == 1:
+                    next_codes = take(first_codes + 32 * THREADS, second_codes + 32 * THREADS)
+                    ask(ask_second_assembly, upper_codes, lower_codes, left, codes_at)
+                if i == 2:
+                    next_above = ratios_of(above_scale, scale_of(above_now, upper_mean, NESTED), t)
+                    next_below = ratios_of(below_scale, scale_of(below_now, lower_mean, NESTED), t)
+                    upper_at = tl.minimum(upper_at + BLOCKS_OF_STEP, upper_last)
+                    lower_at = tl.minimum(lower_at + BLOCKS_OF_STEP, lower_last)
+                    above = asked_statistics(upper, upper_at, upper_nested, NESTED, ROW_NESTED)  # of the one after
+                    below = asked_statistics(lower, lower_at, lower_nested, NESTED, ROW_NESTED)
+                if i == 3:
+                    next_codes = take(first_codes, second_codes)
+                    upper_codes, lower_codes = next_line(upper_codes), next_line(lower_codes)
+                    left -= BLOCKS_OF_STEP
+                    ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
+                    copy(x, free_place, free_phase, step + 2 >= end, barriers, ring, thread)
+                    x += STEP_BYTES // 4
+                # The next block is looked up: the second of two, or the first of the next two. The block before this is
+                # done, and its words are free.
+                if not EACH and i < 3:
+                    above_times, below_times = from_lane(above_ratio, i + 1), from_lane(below_ratio, i + 1)
+                tl.inline_asm_elementwise(former_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+                if i % 2 == 1:
+                    unit_codes = next_codes
+                codes = unit_codes[:4] if i % 2 == 1 else unit_codes[4:]
+                if not EACH and i < 3:
+                    words = scaled_elements(codes, entry, above_times, below_times)
+                else:
+                    words = elements(codes, entry)
+            above_ratio, above_sums, above_scale = next_above
+            below_ratio, below_sums, below_scale = next_below
             free_place, free_phase = place, phase
             place += 1
             phase = tl.where(place == PLACES, 1 - phase, phase)
             place = tl.where(place == PLACES, 0, place)
 
         totals = finished(totals)
+        # The scale that the totals are over, by what they would be multiplied by next.
+        above_last = from_lane(above_sums * above_scale, 0) * UNIT_OF_TABLE
+        below_last = from_lane(below_sums * below_scale, 0) * UNIT_OF_TABLE
         out += part * M * row_count
         here = first_row < row_count
         for j in tl.static_range(TOKEN_TILES):
-            first, second = totals[4 * j : 4 * j + 2], totals[4 * j + 2 : 4 * j + 4]  # of rows, each of two tokens
+            # Of rows, each of two tokens.
+            first = totals[4 * j] * above_last, totals[4 * j + 1] * above_last
+            second = totals[4 * j + 2] * below_last, totals[4 * j + 3] * below_last
             if GATED:
                 word = gated(first, second, ACT)
                 first = word.to(tl.uint16).to(narrow, bitcast=True), (word >> 16).to(tl.uint16).to(narrow, bitcast=True)

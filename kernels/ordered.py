@@ -1,15 +1,14 @@
 """x in the order in which a product of 9 to 64 tokens copies it to shared memory (`nf4_matmul_wgmma`).
 
 Each 256 elements of k, all tokens of them, are one piece [4 blocks, 8 parts of k, tiles of tokens, 8 tokens, 8
-elements]. Element 32 t + 16 c + 4 s + 2 u + h of each 128 of k is element 2 t + h of part 2 s + u of block c of two:
+elements]. Element 16 t + 4 s + 2 u + h of each 64 of k, a block of NF4, is element 2 t + h of part 2 s + u:
 
-    element k of token m is at  ((b * 8 + k // 2 % 8) * T + m) * 8 + k // 32 % 4 * 2 + k % 2,
-    b = k // 256 * 4 + k // 128 % 2 * 2 + k // 16 % 2,  of T tokens with those that fill the last tile.
+    element k of token m is at  ((k // 64 * 8 + k // 2 % 8) * T + m) * 8 + k // 16 % 4 * 2 + k % 2,
 
-So the 8 elements of a token that lie together are 8 j .. 8 j + 7 of the token with each 128 elements [t, c, 2 s + u, h]
-read as [c, 2 s + u, t, h], and are put at 8 (j T + m). To put x in this order is a launch for each product, which who
-makes x can save: a kernel that is asked for `ordered` may return `Ordered`, and who asks does nothing with it but
-multiply.
+of T tokens with those that fill the last tile. So the 8 elements of a token that lie together are 8 j .. 8 j + 7 of the
+token with each 64 elements [t, 2 s + u, h] read as [2 s + u, t, h], and are put at 8 (j T + m). To put x in this order
+is a launch for each product, which who makes x can save: a kernel that is asked for `ordered` may return `Ordered`, and
+who asks does nothing with it but multiply.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class Ordered:
     def plain(self) -> Float[Array, "*batch k"]:
         """x."""
         tokens, columns = math.prod(self.shape[:-1]), self.shape[-1]
-        x = self.data.reshape(-1, 2, 2, 8, padded(tokens), 4, 2)  # 256 of k, 128, c, 2 s + u, m, t, h
-        x = x.transpose(4, 0, 1, 5, 2, 3, 6).reshape(padded(tokens), -1)
+        x = self.data.reshape(-1, 8, padded(tokens), 4, 2)  # 64 of k, 2 s + u, m, t, h
+        x = x.transpose(2, 0, 3, 1, 4).reshape(padded(tokens), -1)
         return x[:tokens, :columns].reshape(self.shape)
 
 
@@ -73,8 +72,8 @@ def in_order(x: Float[Array, "*batch k"]) -> Ordered:
     x = x.reshape(-1, columns)
     data = shape_of(x.shape[0], columns)
     x = jnp.pad(x, ((0, -x.shape[0] % TILE), (0, -columns % STEP)))
-    x = x.reshape(x.shape[0], -1, 4, 2, 8, 2)  # m, 128 of k, t, c, 2 s + u, h
-    return Ordered(x.transpose(1, 3, 4, 0, 2, 5).reshape(data), shape)
+    x = x.reshape(x.shape[0], -1, 4, 8, 2)  # m, 64 of k, t, 2 s + u, h
+    return Ordered(x.transpose(1, 3, 0, 2, 4).reshape(data), shape)
 
 
 def plain(x: Any) -> Any:

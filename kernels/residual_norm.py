@@ -11,7 +11,7 @@ y may be a product that is not added up yet (`parts.Parts`): the program adds up
 tokens of 4096 features, 8 parts are 8 MB out of L2, 128 KB a program, which an SM reads in some 2000 cycles if some 40
 KB are on their way. ptxas asks for 5 parts before it adds, which with 1024 threads is 80 KB.
 
-The norm may be `Ordered` for the product that reads it: each 128 of its elements change places within the program, and
+The norm may be `Ordered` for the product that reads it: each 64 of its elements change places within the program, and
 are stored 8 at a time.
 
 Layout: x, y [..., D], or parts [P, ..., D] of y; weight [D], or [layers, D] with an index.
@@ -119,8 +119,8 @@ def _kernel():
         else:
             normed = normed * (gain.to(tl.float32) + OFFSET)
         normed = normed.to(narrow.dtype)
-        if PADDED:  # 128 elements [t, c, 2 s + u, h] as [c, 2 s + u, t, h]
-            normed = tl.permute(tl.reshape(normed, (BLOCK // 128, 4, 2, 8, 2)), (0, 2, 3, 1, 4))
+        if PADDED:  # 64 elements [t, 2 s + u, h] as [2 s + u, t, h]
+            normed = tl.permute(tl.reshape(normed, (BLOCK // 64, 4, 8, 2)), (0, 2, 1, 3))
             normed = tl.reshape(normed, (BLOCK,))
             at = column // 8 * (8 * PADDED) + tl.program_id(0) * 8 + column % 8
         tl.store(out + at, normed, mask=inside)

@@ -37,8 +37,7 @@ def test_where_an_element_is(tokens, columns):
     x = 1 + np.arange(tokens * columns, dtype=np.float32).reshape(tokens, columns)
     data, padded = np.asarray(in_order(jnp.asarray(x)).data).ravel(), -(-tokens // 8) * 8
     m, k = np.meshgrid(np.arange(tokens), np.arange(columns), indexing="ij")
-    block = k // 256 * 4 + k // 128 % 2 * 2 + k // 16 % 2
-    np.testing.assert_array_equal(data[((block * 8 + k // 2 % 8) * padded + m) * 8 + k // 32 % 4 * 2 + k % 2], x)
+    np.testing.assert_array_equal(data[((k // 64 * 8 + k // 2 % 8) * padded + m) * 8 + k // 16 % 4 * 2 + k % 2], x)
     assert data.size == padded * columns and (data == 0).sum() == (padded - tokens) * columns
 
 
@@ -224,7 +223,9 @@ def test_a_gate_of_no_whole_steps_stays_plain(key):
         (9, 10, 5, 128, 100, True),
         (17, 4, 2, 256, 128, True),
         (9, 9, 3, 128, 64, False),  # no whole steps
-        (9, 8, 4, 64, 64, False),  # heads of 64
+        (9, 8, 4, 64, 64, True),
+        (12, 4, 2, 192, 64, True),
+        (9, 8, 4, 96, 64, False),  # no whole blocks of NF4
         (9, 2, 2, 128, 4096, False),  # places are divided
     ],
 )
