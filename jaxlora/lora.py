@@ -73,9 +73,12 @@ def add_adapters(model: CausalLM, config: LoraConfig, key: Any, init_dataset: An
         config, starts = data_starts.eva(model, targets, config, init_dataset)
         targets = target_ranks(model, config)
     from_base = [config.changes_base and not isinstance(target.node, Embedding) for target, _ in targets]
-    drawn = [pair for pair, is_from_base in zip(targets, from_base, strict=True) if not is_from_base]
-    # One program for all: a few dozen small ones take seconds to compile.
-    matrices = iter(jax.jit(lambda key: [_drawn(key, config, *pair) for pair in drawn])(key))
+    plans = (
+        Drawing.of(target, ranks, config)
+        for (target, ranks), is_from_base in zip(targets, from_base, strict=True)
+        if not is_from_base
+    )
+    matrices = iter(_drawn(key, tuple(plans)))
     for (target, ranks), is_from_base in zip(targets, from_base, strict=True):
         if is_from_base:
             start_from_base(model, target, ranks, config, key, starts)
@@ -96,34 +99,58 @@ def tie_adapters(model: CausalLM, config: LoraConfig) -> None:
     model.ties_adapters = config.ensure_weight_tying and model.lm_head.weight is None
 
 
-def _shapes(module: Adaptable, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(module: Adaptable | Drawing, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B with a leading axis of layers, at the largest of their ranks."""
     lead, rank = (len(ranks), *module.experts), max(ranks)
     return (*lead, rank, module.in_features), (*lead, module.out_features, rank)
 
 
-def _drawn(key: Any, config: LoraConfig, target: Named, ranks: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """A and B with a leading axis of layers, drawn for each layer at its rank, and zero beyond it."""
-    a, b = (jnp.zeros(shape, jnp.float32) for shape in _shapes(target.node, ranks))
-    keys = _keys(key, target)
-    for rank in sorted(set(ranks) - {0}):
-        layers = jnp.asarray([i for i, other in enumerate(ranks) if other == rank])
-        draw = functools.partial(_draw, target.node, config.init_lora_weights, rank=rank)
-        new_a, new_b = jax.vmap(draw)(keys[layers])
-        a, b = a.at[layers, ..., :rank, :].set(new_a), b.at[layers, ..., :rank].set(new_b)
-    return a, b
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """What a stack's A and B are drawn by: the checkpoint names of its layers and their ranks, `init_lora_weights`, and
+    of the module its shape and kind."""
+
+    names: tuple[str, ...]
+    ranks: tuple[int, ...]
+    kind: bool | str
+    experts: tuple[int, ...]
+    in_features: int
+    out_features: int
+    is_embedding: bool
+
+    @classmethod
+    def of(cls, target: Named, ranks: tuple[int, ...], config: LoraConfig) -> Drawing:
+        node: Adaptable = target.node
+        shape = tuple(node.experts), node.in_features, node.out_features
+        return cls(tuple(target.names()), tuple(ranks), config.init_lora_weights, *shape, isinstance(node, Embedding))
+
+    def draw(self, key: Any, *, rank: int) -> tuple[jax.Array, jax.Array]:
+        """A and B of one layer."""
+        if self.experts:
+            count = math.prod(self.experts)
+            return lora_init.draw_experts(self.kind, key, count, rank, self.in_features, self.out_features)
+        draw = lora_init.draw_embedding if self.is_embedding else lora_init.draw
+        return draw(self.kind, key, rank, self.in_features, self.out_features)
 
 
-def _draw(module: Adaptable, kind: bool | str, key: Any, *, rank: int) -> tuple[jax.Array, jax.Array]:
-    d_in, d_out = module.in_features, module.out_features
-    if module.experts:
-        return lora_init.draw_experts(kind, key, math.prod(module.experts), rank, d_in, d_out)
-    draw = lora_init.draw_embedding if isinstance(module, Embedding) else lora_init.draw
-    return draw(kind, key, rank, d_in, d_out)
+# One program for all, since a few dozen small ones take seconds to compile, and kept for the next model of the shape.
+@functools.partial(jax.jit, static_argnames="drawings")
+def _drawn(key: Any, drawings: tuple[Drawing, ...]) -> list[tuple[jax.Array, jax.Array]]:
+    """A and B of each with a leading axis of layers, drawn for each layer at its rank, and zero beyond it."""
+    matrices = []
+    for each in drawings:
+        a, b = (jnp.zeros(shape, jnp.float32) for shape in _shapes(each, each.ranks))
+        keys = _keys(key, each.names)
+        for rank in sorted(set(each.ranks) - {0}):
+            layers = jnp.asarray([i for i, other in enumerate(each.ranks) if other == rank])
+            new_a, new_b = jax.vmap(functools.partial(each.draw, rank=rank))(keys[layers])
+            a, b = a.at[layers, ..., :rank, :].set(new_a), b.at[layers, ..., :rank].set(new_b)
+        matrices.append((a, b))
+    return matrices
 
 
-def _keys(key: Any, target: Named) -> jax.Array:
-    marks = jnp.asarray([zlib.crc32(name.encode()) for name in target.names()], jnp.uint32)
+def _keys(key: Any, names: Sequence[str]) -> jax.Array:
+    marks = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, marks)
 
 
@@ -217,7 +244,7 @@ def start_from_base(
     linear: Adapted = target.node
     a = np.zeros((len(ranks), max(ranks), linear.in_features), np.float32)
     b = np.zeros((len(ranks), linear.out_features, max(ranks)), np.float32)
-    stored, keys, layers = linear.weight.get_value(), _keys(key, target), []
+    stored, keys, layers = linear.weight.get_value(), _keys(key, target.names()), []
     for i, (name, rank) in enumerate(zip(target.names(), ranks, strict=True)):
         one = _of_layer(stored, i if target.layers else None)
         if rank:
