@@ -106,6 +106,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     rescaled_operands = tl.constexpr(",".join([*same_sums, *["r"] * (16 + 1), "f", "f"]))
     finish_operands = tl.constexpr(",".join(same_sums))
     totals_dtypes = tl.constexpr((tl.float32,) * sums)
+    # Behind a branch of one lane it tells the assembler too that lanes are together again: with EACH that is all.
     former_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 1; mov.b32 $0, $1;")
     finish_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
     MAP_AT, BARRIERS_AT = tl.constexpr(PAIRS), tl.constexpr(PAIRS + MAP)
@@ -373,49 +374,26 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         return ratio, of_sums, first
 
     @triton.jit
-    def elements(codes, place):
-        """The elements of a lane's two rows of a block over their scales, 16 words."""
+    def elements(codes, place, ratios, SCALED: tl.constexpr):
+        """The elements of a lane's two rows of a block over their scales, 16 words; if SCALED, times a ratio each."""
         return tl.inline_asm_elementwise(
-            lookup_assembly,
-            lookup_operands,
-            codes + (place,),
+            scaled_assembly if SCALED else lookup_assembly,
+            scaled_operands if SCALED else lookup_operands,
+            codes + (place,) + ratios,
             dtype=(tl.uint32,) * 16,
             is_pure=False,
             pack=1,
         )
 
     @triton.jit
-    def scaled_elements(codes, place, above, below):
-        """`elements` times a ratio of scales of each row."""
+    def products(totals, words, x, ratios, RESCALED: tl.constexpr):
+        """Begin to add a block's products to the totals, which are right when they are `finished`; if RESCALED, to the
+        totals so far, which are waited for, times a ratio for each row. The words may change when the group of products
+        is waited for."""
         return tl.inline_asm_elementwise(
-            scaled_assembly,
-            scaled_operands,
-            codes + (place, above, below),
-            dtype=(tl.uint32,) * 16,
-            is_pure=False,
-            pack=1,
-        )
-
-    @triton.jit
-    def products(totals, words, x):
-        """Begin to add a block's products to the totals, which are right when they are `finished`. The words may change
-        when the group of products is waited for."""
-        return tl.inline_asm_elementwise(
-            products_assembly,
-            products_operands,
-            totals + words + (x,),
-            dtype=totals_dtypes,
-            is_pure=False,
-            pack=1,
-        )
-
-    @triton.jit
-    def rescaled_products(totals, words, x, above, below):
-        """`products` that are added to the totals so far, which are waited for, times a number of each row."""
-        return tl.inline_asm_elementwise(
-            rescaled_assembly,
-            rescaled_operands,
-            totals + words + (x, above, below),
+            rescaled_assembly if RESCALED else products_assembly,
+            rescaled_operands if RESCALED else products_operands,
+            totals + words + (x,) + ratios,
             dtype=totals_dtypes,
             is_pure=False,
             pack=1,
@@ -603,7 +581,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         unit_codes = take(first_codes, second_codes)
         upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - BLOCKS_OF_STEP
         ask(ask_first_assembly, upper_codes, lower_codes, left, codes_at)
-        words = elements(unit_codes[:4], entry)
+        words = elements(unit_codes[:4], entry, (), False)
         place, phase = start * 0, start * 0
         free_place, free_phase = place + (PLACES - 1), phase + 1  # of a place that was never used: done with
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
@@ -622,9 +600,9 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
                 if EACH:
                     above_sums, below_sums = from_lane(above_ratio, i), from_lane(below_ratio, i)
                 if EACH or i == 0:
-                    totals = rescaled_products(totals, words, of_block, above_sums, below_sums)
+                    totals = products(totals, words, of_block, (above_sums, below_sums), True)
                 else:
-                    totals = products(totals, words, of_block)
+                    totals = products(totals, words, of_block, (), False)
                 if i == 0:  # the last block of the step before is done
                     tl.inline_asm_elementwise(
                         done_assembly,
@@ -662,9 +640,9 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
                     unit_codes = next_codes
                 codes = unit_codes[:4] if i % 2 == 1 else unit_codes[4:]
                 if not EACH and i < 3:
-                    words = scaled_elements(codes, entry, above_times, below_times)
+                    words = elements(codes, entry, (above_times, below_times), True)
                 else:
-                    words = elements(codes, entry)
+                    words = elements(codes, entry, (), False)
             above_ratio, above_sums, above_scale = next_above
             below_ratio, below_sums, below_scale = next_below
             free_place, free_phase = place, phase

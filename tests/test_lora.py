@@ -27,6 +27,7 @@ from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.huggingface import model_config
 from jaxlora.kernels.dropout import dropout
 from jaxlora.lora import (
+    _drawn,
     adapters,
     add_adapters,
     delta_weight,
@@ -45,6 +46,20 @@ def adapted(model, seed=0, **options):
     config = LoraConfig(**options)
     add_adapters(model, config, jax.random.key(seed))
     return config
+
+
+def test_models_of_one_shape_share_the_program_that_draws(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    starts, compiled = [], []
+    for seed in (0, 1, 0):
+        model = load_folder(tmp_path)
+        adapted(model, seed, r=4, target_modules=SEVEN)
+        starts.append(jax.tree.leaves(partition(model)[1]))
+        compiled.append(_drawn._cache_size())
+    assert compiled[1:] == compiled[:1] * 2
+    assert any(np.any(one != other) for one, other in zip(starts[0], starts[1], strict=True))
+    for one, other in zip(starts[0], starts[2], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from test_nf4_matmul import LIMITS, fields_of, operands, relative_error
 
 from jaxlora import quant
-from jaxlora.kernels import api, nf4_lookup, nf4_matmul_wgmma, nf4_matmul_wgmma_kernel
+from jaxlora.kernels import api, nf4_lookup, nf4_matmul_wgmma, nf4_matmul_wgmma_kernel, reference
 from jaxlora.kernels.gated import ACTIVATIONS
 from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.ordered import in_order
@@ -157,6 +157,31 @@ def test_the_elements_of_a_block(dtype, is_scaled):
         np.testing.assert_array_equal(registers[f"${i}"].astype(np.float32), wanted.astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    "dtype, tokens, error", [(jnp.bfloat16, 32, 8.5e-4), (jnp.float16, 64, 9e-5), (jnp.bfloat16, 64, 2.2e-3)]
+)
+def test_what_is_rounded_of_a_weight(dtype, tokens, error):
+    """The head's maths in numpy: sums over a scale are the product, and the error of a weight is what is said there.
+    The kernel is held to `LIMITS` on a GPU, which have the result's rounding in them."""
+    dtype, random, factor = jnp.dtype(dtype), np.random.default_rng(0), nf4_lookup.FACTORS[jnp.dtype(dtype).name]
+    rounded = lambda a: a.astype(np.float32).astype(dtype).astype(np.float64)
+    w, x = random.standard_normal((500, 16, 64)), random.standard_normal((16, 64))
+    scales = np.abs(w).max(-1, keepdims=True)
+    codes = np.abs((w / scales)[..., None] - reference.NF4).argmin(-1)
+    units = scales if nf4_matmul_wgmma_kernel.is_each_rescaled(dtype, tokens) else np.repeat(scales[:, ::4], 4, 1)
+    elements = rounded(rounded(reference.NF4 * factor)[codes] * rounded(scales / units))
+    sums = np.zeros(500)
+    for block in range(16):
+        if block:
+            sums *= (units[:, block - 1] / units[:, block])[:, 0]
+        sums += elements[:, block] @ x[block]
+    weights, exact = elements * units / factor, reference.NF4.astype(np.float64)[codes] * scales
+    np.testing.assert_allclose(
+        sums * units[:, -1, 0] / factor, np.einsum("rbk,bk->r", weights, x), rtol=1e-9, atol=1e-9
+    )
+    assert error / 1.1 < np.linalg.norm(weights - exact) / np.linalg.norm(exact) < error
+
+
 # --- on a GPU ---
 
 
@@ -209,10 +234,11 @@ def test_blocks_of_zeros_and_scales_far_apart(key, dtype, tokens, double_quant):
     sizes = jnp.ones((64, 16)).at[:32, 4].set(0.0).at[8:24, 7].set(0.0).at[:16, :3].set(0.0).at[20:, 15].set(0.0)
     sizes = sizes.at[48].set(0.0).at[50:60, 8].set(1e-5).at[56:, 9].set(1e3)
     q = quant.quantize((w * sizes[..., None]).reshape(64, 1024), double_quant=double_quant)
+    assert api.implementations_in(quant.matmul, x, q) == {"matmul_nf4.triton_wgmma"}
     y = np.asarray(jax.jit(quant.matmul)(x, q), np.float64)
     dense = np.asarray(quant.dequantize(q, jnp.float32, implementation="reference"), np.float64)
     wanted = np.asarray(x, np.float64) @ dense.T
-    for row in range(64):  # else the largest would hide the others
+    for row in range(64):  # else the largest would hide the others; the error of one is no mean of many
         size = np.linalg.norm(wanted[:, row])
         assert np.linalg.norm(y[:, row] - wanted[:, row]) <= 2 * LIMITS[dtype] * size
 
