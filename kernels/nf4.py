@@ -119,6 +119,7 @@ def _kernel():
         dynamic_map,  # float32 [256]
         out,  # [N]
         N: tl.constexpr,
+        MATRICES: tl.constexpr,  # each argument but the tables is of so many, one after the other
         NESTED: tl.constexpr,
         WIDE: tl.constexpr,  # a word is 4 bytes, else 1
         PRMT: tl.constexpr,
@@ -127,7 +128,18 @@ def _kernel():
         BYTES: tl.constexpr = 4 if WIDE else 1
         EACH: tl.constexpr = 2 * BYTES
         WORDS: tl.constexpr = (N + EACH - 1) // EACH
-        word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tile = tl.program_id(0)
+        if MATRICES > 1:
+            TILES: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
+            BLOCKS: tl.constexpr = (N + 63) // 64
+            matrix = (tile // TILES).to(tl.int64)
+            tile = tile % TILES
+            codes += matrix * ((N + 1) // 2)
+            absmax += matrix * BLOCKS
+            nested_absmax += matrix * ((BLOCKS + 255) // 256)
+            offset += matrix
+            out += matrix * N
+        word = tile * BLOCK + tl.arange(0, BLOCK)
         inside = word < WORDS
 
         block = word // (64 // EACH)
@@ -179,12 +191,12 @@ def dequantize_nf4(
 ) -> jax.Array:
     """`reference.dequantize_nf4` as a Triton kernel: the same arguments, the same result, bit for bit.
 
-    It may be vmapped (which loops) and is not differentiable: no NF4 code has a gradient, and a statistic that should
-    have one can use the reference.
+    It may be vmapped, which is one launch for all matrices, and is not differentiable: no NF4 code has a gradient, and
+    a statistic that should have one can use the reference.
 
     Raises:
       NotImplementedError: jax-triton is not installed, the dtype is none of float32, bfloat16 and float16, or there are
-        2^31 elements or more.
+        2^31 elements or more, of one matrix.
     """
     n = math.prod(shape)
     dtype = jnp.dtype(dtype)
@@ -201,25 +213,43 @@ def dequantize_nf4(
 
     wide = n % 8 == 0
     config = heuristics(n) if config is None else config
-    call = functools.partial(
-        jax_triton.triton_call,
-        kernel=_kernel(),
-        out_shape=jax.ShapeDtypeStruct((n,), dtype),
-        grid=(-(-n // ((8 if wide else 2) * config.block)),),
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-        N=n,
-        NESTED=nested_absmax is not None,
-        WIDE=wide,
-        PRMT=config.lookup == "prmt" and wide,
-        BLOCK=config.block,
-    )
+    is_nested = nested_absmax is not None
 
-    @jax.custom_batching.sequential_vmap
+    @jax.custom_batching.custom_vmap
     def run(codes, absmax, nested_absmax, offset):
-        tables = jnp.asarray(reference.NF4), jnp.asarray(reference.DYNAMIC_MAP)
-        return call(codes.reshape(-1), absmax.reshape(-1), nested_absmax, offset, *tables)
+        """Each argument of as many matrices, one after the other: a launch costs some 5 us, and of experts there are
+        hundreds in a layer."""
+        matrices = codes.shape[0]
+        return jax_triton.triton_call(
+            codes,
+            absmax,
+            nested_absmax,
+            offset,
+            jnp.asarray(reference.NF4),
+            jnp.asarray(reference.DYNAMIC_MAP),
+            kernel=_kernel(),
+            out_shape=jax.ShapeDtypeStruct((matrices, n), dtype),
+            grid=(matrices * -(-n // ((8 if wide else 2) * config.block)),),
+            num_warps=config.num_warps,
+            enable_fp_fusion=False,
+            N=n,
+            MATRICES=matrices,
+            NESTED=is_nested,
+            WIDE=wide,
+            PRMT=config.lookup == "prmt" and wide,
+            BLOCK=config.block,
+        )
 
-    if nested_absmax is None:
+    @run.def_vmap
+    def _(axis_size, in_batched, *fields):
+        all_of_them = (
+            field if is_batched else jnp.broadcast_to(field, (axis_size, *field.shape))
+            for field, is_batched in zip(fields, in_batched, strict=True)
+        )
+        out = run(*(field.reshape(-1, *field.shape[2:]) for field in all_of_them))
+        return out.reshape(axis_size, -1, n), True
+
+    if nested_absmax is None or offset is None:
         nested_absmax, offset = jnp.zeros((1,), jnp.float32), jnp.zeros((), jnp.float32)
-    return run(codes, absmax, nested_absmax, offset).reshape(shape)
+    fields = (codes.reshape(1, -1), absmax.reshape(1, -1), nested_absmax.reshape(1, -1), offset.reshape(1))
+    return run(*fields).reshape(shape)

@@ -401,6 +401,25 @@ def test_a_stack_through_triton(key):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(48, 320), (33, 80), (7, 9), (1, 65)])
+def test_matrices_of_experts_are_one_launch(double_quant, shape, key):
+    """Of sizes that fill no tile, no word and no nested block; under two axes, and where one has but its codes."""
+    q = quant.quantize(jax.random.normal(key, (3, 5, *shape)), double_quant=double_quant)
+    dequantize = jax.jit(functools.partial(quant.dequantize, dtype=jnp.bfloat16))
+    assert dequantize.lower(q).as_text().count("triton_kernel_call") == 1
+    np.testing.assert_array_equal(dequantize(q), quant.dequantize(q, jnp.bfloat16, implementation="reference"))
+
+    fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
+    codes, *statistics = (None if field is None else field[0] for field in fields)
+    first = [None if field is None else field[0] for field in statistics]
+    run = functools.partial(nf4.dequantize_nf4, shape=shape, dtype=jnp.float32)
+    got = jax.vmap(lambda codes: run(codes, *first))(codes)
+    for one, mine in zip(got, codes, strict=True):
+        np.testing.assert_array_equal(one, reference.dequantize_nf4(mine, *first, shape=shape, dtype=jnp.float32))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gpu_quantises_as_bitsandbytes_does_on_the_cpu(kind, shape):
