@@ -14,22 +14,29 @@ A chunk of tokens is computed in this form, a few products of matrices; what sta
     y_t += exp(s_t) S C_t                         S of the token before the chunk, s counted from the chunk's start
     S    = exp(s_end) S + sum over r of exp(s_end - s_r) dt_r x_r B_r^T
 
-So work and memory grow with the length, not with its square, and a single token is a chunk of one. Everything in the
-scan is float32. The backward pass keeps the states between chunks and computes a chunk again.
+So work and memory grow with the length, not with its square, and a single token is a chunk of one. All chunks of a
+*group* are computed at once, each product one launch for all of them; only their states come one after the other. How
+many tokens a group has is bounded by the weights between its tokens (`GROUP_WEIGHTS`).
+
+Sums, decays and states are float32. What is multiplied is rounded to x's dtype, in both directions, as in the makers'
+kernels (`_chunk_scan_fwd` of mamba-ssm): B, C and x have it anyway, and weights, decays of B and states are rounded to
+it. In float32, and of a single token, nothing is. The backward pass keeps the states between groups and computes a
+group again.
 
 Before the scan x, B and C go through a short causal convolution over time, each channel on its own.
 
 Documents in one row do not see each other: tokens are numbered by the *run* of equal segment ids that they stand in,
 and neither a convolution's tap nor the state crosses from one run to the next.
 
-Shapes: b batch, t tokens, c those of a chunk, h heads of p, g groups of heads that share B and C, n state, w taps of
-the convolution, and k = h p + 2 g n channels that go through it.
+Shapes: b batch, t tokens, k chunks of a group, c tokens of a chunk, h heads of p, g groups of heads that share B and C,
+n state, w taps of the convolution, and h p + 2 g n channels that go through it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +49,36 @@ from jaxlora.kernels.gated import ACTIVATIONS
 # ---- The scan --------------------------------------------------------------------------------------------------------
 
 
-# Plain float32 on a GPU too, where XLA would take float32 products in TF32: they are a hundredth of a layer's.
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+# Of the weights between tokens that exist at once, [b, k, c, c, h]: 256 MiB in float32.
+GROUP_WEIGHTS = 2**26
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(spec: str, dtype: Any, a: Array, b: Array) -> Array:
+    """An einsum whose operands, and in the backward pass the result's gradient, are rounded to a dtype; float32.
+
+    Float32 is not rounded: on a GPU XLA would else multiply it in TF32.
+    """
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _product_forward(spec, dtype, a, b):
+    # Empty arrays say of which dtype the gradients are.
+    kept = a.astype(dtype), b.astype(dtype), jnp.zeros((0,), a.dtype), jnp.zeros((0,), b.dtype)
+    return _product(spec, dtype, a, b), kept
+
+
+def _product_backward(spec, dtype, kept, gradient):
+    a, b, like_a, like_b = kept
+    operands, result = spec.split("->")
+    left, right = operands.split(",")
+    da = _product(f"{result},{right}->{left}", dtype, gradient, b)
+    db = _product(f"{left},{result}->{right}", dtype, a, gradient)
+    return da.astype(like_a.dtype), db.astype(like_b.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def ssd_scan(
@@ -62,54 +97,68 @@ def ssd_scan(
     runs: never fall along a row. `state` is that of run 0: tokens of a later run begin with none.
     """
     b, t, h, p = x.shape
-    groups, n = key.shape[2:]
+    g, n = key.shape[2:]
     chunk = min(chunk, t)
-    count = -(-t // chunk)
-    padding = count * chunk - t
+    chunks = -(-t // chunk)
+    groups = -(-chunks // max(1, GROUP_WEIGHTS // (b * chunk * chunk * h)))
+    in_group = -(-chunks // groups)
+    padding = groups * in_group * chunk - t
+    low = x.dtype if t > 1 else jnp.float32  # one token is no matrix
+    product = cast(Callable[..., Array], functools.partial(_product, dtype=low))
 
-    def chunks(y: Array) -> Array:
-        """[b, t, ...] -> [count, b, c, ...]; a padded token has dt = 0, which decays nothing and adds nothing."""
+    def grouped(y: Array) -> Array:
+        """[b, t, ...] -> [groups, b, k, c, ...]; a padded token has dt = 0, which decays nothing and adds nothing."""
         y = jnp.pad(y, ((0, 0), (0, padding), *[(0, 0)] * (y.ndim - 2)))
-        return y.reshape(b, count, chunk, *y.shape[2:]).swapaxes(0, 1)
+        return y.reshape(b, groups, in_group, chunk, *y.shape[2:]).swapaxes(0, 1)
 
     padded_runs = jnp.pad(runs, ((0, 0), (0, padding)), mode="edge")
+    heads = (g, h // g)  # a key head and those of its query heads
     dt = dt.astype(jnp.float32)
-    wide = (x.astype(jnp.float32) * dt[..., None], key.astype(jnp.float32), query.astype(jnp.float32))
     steps = (
-        *map(chunks, (*wide, dt * rate)),
-        padded_runs.reshape(b, count, chunk).swapaxes(0, 1),
+        grouped(x.reshape(b, t, *heads, p)),
+        grouped(key),
+        grouped(query),
+        grouped(dt.reshape(b, t, *heads)),
+        grouped((dt * rate).reshape(b, t, *heads)),
+        padded_runs.reshape(b, groups, in_group, chunk).swapaxes(0, 1),
     )
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))
 
+    def kept(exponent: Array, where: Array) -> Array:
+        return jnp.exp(jnp.where(where, exponent, -jnp.inf))
+
     def body(carry, step):
         state, run = carry
-        x, key, query, decay, runs = step
-        x = x.reshape(b, chunk, groups, h // groups, p)
-        sees = causal & (runs[:, :, None] == runs[:, None, :])
+        x, key, query, dt, decay, runs = step
+        sees = causal & (runs[..., :, None] == runs[..., None, :])
         # s, counted from the start of the chunk or of a run in it, so that not even rounding crosses between runs.
-        total = _einsum("bij,bjh->bih", sees.astype(jnp.float32), decay).reshape(b, chunk, groups, h // groups)
+        total = product("bkij,bkjgh->bkigh", dtype=jnp.float32, a=sees.astype(jnp.float32), b=decay)
+        first_runs = jnp.concatenate([run[:, None], runs[:, :-1, -1]], axis=1)  # of the state before a chunk
+        last_runs, end = runs[..., -1], total[:, :, -1]
+        # Within a chunk: from token j to token i.
+        by_token = jnp.moveaxis(total, 2, -1)
+        decays = kept(by_token[..., :, None] - by_token[..., None, :], sees[:, :, None, None])
+        scores = product("bkign,bkjgn->bkgij", a=query, b=key)
+        weights = scores[:, :, :, None] * decays * jnp.moveaxis(dt, 2, -1)[..., None, :]
+        y = product("bkghij,bkjghp->bkighp", a=weights, b=x)
+        # What it adds to the state, and what is left of the state before it.
+        to_state = kept(end[:, :, None] - total, (runs == last_runs[..., None])[..., None, None]) * dt
+        added = product("bkjgn,bkjghp->bkghpn", a=key, b=to_state[..., None] * x.astype(jnp.float32))
+        left = kept(end, (last_runs == first_runs)[..., None, None])
 
-        def kept(exponent: Array, where: Array) -> Array:
-            return jnp.exp(jnp.where(where, exponent, -jnp.inf))
+        def after(state, chunk):
+            left, added = chunk
+            return left[..., None, None] * state + added, state
 
-        # Within the chunk: from token j to token i.
-        decays = kept(total[:, :, None] - total[:, None], sees[..., None, None])
-        weights = _einsum("bign,bjgn->bijg", query, key)[..., None] * decays
-        y = _einsum("bijgh,bjghp->bighp", weights, x)
-        # From before the chunk, for the tokens that go on with its run.
-        grouped = state.reshape(b, groups, h // groups, p, n)
-        from_state = kept(total, (runs == run[:, None])[..., None, None])
-        y = y + from_state[..., None] * _einsum("bign,bghpn->bighp", query, grouped)
-        # To after it.
-        last, end = runs[:, -1], total[:, -1]
-        to_state = kept(end[:, None] - total, (runs == last[:, None])[..., None, None])
-        added = _einsum("bjgn,bjghp->bghpn", key, to_state[..., None] * x)
-        grouped = kept(end, (last == run)[:, None, None])[..., None, None] * grouped + added
-        return (grouped.reshape(b, h, p, n), last), y.reshape(b, chunk, h, p)
+        state, before = jax.lax.scan(after, state, (left.swapaxes(0, 1), added.swapaxes(0, 1)))
+        # From before a chunk, for the tokens that go on with its run.
+        from_state = kept(total, (runs == first_runs[..., None])[..., None, None])
+        y = y + from_state[..., None] * product("bkign,kbghpn->bkighp", a=query, b=before)
+        return (state, last_runs[:, -1]), y
 
-    start = (state.astype(jnp.float32), jnp.zeros(b, runs.dtype))
+    start = state.astype(jnp.float32).reshape(b, *heads, p, n), jnp.zeros(b, runs.dtype)
     (state, _), y = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, steps)
-    return y.swapaxes(0, 1).reshape(b, count * chunk, h, p)[:, :t], state
+    return y.swapaxes(0, 1).reshape(b, -1, h, p)[:, :t], state.reshape(b, h, p, n)
 
 
 def causal_convolution(

@@ -1,5 +1,6 @@
 """Mamba-2: the scan in chunks against the recurrence, documents apart, and Falcon-H1's files against transformers."""
 
+import functools
 import json
 
 import bitsandbytes.functional
@@ -19,6 +20,7 @@ from helpers import (
     relative_error,
 )
 
+from jaxlora import mamba
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.export import save_merged, save_model
 from jaxlora.converters.huggingface import SafetensorsSource, model_config
@@ -60,8 +62,10 @@ def recurrence(x, dt, rate, key, query, runs, state):
     return jnp.stack(out, axis=1), state
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 17, 64])
-def test_chunks_equal_the_recurrence(chunk):
+@pytest.mark.parametrize("chunk, weights", [(1, 2**26), (4, 2**26), (4, 2 * 2 * 4**2 * 6), (17, 1), (64, 2**26)])
+def test_chunks_equal_the_recurrence(chunk, weights, monkeypatch):
+    """All five chunks of 4 at once, and two at a time, of which the last group has one of padding alone."""
+    monkeypatch.setattr(mamba, "GROUP_WEIGHTS", weights)
     values = arrays(17)
     x, dt, rate, key, query, state = values
 
@@ -80,6 +84,28 @@ def test_chunks_equal_the_recurrence(chunk):
     )
     for found, wanted in zip([*out, *gradients], [*expected, *expected_gradients], strict=True):
         assert relative_error(found, wanted) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_in_16_bits_only_operands_are_rounded(dtype):
+    """Each result is behind a few products of numbers that are off by half a unit at most, and decays and sums are
+    float32."""
+    x, dt, rate, key, query, state = arrays(17)
+    low = tuple(part.astype(dtype) for part in (x, key, query))
+
+    def run(scan, x, dt, key, query):
+        def of(x, dt, key, query):
+            y, after = scan(x, dt, rate, key, query, RUNS, state)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(after)), (y, after)
+
+        gradients, out = jax.jit(jax.grad(of, argnums=range(4), has_aux=True))(x, dt, key, query)
+        return *out, *gradients
+
+    found = run(functools.partial(ssd_scan, chunk=4), low[0], dt, *low[1:])
+    exact = run(recurrence, *(part.astype(jnp.float32) for part in (low[0], dt, *low[1:])))
+    assert [part.dtype for part in found] == [jnp.float32] * 2 + [dtype, jnp.float32, dtype, dtype]
+    for one, wanted in zip(found, exact, strict=True):
+        assert 1e-6 < relative_error(one.astype(jnp.float32), wanted) < 4 * float(jnp.finfo(dtype).eps)
 
 
 def test_a_long_decay_is_no_nan():
