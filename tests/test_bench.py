@@ -1,21 +1,29 @@
 """`jaxlora bench` on the CPU, with PEFT really running beside, and what is made of its rows."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from flax import nnx
 
-from jaxlora import cli
+from jaxlora import cli, quant
 from jaxlora.bench import device, step, table
 from jaxlora.bench.checkpoints import write_checkpoint
 from jaxlora.bench.shapes import CONFIGS, Work, random_model
 from jaxlora.bench.step import mode_of
+from jaxlora.config import QuantConfig
+from jaxlora.converters.huggingface import model_config
+from jaxlora.layers import Linear, PlainLinear
+from jaxlora.model import CausalLM, named_nodes
+from jaxlora.moe import ExpertLinear
 from jaxlora.remat import POLICIES
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +187,52 @@ def test_flop_are_those_of_the_published_parameter_counts():
     assert Work.parse("8b-4x2048").flop_per_token() == expected
     tied = 1_235_814_400 - 33 * 2048  # Llama-3.2-1B, whose head is its embedding
     assert Work.parse("1b-8x2048").flop_per_token() == 4 * tied + 6 * 11_272_192 + 6 * 16 * 2048 * 2048
+
+
+@pytest.mark.parametrize("shape", CONFIGS)
+def test_a_token_goes_through_the_matrices_of_the_model(shape):
+    """Those of the model itself, of experts as many as are chosen; and adapters on each linear but experts, the router
+    and what Mamba's scan makes."""
+    config = model_config(CONFIGS[shape])
+    model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
+    weights = adapted = 0
+    for named in named_nodes(model, (Linear, ExpertLinear, PlainLinear)):
+        if named.node is model.lm_head:
+            continue
+        size = math.prod(named.node.weight.get_value().shape)
+        is_expert = isinstance(named.node, ExpertLinear)
+        weights += size * config.num_experts_per_tok // config.num_experts if is_expert else size
+        if isinstance(named.node, Linear):
+            adapted += len(named.layers) * 16 * (named.node.in_features + named.node.out_features)
+    weights += config.hidden_size * config.vocab_size
+    work = Work.parse(f"{shape}-2x64")
+    assert work.name == f"{shape}-2x64"
+    heads = config.num_attention_heads * CONFIGS[shape]["head_dim"] * config.num_hidden_layers
+    assert work.flop_per_token() == 4 * weights + 6 * adapted + 6 * heads * 64
+
+
+def test_of_a_window_the_last_tokens_are_seen():
+    """Windows of 128 in 12 of 24 layers: of 4096 tokens 126 on average, where whole layers see 2048."""
+    both = (Work.parse(f"gpt-oss-20b-1x{tokens}").flop_per_token() for tokens in (64, 4096))
+    assert -np.subtract(*both) == 6 * 4096 * 12 * (4096 + 2 * 126 - 2 * 64)
+
+
+def test_experts_are_drawn_each_on_its_own(monkeypatch):
+    small = dict(
+        hidden_size=64,
+        moe_intermediate_size=64,
+        num_experts=3,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        vocab_size=32,
+        head_dim=16,
+    )
+    monkeypatch.setitem(CONFIGS, "small", CONFIGS["qwen3-30b-a3b"] | small)
+    model = random_model("small", QuantConfig(), jnp.float32)
+    [down] = [n.node for n in named_nodes(model, ExpertLinear) if n.name.endswith("down_proj")]
+    experts = np.asarray(quant.dequantize(down.weight.get_value())).reshape(6, 64, 64)
+    assert len({expert.tobytes() for expert in experts}) == 6
+    assert np.std(experts, axis=(1, 2)) == pytest.approx([0.02] * 6, rel=0.05)
 
 
 def test_peaks_by_the_kinds_that_devices_call_themselves():

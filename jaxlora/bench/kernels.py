@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from jaxlora import quant
-from jaxlora.bench.shapes import CONFIGS, RANK
+from jaxlora.bench.shapes import CONFIGS, RANK, linears_of
 from jaxlora.kernels import api
 from jaxlora.kernels.cross_entropy import chunk_length, linear_cross_entropy
 from jaxlora.kernels.reference import DenseFields, NF4Fields
@@ -140,10 +140,7 @@ def dense_products(w: jax.Array, x: jax.Array) -> list[jax.Array]:
 
 def linears(shape: str) -> list[tuple[int, int]]:
     """The shapes [out, in] of a model's linears, each once."""
-    c: dict[str, Any] = CONFIGS[shape]
-    d, f = c["hidden_size"], c["intermediate_size"]
-    q, k = (c[heads] * c["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
-    return list(dict.fromkeys([(q, d), (k, d), (f, d), (d, f)]))
+    return list(dict.fromkeys((rows, columns) for columns, rows in linears_of(shape)))
 
 
 def measure(shape: str, runs: int) -> Iterator[dict[str, Any]]:

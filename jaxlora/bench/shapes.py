@@ -6,16 +6,18 @@ FLOP of a token, which is what model FLOPs utilisation (arXiv:2204.02311, append
 
     4 W + 6 A + 6 L Q T
 
-W: frozen weights of the linears that a token goes through, the head with them: 2 in the forward pass and 2 for the
-gradient of the input, for the weights have none. A: adapters' weights, 2 more for their own gradient. L Q T: two
-products of L layers' attention, T keys to a query of Q numbers and on average half of them seen, forward and twice that
-backward.
-What a checkpointing policy computes again is not counted, so that one that recomputes less uses the device better.
+W: frozen weights of the linears that a token goes through, the head with them and of experts those that it is given
+to: 2 in the forward pass and 2 for the gradient of the input, for the weights have none. A: adapters' weights, 2 more
+for their own gradient. L Q T: two products of L layers' attention, T keys to a query of Q numbers and on average half
+of them seen (in a window of w the last w, which is w (1 - w / 2 T) on average), forward and twice that backward.
+What a checkpointing policy computes again is not counted, so that one that recomputes less uses the device better. Nor
+is what Mamba does between its linears.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -50,6 +52,29 @@ CONFIGS = {
         num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
         tie_word_embeddings=False, rope_theta=500000.0, rms_norm_eps=1e-5,
     ),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
+        num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
+        rope_theta=1000000.0, rms_norm_eps=1e-6,
+    ),
+    "gpt-oss-20b": dict(
+        model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_local_experts=32,
+        num_experts_per_tok=4, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
+        sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 12, attention_bias=True,
+        swiglu_limit=7.0, max_position_embeddings=131072, tie_word_embeddings=False, rope_theta=150000.0,
+        rope_scaling=dict(
+            rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, original_max_position_embeddings=4096,
+            truncate=False,
+        ), rms_norm_eps=1e-5,
+    ),
+    "falcon-h1-7b": dict(
+        model_type="falcon_h1", vocab_size=130048, hidden_size=3072, intermediate_size=12288, num_hidden_layers=44,
+        num_attention_heads=12, num_key_value_heads=2, head_dim=128, mamba_d_ssm=3072, mamba_n_heads=24,
+        mamba_d_head=128, mamba_d_state=256, mamba_n_groups=1, mamba_chunk_size=256, mamba_d_conv=4,
+        mamba_rms_norm=False, attention_bias=False, max_position_embeddings=262144, tie_word_embeddings=False,
+        rope_theta=1e11, rms_norm_eps=1e-5,
+    ),
 }  # fmt: skip
 
 
@@ -74,7 +99,7 @@ class Work:
         Raises:
             ValueError: there is no such shape, or the name is none.
         """
-        shape, _, size = name.partition("-")
+        shape, _, size = name.rpartition("-")
         batch, _, sequence = size.partition("x")
         if not (batch.isdecimal() and sequence.isdecimal() and int(batch) and int(sequence) > 1):
             raise ValueError(f"work {name!r} is not SHAPE-BATCHxTOKENS, such as 8b-4x2048")
@@ -94,23 +119,41 @@ class Work:
     def flop_per_token(self) -> int:
         """See the head of this module."""
         c: dict[str, Any] = CONFIGS[self.shape]
-        layers, q = c["num_hidden_layers"], c["num_attention_heads"] * c["head_dim"]
+        q, layers = c["num_attention_heads"] * c["head_dim"], c["num_hidden_layers"]
         adapters = layers * sum(RANK * (rows + columns) for rows, columns in linears_of(self.shape))
-        return 4 * weights_of(self.shape) + 6 * adapters + 6 * layers * q * self.sequence
+        windowed = c.get("layer_types", ()).count("sliding_attention")
+        seen, window = self.sequence, min(c.get("sliding_window", 0), self.sequence)
+        keys = (layers - windowed) * seen + windowed * (2 * window - window**2 // seen)  # twice what is seen on average
+        return 4 * weights_of(self.shape) + 6 * adapters + 6 * q * keys
 
 
 def linears_of(shape: str) -> list[tuple[int, int]]:
-    """(in, out) of a layer's linear layers."""
+    """(in, out) of a layer's linear layers, those that get an adapter."""
     c: dict[str, Any] = CONFIGS[shape]
     d, f = c["hidden_size"], c["intermediate_size"]
     q, k = (c[heads] * c["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
-    return [(d, q), (d, k), (d, k), (q, d), (d, f), (d, f), (f, d)]
+    mixer = []
+    if "mamba_d_ssm" in c:  # gate and x, B and C, and a step a head
+        states = 2 * c["mamba_n_groups"] * c["mamba_d_state"]
+        mixer = [(d, 2 * c["mamba_d_ssm"] + states + c["mamba_n_heads"])]
+    mlp = [] if "num_experts_per_tok" in c else [(d, f), (d, f), (f, d)]
+    return [(d, q), (d, k), (d, k), (q, d), *mlp, *mixer]
 
 
 def weights_of(shape: str) -> int:
     """Elements of the matrices that a token is multiplied by, the head's with them."""
     c: dict[str, Any] = CONFIGS[shape]
-    return c["num_hidden_layers"] * sum(a * b for a, b in linears_of(shape)) + c["hidden_size"] * c["vocab_size"]
+    d = c["hidden_size"]
+    layer = sum(a * b for a, b in linears_of(shape))
+    if "num_experts_per_tok" in c:
+        experts, inner = (
+            c.get("num_experts") or c["num_local_experts"],
+            c.get("moe_intermediate_size", c["intermediate_size"]),
+        )
+        layer += d * experts + 3 * c["num_experts_per_tok"] * d * inner
+    if "mamba_d_ssm" in c:
+        layer += c["mamba_d_ssm"] * d
+    return c["num_hidden_layers"] * layer + d * c["vocab_size"]
 
 
 def random_model(shape: str, quant_config: Any, dtype: Any) -> Any:
@@ -137,7 +180,9 @@ def random_model(shape: str, quant_config: Any, dtype: Any) -> Any:
     def fill(key, name, value):
         if isinstance(value, quant.QuantizedArray):
             one = lambda key: quant.quantize(drawn(key, *value.shape), scheme=value.scheme, dtype=dtype)
-            return jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, value.codes.shape[0]))
+            for _ in value.leading:
+                one = functools.partial(jax.lax.map, one)
+            return jax.jit(one)(jax.random.split(key, value.leading))
         if "norm" in name:
             return jnp.ones(value.shape, value.dtype)
         rows, columns = math.prod(value.shape[:-1]), value.shape[-1]
