@@ -302,12 +302,14 @@ class Run(nnx.Module):
         """
 
         # What kernels read by index stays in its stack; the scan slices everything else. Norms are read so with a cache
-        # only, and dense weights of 16 bits with few tokens besides, which is what their kernels are for.
+        # only, and dense weights of 16 bits with few tokens besides, which is what their kernels are for. Experts are
+        # where no mesh divides them: there a kernel would gather the whole stack.
         def is_stack(leaf):
             if isinstance(leaf, Norm):
                 return cache is not None and leaf.is_read_by_index
             if isinstance(leaf, quant.QuantizedArray):
-                return len(leaf.leading) == 1
+                is_of_experts = len(leaf.leading) == 2 and leaf.scheme == "nf4" and not sharding.is_on_mesh()
+                return len(leaf.leading) == 1 or is_of_experts
             return isinstance(leaf, quant.StackedArray)
 
         period = sharding.read_divided(self.period)

@@ -60,8 +60,9 @@ class QuantizedArray:
     or [..., ceil(out / 128), ceil(in / 128)] for a block of 128 x 128 each; a weight is code * scale. These are
     fbgemm's weight_scale and fine-grained fp8's weight_scale_inv.
 
-    With an `index` it stands for one matrix of a stack, whose fields it holds whole: what a scan over layers passes on,
-    so that nothing is copied out of the stack before a kernel reads it.
+    With an `index` it stands for one matrix of a stack, or for the matrices of one layer of a stack of many (experts),
+    and holds the fields of all: what a scan over layers passes on, so that nothing is copied out of the stack before a
+    kernel reads it.
 
     Inside a transformation the fields may be tracers, shapes or placeholders, so they are typed Any and nothing is
     checked on construction.
@@ -96,11 +97,9 @@ class QuantizedArray:
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """The dimensions that the matrices are stacked by."""
-        if self.index is not None:
-            return ()
+        """The dimensions that the matrices are stacked by, less that of the index."""
         is_flat = self.scheme == "nf4" and not _by_row(self.shape)
-        return self.codes.shape[: -1 if is_flat else -2]
+        return self.codes.shape[0 if self.index is None else 1 : -1 if is_flat else -2]
 
     @property
     def size(self) -> int:
@@ -113,11 +112,11 @@ class QuantizedArray:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def at(self, index: Any) -> "QuantizedArray":
-        """One matrix of a stack [n, out, in], without copying it."""
+        """One matrix of a stack [n, out, in], or those of a layer of [n, m, out, in], without copying them."""
         return dataclasses.replace(self, index=index)
 
     def taken(self) -> "QuantizedArray":
-        """The same without an index: that matrix alone, copied out of the stack."""
+        """The same without an index: that matrix alone, or those of that layer, copied out of the stack."""
         if self.index is None:
             return self
         take = lambda field: lax.dynamic_index_in_dim(field, self.index, keepdims=False)
@@ -300,6 +299,9 @@ def dequantize(
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     if q.scheme != "nf4":
         q = _gathered(q.taken())
+    if q.index is not None and q.leading:  # one launch reads them all out of the stack
+        fields = q.codes, q.scales, q.nested_absmax, q.nested_offset, q.index
+        return api.dequantize_nf4(*fields, shape=q.shape, dtype=dtype, implementation=implementation)
     function = lambda q: _on_mesh(_SCHEMES[q.scheme].dequantize(q, dtype, implementation), q)
     for _ in q.leading:
         function = jax.vmap(function)

@@ -178,23 +178,25 @@ def dequantize_nf4(
     absmax: Float32[Array, "..."] | UInt8[Array, "..."],
     nested_absmax: Float32[Array, "..."] | None = None,
     offset: Float32[Array, "..."] | None = None,
+    index: Int[Array, ""] | None = None,
     *,
     shape: tuple[int, ...],
     dtype: jax.typing.DTypeLike,
     implementation: Literal["triton", "reference"] | None = None,
 ) -> Float[Array, "..."]:
-    """NF4 codes and their statistics -> an array of that shape and dtype. See `reference.dequantize_nf4`.
+    """NF4 codes and their statistics -> an array of that shape and dtype, or with an index those of a layer of a stack.
+    See `reference.dequantize_nf4`.
 
     Every implementation gives the same bits.
     """
-    args = codes, absmax, nested_absmax, offset
+    args = codes, absmax, nested_absmax, offset, index
 
     def dequantize(*fields, shape, **more):
         return dispatch("dequantize_nf4", _OPS["dequantize_nf4"], implementation, *fields, shape=shape, dtype=dtype)
 
     if codes.ndim == len(shape) == 2 and nf4_shards.is_on_mesh():
         of_merging = lambda *args, **more: dequantize(*args[:4], **more)
-        return nf4_shards.merge_shards(of_merging, *args, *[None] * 5, shape=shape)
+        return nf4_shards.merge_shards(of_merging, *args, *[None] * 4, shape=shape)
     return dequantize(*args, shape=shape)
 
 

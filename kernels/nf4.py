@@ -111,6 +111,7 @@ def _kernel():
 
     @triton.jit
     def dequantize_nf4(
+        index,  # int32 []: which of the stack; unread unless STACKED
         codes,  # uint8 [ceil(N / 2)]
         absmax,  # uint8 or float32 [ceil(N / 64)]
         nested_absmax,  # float32 [ceil(blocks / 256)]; unread unless NESTED
@@ -119,7 +120,8 @@ def _kernel():
         dynamic_map,  # float32 [256]
         out,  # [N]
         N: tl.constexpr,
-        MATRICES: tl.constexpr,  # each argument but the tables is of so many, one after the other
+        MATRICES: tl.constexpr,  # codes and statistics are of so many, one after the other
+        STACKED: tl.constexpr,  # and there is a stack of those
         NESTED: tl.constexpr,
         WIDE: tl.constexpr,  # a word is 4 bytes, else 1
         PRMT: tl.constexpr,
@@ -129,16 +131,18 @@ def _kernel():
         EACH: tl.constexpr = 2 * BYTES
         WORDS: tl.constexpr = (N + EACH - 1) // EACH
         tile = tl.program_id(0)
-        if MATRICES > 1:
+        if MATRICES > 1 or STACKED:
             TILES: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
             BLOCKS: tl.constexpr = (N + 63) // 64
             matrix = (tile // TILES).to(tl.int64)
             tile = tile % TILES
+            out += matrix * N
+            if STACKED:
+                matrix += tl.load(index).to(tl.int64) * MATRICES
             codes += matrix * ((N + 1) // 2)
             absmax += matrix * BLOCKS
             nested_absmax += matrix * ((BLOCKS + 255) // 256)
             offset += matrix
-            out += matrix * N
         word = tile * BLOCK + tl.arange(0, BLOCK)
         inside = word < WORDS
 
@@ -184,6 +188,7 @@ def dequantize_nf4(
     absmax: jax.Array,
     nested_absmax: jax.Array | None = None,
     offset: jax.Array | None = None,
+    index: jax.Array | None = None,
     *,
     shape: tuple[int, ...],
     dtype: jax.typing.DTypeLike,
@@ -215,12 +220,11 @@ def dequantize_nf4(
     config = heuristics(n) if config is None else config
     is_nested = nested_absmax is not None
 
-    @jax.custom_batching.custom_vmap
-    def run(codes, absmax, nested_absmax, offset):
-        """Each argument of as many matrices, one after the other: a launch costs some 5 us, and of experts there are
-        hundreds in a layer."""
-        matrices = codes.shape[0]
+    def launch(index, codes, absmax, nested_absmax, offset):
+        """[matrices, n], of fields [matrices, ...], or if there is an index [stack, matrices, ...]."""
+        matrices = codes.shape[-2]
         return jax_triton.triton_call(
+            index,
             codes,
             absmax,
             nested_absmax,
@@ -234,11 +238,23 @@ def dequantize_nf4(
             enable_fp_fusion=False,
             N=n,
             MATRICES=matrices,
+            STACKED=codes.ndim == 3,
             NESTED=is_nested,
             WIDE=wide,
             PRMT=config.lookup == "prmt" and wide,
             BLOCK=config.block,
         )
+
+    leading = (1,) if index is None else codes.shape[:2]
+    if nested_absmax is None or offset is None:
+        nested_absmax, offset = jnp.zeros((*leading, 1), jnp.float32), jnp.zeros(leading, jnp.float32)
+    fields = (*(field.reshape(*leading, -1) for field in (codes, absmax, nested_absmax)), offset.reshape(leading))
+    if index is not None:
+        return jax.custom_batching.sequential_vmap(launch)(index, *fields).reshape(-1, *shape)
+
+    @jax.custom_batching.custom_vmap
+    def run(*fields):
+        return launch(jnp.int32(0), *fields)
 
     @run.def_vmap
     def _(axis_size, in_batched, *fields):
@@ -246,10 +262,6 @@ def dequantize_nf4(
             field if is_batched else jnp.broadcast_to(field, (axis_size, *field.shape))
             for field, is_batched in zip(fields, in_batched, strict=True)
         )
-        out = run(*(field.reshape(-1, *field.shape[2:]) for field in all_of_them))
-        return out.reshape(axis_size, -1, n), True
+        return run(*(field.reshape(-1, *field.shape[2:]) for field in all_of_them)).reshape(axis_size, -1, n), True
 
-    if nested_absmax is None or offset is None:
-        nested_absmax, offset = jnp.zeros((1,), jnp.float32), jnp.zeros((), jnp.float32)
-    fields = (codes.reshape(1, -1), absmax.reshape(1, -1), nested_absmax.reshape(1, -1), offset.reshape(1))
     return run(*fields).reshape(shape)

@@ -265,8 +265,9 @@ def dequantize_absmax(
 def dequantize_nf4(
     codes: UInt8[Array, "..."],
     absmax: Float32[Array, "..."] | UInt8[Array, "..."],
-    nested_absmax: Float32[Array, " nested_blocks"] | None = None,
-    offset: Float32[Array, ""] | None = None,
+    nested_absmax: Float32[Array, "..."] | None = None,
+    offset: Float32[Array, "..."] | None = None,
+    index: Int[Array, ""] | None = None,
     *,
     shape: tuple[int, ...],
     dtype: jax.typing.DTypeLike,
@@ -278,13 +279,20 @@ def dequantize_nf4(
       absmax: ceil(n / 64) of them in any shape; float32, or uint8 if `nested_absmax` and `offset` are given.
       nested_absmax: float32 [ceil(ceil(n / 64) / 256)].
       offset: float32 scalar.
-      shape: the shape of the result.
+      index: int32 scalar or None. With an index all these are of a stack of many matrices each, [stack, matrices, ...],
+        of which it says one: the experts of a layer, say.
+      shape: the shape of the result, of one matrix: with an index the result is [matrices, *shape].
       dtype: its dtype.
 
     Returns:
-      The array of that shape: NF4[code] * absmax in float32, rounded once to `dtype`. It equals bitsandbytes' bit for
-      bit (a result that is subnormal in float32 may be zero).
+      The array of that shape, or arrays of it: NF4[code] * absmax in float32, rounded once to `dtype`. It equals
+      bitsandbytes' bit for bit (a result that is subnormal in float32 may be zero).
     """
+    if index is not None:
+        fields = jax.tree.map(
+            lambda field: lax.dynamic_index_in_dim(field, index, keepdims=False), (codes, absmax, nested_absmax, offset)
+        )
+        return jax.vmap(functools.partial(dequantize_nf4, shape=shape, dtype=dtype))(*fields)
     n = math.prod(shape)
     if nested_absmax is not None and offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, offset)

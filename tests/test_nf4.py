@@ -1,5 +1,6 @@
 """NF4: bit for bit what bitsandbytes computes on the CPU, and what a quantised product keeps for its backward pass."""
 
+import dataclasses
 import functools
 from importlib.util import find_spec
 from pathlib import Path
@@ -365,6 +366,14 @@ def test_the_permutations_of_the_kernel(word):
     np.testing.assert_array_equal(got, reference.NF4[[(word >> ((4 * j) ^ 4)) & 15 for j in range(8)]])
 
 
+@pytest.mark.parametrize("shape", [(5, 128), (7, 9)])
+def test_experts_of_a_layer_by_its_index(shape, key):
+    q = quant.quantize(jax.random.normal(key, (3, 4, *shape)))
+    at = q.at(jnp.int32(1))
+    assert at.leading == (4,) and at.taken().leading == (4,)
+    np.testing.assert_array_equal(jax.jit(quant.dequantize)(at), quant.dequantize(q)[1])
+
+
 # --- on a GPU ---
 
 
@@ -404,19 +413,19 @@ def test_a_stack_through_triton(key):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", [(48, 320), (33, 80), (7, 9), (1, 65)])
 def test_matrices_of_experts_are_one_launch(double_quant, shape, key):
-    """Of sizes that fill no tile, no word and no nested block; under two axes, and where one has but its codes."""
+    """Of sizes that fill no tile, no word and no nested block: under two axes, one layer's by its index, and where all
+    have the same statistics."""
     q = quant.quantize(jax.random.normal(key, (3, 5, *shape)), double_quant=double_quant)
+    expected = quant.dequantize(q, jnp.bfloat16, implementation="reference")
     dequantize = jax.jit(functools.partial(quant.dequantize, dtype=jnp.bfloat16))
-    assert dequantize.lower(q).as_text().count("triton_kernel_call") == 1
-    np.testing.assert_array_equal(dequantize(q), quant.dequantize(q, jnp.bfloat16, implementation="reference"))
+    for given, wanted in ((q, expected), (q.at(jnp.int32(2)), expected[2])):
+        assert dequantize.lower(given).as_text().count("triton_kernel_call") == 1
+        np.testing.assert_array_equal(dequantize(given), wanted)
 
-    fields = q.codes, q.scales, q.nested_absmax, q.nested_offset
-    codes, *statistics = (None if field is None else field[0] for field in fields)
-    first = [None if field is None else field[0] for field in statistics]
-    run = functools.partial(nf4.dequantize_nf4, shape=shape, dtype=jnp.float32)
-    got = jax.vmap(lambda codes: run(codes, *first))(codes)
-    for one, mine in zip(got, codes, strict=True):
-        np.testing.assert_array_equal(one, reference.dequantize_nf4(mine, *first, shape=shape, dtype=jnp.float32))
+    one = jax.tree.map(lambda field: field[0, 0], q)
+    run = lambda codes: quant.dequantize(dataclasses.replace(one, codes=codes), jnp.bfloat16, implementation="triton")
+    wanted = [quant.dequantize(dataclasses.replace(one, codes=codes), jnp.bfloat16) for codes in q.codes[0]]
+    np.testing.assert_array_equal(jax.vmap(run)(q.codes[0]), jnp.stack(wanted))
 
 
 @pytest.mark.gpu
