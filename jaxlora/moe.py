@@ -17,7 +17,7 @@ are rows that lie together, a group, and a grouped product multiplies each group
     ->    [N k, out]
 
 So the work is that of k experts a token, whatever E is, every shape is static, and no expert is ever too full to take a
-token. The rows go there and back by permutations, never by adding into places, so a step gives the same bits each time.
+token. The rows go there and back by gathers, never by adding into places, so a step gives the same bits each time.
 
 Experts are frozen, dense or quantised, each expert's matrix on its own. Quantised ones are dequantised before the
 grouped product and again in its backward pass, which keeps the packed form only, as in `quant.matmul`. Adapters follow
@@ -316,15 +316,51 @@ class SparseMLP(TokenwiseModule):
         rows = self.norm(rows)
         pairs = experts.reshape(-1)  # pair i is token i // k's
         order = jnp.argsort(pairs)
+        inverse = jnp.argsort(order)
         groups = Groups(jnp.bincount(pairs, length=self.num_experts).astype(jnp.int32), pairs[order])
-        out = self.experts(_permute(jnp.repeat(rows, self.chosen, axis=0), order), groups)
-        out = _permute(out, jnp.argsort(order)).reshape(*weights.shape, -1)
+        out = self.experts(_to_experts(rows, order, inverse), groups)
+        out = _from_experts(out, order, inverse).reshape(*weights.shape, -1)
         y = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
         if self.shared_expert is not None:
             y = y + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x, keys)
         return y
 
 
-def _permute(rows: Float[Array, "n d"], order: Int[Array, " n"]) -> Float[Array, "n d"]:
-    """`rows[order]`, of an order that has each row once: so the gradient, too, moves rows and adds nothing up."""
-    return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
+# Of N tokens and N k pairs, pair i being token i // k's: `order` says which pair each sorted row is, `inverse` which
+# row each pair is. By both the way there and the way back only move rows, and so do their gradients, which XLA would
+# make scatters of.
+
+
+@jax.custom_vjp
+def _to_experts(rows: Float[Array, "n d"], order: Int[Array, " nk"], inverse: Int[Array, " nk"]) -> Array:
+    """The tokens of the sorted pairs, [N k, D]."""
+    return _rows_at(rows, order // (order.size // rows.shape[0]))
+
+
+def _to_experts_backward(kept, gradient):
+    inverse, of_tokens = kept
+    pairs = _rows_at(gradient, inverse).reshape(of_tokens.shape[0], -1, gradient.shape[-1])
+    return jnp.sum(pairs, axis=1, dtype=jnp.float32).astype(gradient.dtype), None, None
+
+
+_to_experts.defvjp(
+    # Of the tokens only how many they are is kept.
+    lambda rows, order, inverse: (_to_experts(rows, order, inverse), (inverse, jnp.zeros((rows.shape[0], 0)))),
+    _to_experts_backward,
+)
+
+
+@jax.custom_vjp
+def _from_experts(rows: Float[Array, "nk d"], order: Int[Array, " nk"], inverse: Int[Array, " nk"]) -> Array:
+    """The sorted rows in the order of the pairs."""
+    return _rows_at(rows, inverse)
+
+
+_from_experts.defvjp(
+    lambda rows, order, inverse: (_from_experts(rows, order, inverse), order),
+    lambda order, gradient: (_rows_at(gradient, order), None, None),
+)
+
+
+def _rows_at(rows: Float[Array, "n d"], places: Int[Array, " m"]) -> Float[Array, "m d"]:
+    return rows.at[places].get(mode="promise_in_bounds")
