@@ -73,8 +73,8 @@ def _product_backward(spec, dtype, kept, gradient):
     a, b, like_a, like_b = kept
     operands, result = spec.split("->")
     left, right = operands.split(",")
-    da = _product(f"{result},{right}->{left}", dtype, gradient, b)
-    db = _product(f"{left},{result}->{right}", dtype, a, gradient)
+    da: Any = _product(f"{result},{right}->{left}", dtype, gradient, b)
+    db: Any = _product(f"{left},{result}->{right}", dtype, a, gradient)
     return da.astype(like_a.dtype), db.astype(like_b.dtype)
 
 
