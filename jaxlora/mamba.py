@@ -40,6 +40,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -258,16 +259,15 @@ class Mamba(nnx.Module):
         [repeats, B, h, p, n] float32, and returned as this call's last token leaves them."""
         mamba, (b, t, _) = self.mamba, x.shape
         inner, shared = mamba.d_ssm, mamba.n_groups * mamba.d_state
-        parts = [inner, inner, shared, shared, mamba.n_heads]
-        ends = [sum(parts[: i + 1]) for i in range(len(parts) - 1)]
-        projected = jnp.split(self.in_proj(x * mamba.in_multiplier, key), ends, axis=-1)
-        gate, *convolved, dt = (part * by for part, by in zip(projected, mamba.multipliers, strict=True))
+        multipliers = np.repeat(mamba.multipliers, [inner, inner, shared, shared, mamba.n_heads]).astype(x.dtype)
+        projected = self.in_proj(x * mamba.in_multiplier, key) * multipliers
+        gate, convolved, dt = jnp.split(projected, [inner, inner + mamba.channels], axis=-1)
         if cache is None:
             before = jnp.zeros((b, *self.convolution_shape), x.dtype)
             state = jnp.zeros((b, *self.state_shape), jnp.float32)
         else:
             before, state = (jax.lax.dynamic_index_in_dim(part, cache[2], keepdims=False) for part in cache[:2])
-        convolved, before = self.conv1d(jnp.concatenate(convolved, axis=-1), before, runs)
+        convolved, before = self.conv1d(convolved, before, runs)
         value, keys, queries = jnp.split(ACTIVATIONS[self.act](convolved), [inner, inner + shared], axis=-1)
         value = value.reshape(b, t, mamba.n_heads, mamba.d_head)
         keys, queries = (part.reshape(b, t, mamba.n_groups, mamba.d_state) for part in (keys, queries))
