@@ -10,6 +10,16 @@ attend to nothing (gpt-oss, arXiv:2508.10925).
 
 The forms in jnp mark their result "attention_output" for `jax.checkpoint`; cuDNN's is kept by its primitive's name.
 
+cuDNN knows no sinks. It returns o, attention without them, and l, the logsumexp of a query's scores. With the sink s of
+the head
+
+    l' = logaddexp(l, s)        p' = exp(score - l')        y = sum p' v = o sigmoid(l - s)
+
+and with D = sum of dy y over the head's entries, d(score) = p' (dP - D). That is what the flash backward pass computes
+of dy when it is given l' as its logsumexp, of which it makes p, and y as its output, of which it makes D
+(FlashAttention-2, arXiv:2307.08691, section 3.1.2). The sinks get ds = -sum of exp(s - l') D, and exp(s - l') is
+sigmoid(s - l).
+
 Three forms:
 
 - `reference` keeps the [B, N, T, S] scores. It is the specification, and serves short sequences and decoding.
@@ -24,13 +34,21 @@ once.
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 MAX_SEGMENTS = 32
+# jax before it counted the start of a document's keys in heads of queries (jax-ml/jax pull request 39521), which is the
+# same only where there are as many key heads.
+FIRST_WITH_KEY_OFFSETS = (0, 11, 1)
 
 
 def attention_mask(
@@ -139,17 +157,19 @@ def attention_cudnn(
     """cuDNN's flash attention.
 
     Raises:
-        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, a softcap, a key bias, sinks, or
+        NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, a softcap, a key bias, or
             queries that are not the keys' own tokens (decoding).
     """
-    if softcap is not None or key_bias is not None or sinks is not None:
-        raise NotImplementedError("cuDNN attention here has no softcap on the scores, no bias of the keys and no sinks")
+    if softcap is not None or key_bias is not None:
+        raise NotImplementedError("cuDNN attention here has no softcap on the scores and no bias of the keys")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"cuDNN attention takes bfloat16 and float16, found {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise NotImplementedError(f"cuDNN attention takes head dims in multiples of 8 up to 256, found {q.shape[-1]}")
     if not isinstance(offset, int) or offset != 0 or q.shape[1] != k.shape[1]:
         raise NotImplementedError("cuDNN attention here takes queries that stand at the keys' own places")
+    if query_segments is None and sinks is not None:
+        return _cudnn_with_sinks(scale, window, q, k, v, sinks, None)
     if query_segments is None:
         window_size = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
@@ -158,9 +178,9 @@ def attention_cudnn(
     fits = jnp.max(_document_index(query_segments)) <= MAX_SEGMENTS
     return jax.lax.cond(
         fits,
-        lambda: _cudnn_packed(q, k, v, scale, window, query_segments),
+        lambda: _cudnn_packed(q, k, v, scale, window, sinks, query_segments),
         lambda: attention_chunked(
-            q, k, v, scale=scale, window=window, query_segments=query_segments, key_segments=key_segments
+            q, k, v, scale=scale, window=window, sinks=sinks, query_segments=query_segments, key_segments=key_segments
         ),
     )
 
@@ -172,7 +192,15 @@ def _document_index(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return jnp.where(segments != 0, jnp.cumsum(starts, axis=1, dtype=jnp.int32), 0)
 
 
-def _cudnn_packed(q, k, v, scale, window, segments):
+class _Documents(NamedTuple):
+    """Where the documents of each row are. index: as `_document_index`. lengths, starts: -1 where there is none."""
+
+    index: Int[Array, "b t"]
+    lengths: Int[Array, "b documents"]
+    starts: Int[Array, "b documents_and_one"]
+
+
+def _cudnn_packed(q, k, v, scale, window, sinks, segments):
     # Private, because jax.nn has no argument for packed rows (jax-ml/jax pull request 25812 added it one level below).
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
@@ -187,6 +215,10 @@ def _cudnn_packed(q, k, v, scale, window, segments):
     lengths = jnp.where(exists, lengths, -1)
     starts = jnp.where(exists, jnp.argmax(member, axis=2).astype(jnp.int32), -1)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    if sinks is not None:
+        if jax.__version_info__ < FIRST_WITH_KEY_OFFSETS:
+            k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        return _cudnn_with_sinks(scale, window, q, k, v, sinks, _Documents(document, lengths, starts))
     out = dot_product_attention(
         q,
         k,
@@ -200,3 +232,112 @@ def _cudnn_packed(q, k, v, scale, window, segments):
         sliding_window_length=window,
     )
     return jnp.where(real, out, jnp.zeros((), out.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cudnn_with_sinks(scale, window, q, k, v, sinks, documents):
+    """cuDNN's attention with sinks; `documents` of packed rows, whose padding gets zeros, else None."""
+    return _with_sinks_forward(scale, window, q, k, v, sinks, documents)[0]
+
+
+def _with_sinks_forward(scale, window, q, k, v, sinks, documents):
+    out, statistics, others = _flash_forward(scale, window, q, k, v, documents)
+    share = jax.nn.sigmoid(_of_tokens(statistics, documents) - sinks.astype(jnp.float32))
+    y = _masked(out.astype(jnp.float32) * share[..., None], documents).astype(out.dtype)
+    return y, (others, statistics, y, sinks, documents)
+
+
+def _with_sinks_backward(scale, window, residuals, dy):
+    others, statistics, y, sinks, documents = residuals
+    sink = sinks.astype(jnp.float32)
+    dy = _masked(dy, documents)
+    dq, dk, dv = _flash_backward(scale, window, others, jnp.logaddexp(statistics, sink[:, None]), y, dy)
+    # Nobody reads the rest where sinks are frozen, and XLA leaves it out.
+    inner = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=3)
+    of_sink = jax.nn.sigmoid(sink - _of_tokens(statistics, documents))
+    return dq, dk, dv, -jnp.sum(_masked(of_sink * inner, documents), axis=(0, 1)).astype(sinks.dtype), None
+
+
+_cudnn_with_sinks.defvjp(_with_sinks_forward, _with_sinks_backward)
+
+
+def _masked(x: Float[Array, "b t *rest"], documents: _Documents | None) -> Float[Array, "b t *rest"]:
+    """x, and zeros for padding, where cuDNN leaves what was in memory: NaN, perhaps, so it is never multiplied."""
+    if documents is None:
+        return x
+    return jnp.where((documents.index > 0).reshape(x.shape[:2] + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
+def _flash_forward(scale, window, q, k, v, documents) -> tuple[Array, Array, tuple]:
+    """cuDNN's output, its logsumexp, and what else its backward pass is given.
+
+    The rule of jax's custom vjp is called, and not the function that has it: a policy of `jax.checkpoint` does not look
+    into a custom vjp within a custom vjp, and would not find the primitive whose results it is to keep.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    none = jnp.zeros(0, q.dtype)
+    lengths, starts = (none, none) if documents is None else documents[1:]
+    operands = q, k, v, none, lengths, lengths, starts, starts, none, none
+    options = dict(_flash_options(scale, window, documents is not None), return_residual=True)
+    (out, statistics), residuals = _with_known(cudnn._dot_product_attention_fwd_rule, *operands, **options)
+    return out, statistics, residuals[:-2]
+
+
+def _flash_backward(scale, window, others, statistics, out, d_out) -> tuple[Array, Array, Array]:
+    """cuDNN's gradients of q, k and v, for any logsumexp and output that it is handed."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    options = dict(_flash_options(scale, window, others[4].size > 0), return_residual=False)
+    residuals = *others, statistics, out
+    return _with_known(cudnn._dot_product_attention_bwd_rule, res=residuals, grad_output=d_out, **options)[:3]
+
+
+def _flash_options(scale: float, window: int | None, is_packed: bool) -> dict[str, Any]:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return dict(
+        scale=scale,
+        seed=42,  # of the dropout that there is not
+        dropout_rate=0.0,
+        variadic_args=(False, False),  # no bias, and no gradient of one
+        mask_type=cudnn.MaskType.PADDING_CAUSAL if is_packed else cudnn.MaskType.CAUSAL,
+        layout=cudnn.AttentionLayout.BTNH.value,
+        sliding_window_length=window,
+        cudnn_version=cudnn.check_cudnn_version(),
+        is_training=True,
+        score_mod_args=(),
+        score_mod=None,
+    )
+
+
+def _with_known(rule: Callable, *args, **options) -> Any:
+    """rule(*args, **options), without the options that jax's version of it does not have (0.12 has more than 0.11)."""
+    known = inspect.signature(rule).parameters
+    return rule(*args, **{name: value for name, value in options.items() if name in known})
+
+
+def _of_tokens(statistics: Float[Array, "rows n t"], documents: _Documents | None) -> Float[Array, "b t n"]:
+    """The logsumexp of each token. With documents, a row of the statistics is a document from its first token on."""
+    if documents is None:
+        return statistics.swapaxes(1, 2)
+
+    def own(statistics, index, starts):
+        counts = jnp.sum(starts >= 0, axis=1, dtype=jnp.int32)
+        number = jnp.maximum(index - 1, 0)
+        row = (jnp.cumsum(counts) - counts)[:, None] + number  # documents count on from row to row of the batch
+        place = jnp.arange(index.shape[1], dtype=jnp.int32) - jnp.take_along_axis(starts, number, axis=1)
+        heads = jnp.arange(statistics.shape[1], dtype=jnp.int32)[:, None]
+        return statistics.at[row[:, None], heads, place[:, None]].get(mode="clip", wrap_negative_indices=False)
+
+    # On a mesh each device runs cuDNN for its rows of the batch, and counts its documents: each gathers of its own.
+    partitioned = custom_partitioning(own)
+
+    def partition(mesh, avals, result):
+        rows, heads, _ = (*avals[0].sharding.spec, None, None, None)[:3]
+        place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+        return mesh, own, place(rows, heads, None), (place(rows, heads, None), place(rows, None), place(rows, None))
+
+    places = statistics.shape[0] // documents.index.shape[0]
+    partitioned.def_partition(partition=partition, sharding_rule="(b m) n p, b t, b s -> b n t", m=places)
+    return partitioned(statistics, documents.index, documents.starts).swapaxes(1, 2)

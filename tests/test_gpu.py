@@ -43,18 +43,32 @@ def segments_of(*rows):
 PACKED = segments_of([100, 300, 1, 80], [512])
 
 
-def attend(implementation, q, k, v, d_out, segments, window):
-    def f(q, k, v):
+def attend(implementation, q, k, v, d_out, sinks=None, *, segments, window):
+    """The output, and the gradients of q, k, v and of the sinks, if any."""
+    given = (q, k, v) if sinks is None else (q, k, v, sinks)
+
+    def f(q, k, v, sinks=None):
         out = api.attention(
-            q, k, v, scale=q.shape[-1] ** -0.5, window=window, query_segments=segments, key_segments=segments,
-            implementation=implementation,
+            q, k, v, scale=q.shape[-1] ** -0.5, window=window, sinks=sinks, query_segments=segments,
+            key_segments=segments, implementation=implementation,
         )  # fmt: skip
         if segments is not None:  # what padding attends to is nobody's business
             out = jnp.where((segments > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
         return jnp.sum(out.astype(jnp.float32) * d_out), out
 
-    (_, out), gradients = jax.value_and_grad(f, (0, 1, 2), has_aux=True)(q, k, v)
+    (_, out), gradients = jax.value_and_grad(f, tuple(range(len(given))), has_aux=True)(*given)
     return out, *gradients
+
+
+def sinks_of(heads, dtype=jnp.bfloat16):
+    """Of each head, from one that takes next to all attention to one that takes nothing."""
+    return jnp.resize(jnp.array([8.0, -30.0, 0.0, 2.5, -3.0, 5.0, 1.0], dtype), heads)
+
+
+def with_sinks_of(q, k, v, d_out, dtype=jnp.bfloat16):
+    """Inputs of `attend`. Values and what is sent back have a mean: a sink's gradient would be a sum of random signs
+    else, of which rounding leaves few digits."""
+    return [q, k, v + 0.5, d_out + 0.5, sinks_of(q.shape[2], dtype)]
 
 
 def qkv(key, heads, kv_heads, dim, batch=2, length=512):
@@ -66,8 +80,27 @@ def qkv(key, heads, kv_heads, dim, batch=2, length=512):
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("segments", [None, PACKED], ids=["whole", "packed"])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (6, 2, 128), (2, 1, 256), (4, 4, 96)])
-def test_cudnn_attention_equals_the_reference(key, heads, kv_heads, dim, segments, window):
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
+def test_cudnn_attention_equals_the_reference(key, with_sinks, heads, kv_heads, dim, segments, window):
     inputs = qkv(key, heads, kv_heads, dim)
+    inputs = with_sinks_of(*inputs) if with_sinks else inputs
+    equals_the_reference(inputs, segments, window)
+
+
+# Rows of three, of none and of one document: cuDNN numbers them through the batch.
+UNEVEN = segments_of([200, 1, 250], [], [500])
+
+
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("segments", [None, UNEVEN], ids=["whole", "packed"])
+@pytest.mark.parametrize("heads, kv_heads", [(64, 8), (8, 1)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_sinks_with_heads_of_gpt_oss(key, dtype, heads, kv_heads, segments, window):
+    inputs = with_sinks_of(*qkv(key, heads, kv_heads, 64, batch=3), dtype)
+    equals_the_reference(inputs, segments, window)
+
+
+def equals_the_reference(inputs, segments, window):
     run = functools.partial(attend, segments=segments, window=window)
     assert api.implementations_in(functools.partial(run, None), *inputs) >= {"attention.cudnn"}
     got = jax.jit(functools.partial(run, "cudnn"))(*inputs)
@@ -78,10 +111,14 @@ def test_cudnn_attention_equals_the_reference(key, heads, kv_heads, dim, segment
         assert error < 1e-2, error  # bfloat16 in and out: 2^-8 an element
 
 
-def test_no_document_leaks_into_another(key):
+@pytest.mark.parametrize("sinks", [None, sinks_of(4)], ids=["plain", "sinks"])
+def test_no_document_leaks_into_another(key, sinks):
     q, k, v, d_out = qkv(key, 4, 2, 64)
     document = (PACKED == 2)[:, :, None, None]
-    run = jax.jit(functools.partial(attend, "cudnn", d_out=d_out, segments=PACKED, window=None))
+
+    def run(q, k, v):
+        return jax.jit(functools.partial(attend, "cudnn", segments=PACKED, window=None))(q, k, v, d_out, sinks)[:4]
+
     before = run(q, k, v)
     changed = [jnp.where(document, x * 3 + 1, x) for x in (q, k, v)]
     after = run(*changed)
@@ -91,13 +128,34 @@ def test_no_document_leaks_into_another(key):
         assert not bool(jnp.all(x == y))
 
 
-def test_rows_of_more_documents_than_cudnn_has_places_for(key):
+@pytest.mark.parametrize("sinks", [[], [sinks_of(4)]], ids=["plain", "sinks"])
+def test_rows_of_more_documents_than_cudnn_has_places_for(key, sinks):
     segments = segments_of([10] * (MAX_SEGMENTS + 5), [400])
-    inputs = qkv(key, 4, 2, 64)
+    inputs = qkv(key, 4, 2, 64) + sinks
     got = jax.jit(functools.partial(attend, "cudnn", segments=segments, window=None))(*inputs)
     wanted = jax.jit(functools.partial(attend, "reference", segments=segments, window=None))(*inputs)
     for x, y in zip(got, wanted, strict=True):
         chex.assert_trees_all_close(x.astype(jnp.float32), y.astype(jnp.float32), atol=0.1, rtol=2e-2)
+
+
+@pytest.mark.parametrize("segments", [None, UNEVEN], ids=["whole", "packed"])
+@pytest.mark.parametrize("window", [None, 128])
+def test_padding_gets_zeros_and_gives_none_with_sinks(key, segments, window):
+    """And nothing is NaN, whatever lay in the memory that cuDNN leaves as it was."""
+    q, k, v, d_out = qkv(key, 8, 1, 64, batch=3)
+    sent = d_out if segments is None else jnp.where((segments > 0)[:, :, None, None], d_out, jnp.nan)
+
+    @jax.jit
+    def run(q, k, v, sinks, sent):
+        options = dict(window=window, query_segments=segments, key_segments=segments, implementation="cudnn")
+        attention = functools.partial(api.attention, scale=0.125, **options)
+        out, pull = jax.vjp(lambda q, k, v, sinks: attention(q, k, v, sinks=sinks), q, k, v, sinks)
+        return out, *pull(sent.astype(out.dtype))
+
+    for x in run(q, k, v, sinks_of(8), sent):
+        assert bool(jnp.all(jnp.isfinite(x)))
+        if segments is not None and x.ndim == 4:
+            assert not bool(jnp.any(jnp.where((segments == 0)[:, :, None, None], x, jnp.zeros((), x.dtype))))
 
 
 CONFIG = ModelConfig(

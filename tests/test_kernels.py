@@ -100,10 +100,10 @@ def test_attention_with_a_softcap_a_bias_and_sinks_equals_torch(attend, with_sin
         assert relative_error(found, array.grad) < 2e-6
 
 
-def test_cudnn_leaves_softcaps_biases_and_sinks_to_the_others():
+def test_cudnn_leaves_softcaps_and_biases_to_the_others():
     q = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
-    for options in (dict(softcap=2.0), dict(key_bias=jnp.zeros((1, 2, 8))), dict(sinks=jnp.zeros(2))):
-        with pytest.raises(NotImplementedError, match="no softcap on the scores, no bias of the keys and no sinks"):
+    for options in (dict(softcap=2.0), dict(key_bias=jnp.zeros((1, 2, 8)))):
+        with pytest.raises(NotImplementedError, match="no softcap on the scores and no bias of the keys"):
             attention_cudnn(q, q, q, scale=1.0, **options)
         assert attention(q, q, q, scale=1.0, **options).shape == q.shape
 
