@@ -215,9 +215,9 @@ def _cudnn_packed(q, k, v, scale, window, sinks, segments):
     lengths = jnp.where(exists, lengths, -1)
     starts = jnp.where(exists, jnp.argmax(member, axis=2).astype(jnp.int32), -1)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    if jax.__version_info__ < FIRST_WITH_KEY_OFFSETS:
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     if sinks is not None:
-        if jax.__version_info__ < FIRST_WITH_KEY_OFFSETS:
-            k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
         return _cudnn_with_sinks(scale, window, q, k, v, sinks, _Documents(document, lengths, starts))
     out = dot_product_attention(
         q,

@@ -200,9 +200,24 @@ def test_each_device_counts_its_own_documents(key, sizes):
     np.testing.assert_array_equal(found[index > 0], expected[index > 0])
 
 
-def count(jaxpr, name):
-    inner = lambda equation: jax.extend.core.jaxprs_in_params(equation.params)
-    return sum((e.primitive.name == name) + sum(count(x, name) for x in inner(e)) for e in jaxpr.eqns)
+def calls(jaxpr, name):
+    """The equations of a primitive, in all that a program is made of."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from calls(inner, name)
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+@pytest.mark.parametrize("version, heads", [((0, 10, 2), 6), ((0, 11, 0), 6), ((0, 11, 1), 2), ((0, 12, 0), 2)])
+def test_a_jax_that_counts_keys_in_heads_of_queries_gets_as_many(on_hopper, monkeypatch, key, version, heads, sinks):
+    """Else it would read documents' keys from wrong places, and say nothing."""
+    monkeypatch.setattr(jax, "__version_info__", version)
+    q, k, v = (x.astype(jnp.bfloat16) for x in normal(key, *[(3, LENGTH, n, 8) for n in (6, 2, 2)]))
+    attend = functools.partial(attention_cudnn, scale=SCALE, sinks=sinks, query_segments=PACKED, key_segments=PACKED)
+    [call] = calls(jax.make_jaxpr(attend)(q, k, v).jaxpr, remat._FLASH)
+    assert [x.aval.shape[2] for x in call.invars[:3]] == [6, heads, heads]
 
 
 @pytest.mark.parametrize("policy, runs", [("attention", 1), ("projections", 1), ("full", 2)])
@@ -219,5 +234,5 @@ def test_results_of_the_kernel_are_kept_by_its_name(on_hopper, key, sinks, segme
         return jnp.sum(jax.checkpoint(layer, policy=remat._keeps(remat.POLICIES[policy]))(q, sinks).astype(jnp.float32))
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0,) if sinks is None else (0, 1)))(q, sinks).jaxpr
-    assert count(jaxpr, remat._FLASH) == runs
-    assert count(jaxpr, "dot_product_attention_bwd_wrapper") == 1
+    assert len([*calls(jaxpr, remat._FLASH)]) == runs
+    assert len([*calls(jaxpr, "dot_product_attention_bwd_wrapper")]) == 1
