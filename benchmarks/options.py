@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rslora": dict(lora_config=dict(use_rslora=True)),
     "r=64": dict(lora_config=dict(r=64)),
     "bias": dict(lora_config=dict(bias="all")),
+    "experts": dict(lora_config=dict(target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))),
     "dora, dropout, int8": dict(quant_config=dict(scheme="int8"), lora_config=dict(use_dora=True, lora_dropout=0.1)),
 }
 
