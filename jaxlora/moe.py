@@ -20,7 +20,8 @@ So the work is that of k experts a token, whatever E is, every shape is static, 
 token. The rows go there and back by gathers, never by adding into places, so a step gives the same bits each time.
 
 Experts are frozen, dense or quantised, each expert's matrix on its own. Quantised ones are dequantised before the
-grouped product and again in its backward pass, which keeps the packed form only, as in `quant.matmul`. Adapters follow
+grouped product and again in its backward pass, which keeps the packed form only, as in `quant.matmul`; for few tokens,
+as in generation, a kernel reads the codes of the chosen ones alone (`kernels.grouped_nf4`). Adapters follow
 the parameters of transformers, which has gate and up in one, and are two grouped products more (`kernels.grouped`).
 The router is a `PlainLinear`: never quantised, no adapter's target.
 
@@ -44,10 +45,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxlora import quant
+from jaxlora import quant, sharding
 from jaxlora.config import ModelConfig, QuantConfig
-from jaxlora.kernels.api import gated, grouped_dot, grouped_outer
+from jaxlora.kernels.api import gated, grouped_dot, grouped_dot_nf4, grouped_outer
 from jaxlora.kernels.grouped import grouped_lora_delta
+from jaxlora.kernels.grouped_nf4 import is_cheaper as is_reading_packed_cheaper
+from jaxlora.kernels.reference import NF4Fields
 from jaxlora.layers import TokenwiseModule
 from jaxlora.norms import Identity, rms_normed
 from jaxlora.quant import QuantizedArray
@@ -133,6 +136,14 @@ _grouped.defvjp(_grouped_forward, _grouped_backward, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_quantized(contracted: int, x: Array, w: QuantizedArray, sizes: Array) -> Array:
+    return _quantized_product(contracted, x, w, sizes)
+
+
+def _quantized_product(contracted: int, x: Array, w: QuantizedArray, sizes: Array) -> Array:
+    is_read_packed = w.scheme == "nf4" and w.shape[1] % quant.BLOCK == 0 and x.dtype != jnp.float32
+    if is_read_packed and is_reading_packed_cheaper(x.shape[0], sizes.size) and not sharding.is_on_mesh():
+        fields = NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index)
+        return grouped_dot_nf4(x, fields, sizes, contracted, shape=w.shape)
     return grouped_dot(x, quant.dequantize(w, x.dtype), sizes, contracted)
 
 
@@ -142,7 +153,7 @@ def _quantized_forward(contracted, x, w, sizes):
 
 def _quantized_backward(contracted, kept, dy):
     w, sizes = kept
-    dx = grouped_dot(dy, quant.dequantize(w, dy.dtype), sizes, 3 - contracted)
+    dx = _quantized_product(3 - contracted, dy, w, sizes)
     return dx, None, None  # None: a zero for every field of w, and for the sizes, which are integers
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 from jaxlora.kernels import decode_attention as decoding
 from jaxlora.kernels import (
     dense_matmul,
+    grouped_nf4,
     grouped_triton,
     nf4,
     nf4_matmul,
@@ -161,6 +162,7 @@ _OPS: dict[str, dict[str, Callable]] = {
         "reference": dropping.dropped_gradients_reference,
     },
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
+    "grouped_dot_nf4": {"triton": on_gpu(grouped_nf4.grouped_dot_nf4), "reference": reference.grouped_dot_nf4},
     "grouped_outer": {"triton": on_gpu(grouped_triton.grouped_outer), "reference": reference.grouped_outer},
     "decode_attention": {
         "triton": on_gpu(decoding.decode_attention),
@@ -388,6 +390,21 @@ def grouped_dot(
 ) -> Float[Array, "n d_out"]:
     """Rows sorted by group, each times its group's matrix. See `reference.grouped_dot`."""
     return dispatch("grouped_dot", _OPS["grouped_dot"], implementation, x, w, sizes, contracted, dtype)
+
+
+def grouped_dot_nf4(
+    x: Float[Array, "n d_in"],
+    fields: reference.NF4Fields,
+    sizes: Int[Array, " g"],
+    contracted: int,
+    *,
+    shape: tuple[int, int],
+    implementation: Literal["triton", "reference"] | None = None,
+) -> Float[Array, "n d_out"]:
+    """Few rows sorted by group, each times its group's NF4 matrix. See `reference.grouped_dot_nf4`."""
+    return dispatch(
+        "grouped_dot_nf4", _OPS["grouped_dot_nf4"], implementation, x, fields, sizes, contracted, shape=shape
+    )
 
 
 def grouped_outer(

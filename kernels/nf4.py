@@ -63,7 +63,7 @@ def heuristics(n: int) -> Config:
     return Config() if n >= 1 << 20 else Config(block=128)
 
 
-def _prmt_assembly() -> str:
+def prmt_assembly() -> str:
     """PTX that turns the 8 codes of word $8 into 8 float32 values $0..$7, in the order of the elements.
 
     `prmt d, a, b, s` makes byte k of d from nibble k of s: its low 3 bits choose one of the 8 bytes of (a, b). The
@@ -107,7 +107,7 @@ def _kernel():
     import triton
     import triton.language as tl
 
-    prmt_assembly = tl.constexpr(_prmt_assembly())
+    PRMT_ASSEMBLY = tl.constexpr(prmt_assembly())
 
     @triton.jit
     def dequantize_nf4(
@@ -158,7 +158,7 @@ def _kernel():
         element = tl.arange(0, EACH)[None, :]
         if PRMT:
             v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
-                prmt_assembly,
+                PRMT_ASSEMBLY,
                 "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
                 [packed],
                 dtype=(tl.float32,) * 8,

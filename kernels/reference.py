@@ -465,6 +465,16 @@ def grouped_dot(
     return _ragged(x, w, sizes, (1, contracted), [0], dtype)
 
 
+def grouped_dot_nf4(
+    x: Float[Array, "n d_in"], fields: NF4Fields, sizes: Int[Array, " g"], contracted: int, *, shape: tuple[int, int]
+) -> Float[Array, "n d_out"]:
+    """`grouped_dot` with NF4 matrices of a shape each, rounded to x's dtype. Their fields are [g, ...], with an index
+    [stack, g, ...]."""
+    dequantize = functools.partial(dequantize_nf4, shape=shape, dtype=x.dtype)
+    w = dequantize(*fields) if fields.index is not None else jax.vmap(dequantize)(*fields)
+    return grouped_dot(x, w, sizes, contracted)
+
+
 def grouped_outer(
     x: Float[Array, "n d0"], y: Float[Array, "n d1"], sizes: Int[Array, " g"], dtype: Any = None
 ) -> Float[Array, "g d0 d1"]:

@@ -345,7 +345,7 @@ def test_the_permutations_of_the_kernel(word):
     """The PTX of the "prmt" lookup, interpreted: what it does with every code in every place."""
     registers = {"$8": word}
     value = lambda name: registers[name] if name in registers else int(name, 0)
-    for line in nf4._prmt_assembly().splitlines()[2:-1]:
+    for line in nf4.prmt_assembly().splitlines()[2:-1]:
         op, operands = line.removesuffix(";").split(" ", 1)
         target, *names = operands.split(", ")
         a, *rest = map(value, names)
