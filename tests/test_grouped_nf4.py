@@ -91,9 +91,8 @@ def test_triton_equals_the_reference(key, shape, contracted, sizes, double_quant
         assert api.implementations_in(run, x, one, sizes) == {"grouped_dot_nf4.triton"}
         expected = product(x, one, sizes, contracted, "reference").astype(jnp.float32)
         got = run(x, one, sizes).astype(jnp.float32)
-        np.testing.assert_allclose(
-            got, expected, rtol=0, atol=2 * float(jnp.finfo(dtype).eps * jnp.abs(expected).max())
-        )
+        tolerance = 2 * float(jnp.finfo(dtype).eps) * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.gpu
