@@ -6,7 +6,8 @@
 Random weights and prompts, greedy, no stop tokens. A step's time is that of the tokens after the first:
 (time of `new` tokens - time of one) / (new - 1), medians of `--runs` calls of `generate`; `first_s` is the time of one
 token, the prompt's pass in it. `bytes` are what a step must read once: the layers' weights and the head's, adapters in
-16 bits, and keys and values of the places that are written, at the middle of the run. `of_bound` is bytes over the
+16 bits, and keys and values of the places that are written, at the middle of the run; of experts those that rows who
+choose at random choose on average. `of_bound` is bytes over the
 bandwidth of a copy measured in the same run, over the step's time. `--rank` puts adapters on all linear layers.
 `--profile` adds what the device did for a token, by kernel: times a token and milliseconds. While it is traced XLA
 may launch kernels one by one that are otherwise launched together as a CUDA graph.
@@ -67,13 +68,15 @@ def bytes_of_step(model, batch: int, places: int) -> int:
 
     from jaxlora.variables import LoraParam
 
+    config = model.config
+    chosen = 0.0 if not config.num_experts else 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch
     total = 0
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         is_table = "embed_tokens" in path and not model.config.tie_word_embeddings
         for leaf in jax.tree.leaves(variable.get_value()):
             size = 2 if issubclass(variable.type, LoraParam) else leaf.dtype.itemsize
-            total += 0 if is_table else leaf.size * size
-    config = model.config
+            share = chosen if "experts" in path else 1
+            total += 0 if is_table else round(share * leaf.size * size)
     return total + 4 * batch * places * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 

@@ -32,6 +32,29 @@ CONFIGS = {
         num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
         tie_word_embeddings=True, rope_theta=100000.0, rms_norm_eps=1e-5,
     ),
+    "falcon-h1-7b": dict(
+        model_type="falcon_h1", vocab_size=130048, hidden_size=3072, intermediate_size=12288, num_hidden_layers=44,
+        num_attention_heads=12, num_key_value_heads=2, head_dim=128, mamba_d_ssm=3072, mamba_n_heads=24,
+        mamba_d_head=128, mamba_d_state=256, mamba_n_groups=1, mamba_chunk_size=256, mamba_d_conv=4,
+        mamba_rms_norm=False, attention_bias=False, max_position_embeddings=262144, tie_word_embeddings=False,
+        rope_theta=1e11, rms_norm_eps=1e-5,
+    ),
+    "gpt-oss-20b": dict(
+        model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_local_experts=32,
+        num_experts_per_tok=4, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
+        sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 12, attention_bias=True,
+        swiglu_limit=7.0, max_position_embeddings=131072, tie_word_embeddings=False, rope_theta=150000.0,
+        rope_scaling=dict(
+            rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, original_max_position_embeddings=4096,
+            truncate=False,
+        ), rms_norm_eps=1e-5,
+    ),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
+        num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
+        rope_theta=1000000.0, rms_norm_eps=1e-6,
+    ),
     "1b": dict(
         model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
@@ -51,29 +74,6 @@ CONFIGS = {
         model_type="llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
         tie_word_embeddings=False, rope_theta=500000.0, rms_norm_eps=1e-5,
-    ),
-    "qwen3-30b-a3b": dict(
-        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
-        num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=48, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
-        rope_theta=1000000.0, rms_norm_eps=1e-6,
-    ),
-    "gpt-oss-20b": dict(
-        model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_local_experts=32,
-        num_experts_per_tok=4, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
-        sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 12, attention_bias=True,
-        swiglu_limit=7.0, max_position_embeddings=131072, tie_word_embeddings=False, rope_theta=150000.0,
-        rope_scaling=dict(
-            rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, original_max_position_embeddings=4096,
-            truncate=False,
-        ), rms_norm_eps=1e-5,
-    ),
-    "falcon-h1-7b": dict(
-        model_type="falcon_h1", vocab_size=130048, hidden_size=3072, intermediate_size=12288, num_hidden_layers=44,
-        num_attention_heads=12, num_key_value_heads=2, head_dim=128, mamba_d_ssm=3072, mamba_n_heads=24,
-        mamba_d_head=128, mamba_d_state=256, mamba_n_groups=1, mamba_chunk_size=256, mamba_d_conv=4,
-        mamba_rms_norm=False, attention_bias=False, max_position_embeddings=262144, tie_word_embeddings=False,
-        rope_theta=1e11, rms_norm_eps=1e-5,
     ),
 }  # fmt: skip
 
