@@ -8,7 +8,8 @@ arXiv:2408.00118). A key bias [B, N, S] is added to them after that
 (ALiBi, arXiv:2108.12409). Sinks [N] are the score of one more key for each head, whose value is zero: a query may
 attend to nothing (gpt-oss, arXiv:2508.10925).
 
-The forms in jnp mark their result "attention_output" for `jax.checkpoint`; cuDNN's is kept by its primitive's name.
+The forms in jnp mark their result "attention_output" for `jax.checkpoint`, and so do cuDNN's rounds; else cuDNN's is
+kept by its primitive's name.
 
 cuDNN knows no sinks. It returns o, attention without them, and l, the logsumexp of a query's scores. With the sink s of
 the head
@@ -27,8 +28,9 @@ Three forms:
 once.
 - `cudnn` is NVIDIA's flash kernel, which keeps no scores at all: 16-bit, T = S, offset 0. jax.nn offers it without
   documents (what ignores them leaks from one to the next), so packed rows go through the function beneath it, with the
-  length and the start of every document. It wants a fixed number of places for documents, and memory for each; rows
-  with more documents than `MAX_SEGMENTS` take the chunked form, decided on the device, so no row is ever wrong.
+  length and the start of every document. It wants a fixed number of places for documents, and memory for each; where a
+  row has more than `MAX_SEGMENTS`, which is decided on the device, so many at a time go through it, and the backward
+  pass runs the forward one again.
 """
 
 from __future__ import annotations
@@ -175,13 +177,11 @@ def attention_cudnn(
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=window_size, implementation="cudnn"
         )
-    fits = jnp.max(_document_index(query_segments)) <= MAX_SEGMENTS
+    document = _document_index(query_segments)
     return jax.lax.cond(
-        fits,
-        lambda: _cudnn_packed(q, k, v, scale, window, sinks, query_segments),
-        lambda: attention_chunked(
-            q, k, v, scale=scale, window=window, sinks=sinks, query_segments=query_segments, key_segments=key_segments
-        ),
+        jnp.max(document) <= MAX_SEGMENTS,
+        lambda: _cudnn_packed(scale, window, q, k, v, sinks, document),
+        lambda: checkpoint_name(_cudnn_in_rounds(scale, window, q, k, v, sinks, document), "attention_output"),
     )
 
 
@@ -200,11 +200,11 @@ class _Documents(NamedTuple):
     starts: Int[Array, "b documents_and_one"]
 
 
-def _cudnn_packed(q, k, v, scale, window, sinks, segments):
+def _cudnn_packed(scale, window, q, k, v, sinks, document):
+    """Attention within documents, whose index is at most `MAX_SEGMENTS`; zeros where it is 0."""
     # Private, because jax.nn has no argument for packed rows (jax-ml/jax pull request 25812 added it one level below).
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    document = _document_index(segments)
     real = (document > 0)[:, :, None, None]
     # Padding belongs to no document: cuDNN neither reads nor writes it, so both directions are masked here.
     q, k, v = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (q, k, v))
@@ -232,6 +232,46 @@ def _cudnn_packed(q, k, v, scale, window, sinks, segments):
         sliding_window_length=window,
     )
     return jnp.where(real, out, jnp.zeros((), out.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cudnn_in_rounds(scale, window, q, k, v, sinks, document):
+    """`_cudnn_packed` for any number of documents, `MAX_SEGMENTS` of each row at a time. No two rounds make the same
+    token's, so nothing is rounded by adding them up."""
+
+    def with_round(i, y):
+        return y + _cudnn_packed(scale, window, q, k, v, sinks, _of_round(document, i))
+
+    return jax.lax.fori_loop(0, _rounds(document), with_round, jnp.zeros_like(q))
+
+
+def _in_rounds_forward(scale, window, *given):
+    return _cudnn_in_rounds(scale, window, *given), given
+
+
+def _in_rounds_backward(scale, window, given, dy):
+    *inputs, document = given
+    wide = lambda x: jnp.zeros(x.shape, jnp.float32 if x.ndim == 1 else x.dtype)  # sinks get something of each round
+
+    def with_round(i, sums):
+        attend = lambda *inputs: _cudnn_packed(scale, window, *inputs, _of_round(document, i))
+        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, jax.vjp(attend, *inputs)[1](dy))
+
+    sums = jax.lax.fori_loop(0, _rounds(document), with_round, tuple(jax.tree.map(wide, inputs)))
+    return *jax.tree.map(lambda total, x: total.astype(x.dtype), sums, tuple(inputs)), None
+
+
+_cudnn_in_rounds.defvjp(_in_rounds_forward, _in_rounds_backward)
+
+
+def _rounds(document: Int[Array, "b t"]) -> Int[Array, ""]:
+    return -(-jnp.max(document) // MAX_SEGMENTS)
+
+
+def _of_round(document: Int[Array, "b t"], i: Any) -> Int[Array, "b t"]:
+    """The documents of round i, numbered from 1 on; 0 for others."""
+    within = document - i * MAX_SEGMENTS
+    return jnp.where((within > 0) & (within <= MAX_SEGMENTS), within, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
