@@ -41,10 +41,9 @@ class Config:
 
 
 def is_cheaper(rows: int, groups: int) -> bool:
-    """Whether so many rows, at worst one in most groups, are better multiplied so than by dequantised matrices.
+    """Whether so many rows are better multiplied so than by dequantised matrices.
 
-    By bytes a dequantised weight is 4.5, written and read, for 0.5 here in each tile of rows; but the lookup
-    bounds either way. Four rows a group are four times fewer tiles than would be as much work.
+    On an H100 512 rows over 128 groups, of 768 x 2048 each, took 0.44 of the time (2026-11-27); more were not tried.
     """
     return rows <= 4 * groups
 
