@@ -45,7 +45,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxlora import quant, sharding
+from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig
 from jaxlora.kernels.api import gated, grouped_dot, grouped_dot_nf4, grouped_outer
 from jaxlora.kernels.grouped import grouped_lora_delta
@@ -140,8 +140,7 @@ def _grouped_quantized(contracted: int, x: Array, w: QuantizedArray, sizes: Arra
 
 
 def _quantized_product(contracted: int, x: Array, w: QuantizedArray, sizes: Array) -> Array:
-    is_read_packed = w.scheme == "nf4" and w.shape[1] % quant.BLOCK == 0 and x.dtype != jnp.float32
-    if is_read_packed and is_reading_packed_cheaper(x.shape[0], sizes.size) and not sharding.is_on_mesh():
+    if w.scheme == "nf4" and is_reading_packed_cheaper(x, w.shape, sizes.size):
         fields = NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index)
         return grouped_dot_nf4(x, fields, sizes, contracted, shape=w.shape)
     return grouped_dot(x, quant.dequantize(w, x.dtype), sizes, contracted)

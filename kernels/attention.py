@@ -251,14 +251,16 @@ def _in_rounds_forward(scale, window, *given):
 
 def _in_rounds_backward(scale, window, given, dy):
     *inputs, document = given
-    wide = lambda x: jnp.zeros(x.shape, jnp.float32 if x.ndim == 1 else x.dtype)  # sinks get something of each round
 
     def with_round(i, sums):
         attend = lambda *inputs: _cudnn_packed(scale, window, *inputs, _of_round(document, i))
         return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, jax.vjp(attend, *inputs)[1](dy))
 
-    sums = jax.lax.fori_loop(0, _rounds(document), with_round, tuple(jax.tree.map(wide, inputs)))
-    return *jax.tree.map(lambda total, x: total.astype(x.dtype), sums, tuple(inputs)), None
+    # A token gets its gradients in one round, a sink something in each.
+    wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), inputs[3])
+    start = (*(jnp.zeros_like(x) for x in inputs[:3]), wide)
+    *of_tokens, of_sinks = jax.lax.fori_loop(0, _rounds(document), with_round, start)
+    return *of_tokens, jax.tree.map(lambda total, x: total.astype(x.dtype), of_sinks, inputs[3]), None
 
 
 _cudnn_in_rounds.defvjp(_in_rounds_forward, _in_rounds_backward)

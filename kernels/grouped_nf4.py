@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.kernels import reference
+from jaxlora.kernels.grouped_triton import tile_kernels
 from jaxlora.kernels.nf4 import prmt_assembly
+from jaxlora.kernels.nf4_shards import is_on_mesh
 from jaxlora.kernels.reference import NF4Fields
 
 ROWS = 16  # of a tile, the least that a product of Triton has
@@ -40,12 +42,14 @@ class Config:
     num_stages: int = 3
 
 
-def is_cheaper(rows: int, groups: int) -> bool:
-    """Whether so many rows are better multiplied so than by dequantised matrices.
+def is_cheaper(x: jax.Array, shape: tuple[int, int], groups: int) -> bool:
+    """Whether the kernel takes x and matrices of a shape, and x has so few rows that it beats dequantising them all.
 
-    On an H100 512 rows over 128 groups, of 768 x 2048 each, took 0.44 of the time (2026-11-27); more were not tried.
+    On an H100 512 rows over 128 groups, of 768 x 2048 each, took 0.44 of the time (2026-11-27); more were not tried. On
+    a mesh the call would gather all layers' experts.
     """
-    return rows <= 4 * groups
+    is_taken = x.dtype in (jnp.bfloat16, jnp.float16) and shape[1] % reference.NF4_BLOCK == 0
+    return is_taken and x.shape[0] <= 4 * groups and not is_on_mesh()
 
 
 @functools.cache
@@ -55,6 +59,7 @@ def _kernel():
     import triton
     import triton.language as tl
 
+    group_of, rows_of = tile_kernels()
     lookup_assembly = tl.constexpr(prmt_assembly())
     lookup_operands = tl.constexpr(",".join(["=&r"] * 8 + ["r"]))
 
@@ -111,16 +116,10 @@ def _kernel():
         COLUMN_TILES: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
         row_tile, first_column = tl.program_id(0) // COLUMN_TILES, tl.program_id(0) % COLUMN_TILES * TILE_COLUMNS
 
-        every = tl.arange(0, GROUPS_PADDED)
-        size = tl.load(sizes + every, mask=every < GROUPS, other=0)
-        tiles = (size + TILE_ROWS - 1) // TILE_ROWS
-        group = tl.sum((tl.cumsum(tiles, 0) <= row_tile).to(tl.int32), 0)
+        group, size, tiles = group_of(sizes, row_tile, GROUPS, GROUPS_PADDED, TILE_ROWS)
         if group >= GROUPS:
             return
-        before = every < group
-        begin = tl.sum(tl.where(before, size, 0), 0)
-        end = begin + tl.sum(tl.where(every == group, size, 0), 0)
-        row = begin + (row_tile - tl.sum(tl.where(before, tiles, 0), 0)) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        row, end = rows_of(row_tile, group, size, tiles, GROUPS_PADDED, TILE_ROWS)
 
         BLOCKS: tl.constexpr = D0 * D1 // 64
         matrix = group.to(tl.int64)

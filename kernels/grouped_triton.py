@@ -53,10 +53,41 @@ def heuristics() -> Config:
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def _kernels():
-    """The Triton functions. Built on first use, since the library imports where Triton is not installed."""
+def tile_kernels():
+    """Two Triton functions, between which a program without a tile returns. Built on first use, since the library
+    imports where Triton is not installed."""
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def group_of(sizes, tile, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, TILE_ROWS: tl.constexpr):
+        """The group that a tile of rows is of, GROUPS if there is no such tile; and rows and tiles of every group."""
+        every = tl.arange(0, GROUPS_PADDED)
+        size = tl.load(sizes + every, mask=every < GROUPS, other=0)
+        tiles = (size + TILE_ROWS - 1) // TILE_ROWS
+        return tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0), size, tiles
+
+    @triton.jit
+    def rows_of(tile, group, size, tiles, GROUPS_PADDED: tl.constexpr, TILE_ROWS: tl.constexpr):
+        """The rows of a tile, and where its group's end."""
+        every = tl.arange(0, GROUPS_PADDED)
+        before = every < group
+        begin = tl.sum(tl.where(before, size, 0), 0)
+        end = begin + tl.sum(tl.where(every == group, size, 0), 0)
+        row = begin + (tile - tl.sum(tl.where(before, tiles, 0), 0)) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        return row, end
+
+    return group_of, rows_of
+
+
+@functools.cache
+@no_type_check  # a type checker's wrapper around the function would hide its source from Triton
+def _kernels():
+    """The Triton functions."""
+    import triton
+    import triton.language as tl
+
+    group_of, rows_of = tile_kernels()
 
     @triton.jit
     def grouped_dot(
@@ -83,16 +114,10 @@ def _kernels():
         row_tile = first + within % height
         column_tile = within // height
 
-        every = tl.arange(0, GROUPS_PADDED)
-        size = tl.load(sizes + every, mask=every < GROUPS, other=0)
-        tiles = (size + TILE_ROWS - 1) // TILE_ROWS
-        group = tl.sum((tl.cumsum(tiles, 0) <= row_tile).to(tl.int32), 0)
+        group, size, tiles = group_of(sizes, row_tile, GROUPS, GROUPS_PADDED, TILE_ROWS)
         if group >= GROUPS:
             return
-        before = every < group
-        begin = tl.sum(tl.where(before, size, 0), 0)
-        end = begin + tl.sum(tl.where(every == group, size, 0), 0)
-        row = begin + (row_tile - tl.sum(tl.where(before, tiles, 0), 0)) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        row, end = rows_of(row_tile, group, size, tiles, GROUPS_PADDED, TILE_ROWS)
         column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
         inner = tl.arange(0, TILE_INNER)
 

@@ -88,8 +88,8 @@ def test_chunks_equal_the_recurrence(chunk, weights, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_in_16_bits_only_operands_are_rounded(dtype):
-    """Each result is behind a few products of numbers that are off by half a unit at most, and decays and sums are
-    float32."""
+    """Between what is given and a result stand at most eight roundings, of half a unit each: those of two operands of
+    each product on the way there and back, and that of a gradient itself. Decays and sums are float32."""
     x, dt, rate, key, query, state = arrays(17)
     low = tuple(part.astype(dtype) for part in (x, key, query))
 
