@@ -15,8 +15,8 @@ A chunk of tokens is computed in this form, a few products of matrices; what sta
     S    = exp(s_end) S + sum over r of exp(s_end - s_r) dt_r x_r B_r^T
 
 So work and memory grow with the length, not with its square, and a single token is a chunk of one. All chunks of a
-*group* are computed at once, each product one launch for all of them; only their states come one after the other. How
-many tokens a group has is bounded by the weights between its tokens (`GROUP_WEIGHTS`).
+*group* are computed at once, each product one launch for all of them; only their states come one after the other (see
+`chunks`). How many chunks a group has is bounded by the weights between its tokens.
 
 Sums, decays and states are float32. What is multiplied is rounded to x's dtype, in both directions, as in the makers'
 kernels (`_chunk_scan_fwd` of mamba-ssm): B, C and x have it anyway, and weights, decays of B and states are rounded to
@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,42 +43,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxlora import chunks
 from jaxlora.config import MambaConfig, ModelConfig
 from jaxlora.kernels.gated import ACTIVATIONS
 
 # ---- The scan --------------------------------------------------------------------------------------------------------
-
-
-# Of the weights between tokens that exist at once, [b, k, c, c, h]: 256 MiB in float32.
-GROUP_WEIGHTS = 2**26
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(spec: str, dtype: Any, a: Array, b: Array) -> Array:
-    """An einsum whose operands, and in the backward pass the result's gradient, are rounded to a dtype; float32.
-
-    Float32 is not rounded: on a GPU XLA would else multiply it in TF32.
-    """
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
-
-
-def _product_forward(spec, dtype, a, b):
-    # Empty arrays say of which dtype the gradients are.
-    kept = a.astype(dtype), b.astype(dtype), jnp.zeros((0,), a.dtype), jnp.zeros((0,), b.dtype)
-    return _product(spec, dtype, a, b), kept
-
-
-def _product_backward(spec, dtype, kept, gradient):
-    a, b, like_a, like_b = kept
-    operands, result = spec.split("->")
-    left, right = operands.split(",")
-    da: Any = _product(f"{result},{right}->{left}", dtype, gradient, b)
-    db: Any = _product(f"{left},{result}->{right}", dtype, a, gradient)
-    return da.astype(like_a.dtype), db.astype(like_b.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def ssd_scan(
@@ -100,19 +68,14 @@ def ssd_scan(
     b, t, h, p = x.shape
     g, n = key.shape[2:]
     chunk = min(chunk, t)
-    chunks = -(-t // chunk)
-    groups = -(-chunks // max(1, GROUP_WEIGHTS // (b * chunk * chunk * h)))
-    in_group = -(-chunks // groups)
-    padding = groups * in_group * chunk - t
+    cut = chunks.Cut.of(t, chunk, b * chunk * chunk * h)  # the weights
     low = x.dtype if t > 1 else jnp.float32  # one token is no matrix
-    product = cast(Callable[..., Array], functools.partial(_product, dtype=low))
+    product = functools.partial(chunks.product, dtype=low)
 
     def grouped(y: Array) -> Array:
         """[b, t, ...] -> [groups, b, k, c, ...]; a padded token has dt = 0, which decays nothing and adds nothing."""
-        y = jnp.pad(y, ((0, 0), (0, padding), *[(0, 0)] * (y.ndim - 2)))
-        return y.reshape(b, groups, in_group, chunk, *y.shape[2:]).swapaxes(0, 1)
+        return cut.tokens(y).swapaxes(0, 1)
 
-    padded_runs = jnp.pad(runs, ((0, 0), (0, padding)), mode="edge")
     heads = (g, h // g)  # a key head and those of its query heads
     dt = dt.astype(jnp.float32)
     steps = (
@@ -121,12 +84,9 @@ def ssd_scan(
         grouped(query),
         grouped(dt.reshape(b, t, *heads)),
         grouped((dt * rate).reshape(b, t, *heads)),
-        padded_runs.reshape(b, groups, in_group, chunk).swapaxes(0, 1),
+        cut.runs(runs).swapaxes(0, 1),
     )
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))
-
-    def kept(exponent: Array, where: Array) -> Array:
-        return jnp.exp(jnp.where(where, exponent, -jnp.inf))
 
     def body(carry, step):
         state, run = carry
@@ -138,22 +98,22 @@ def ssd_scan(
         last_runs, end = runs[..., -1], total[:, :, -1]
         # Within a chunk: from token j to token i.
         by_token = jnp.moveaxis(total, 2, -1)
-        decays = kept(by_token[..., :, None] - by_token[..., None, :], sees[:, :, None, None])
+        decays = chunks.kept(by_token[..., :, None] - by_token[..., None, :], sees[:, :, None, None])
         scores = product("bkign,bkjgn->bkgij", a=query, b=key)
         weights = scores[:, :, :, None] * decays * jnp.moveaxis(dt, 2, -1)[..., None, :]
         y = product("bkghij,bkjghp->bkighp", a=weights, b=x)
         # What it adds to the state, and what is left of the state before it.
-        to_state = kept(end[:, :, None] - total, (runs == last_runs[..., None])[..., None, None]) * dt
+        to_state = chunks.kept(end[:, :, None] - total, (runs == last_runs[..., None])[..., None, None]) * dt
         added = product("bkjgn,bkjghp->bkghpn", a=key, b=to_state[..., None] * x.astype(jnp.float32))
-        left = kept(end, (last_runs == first_runs)[..., None, None])
+        left = chunks.kept(end, (last_runs == first_runs)[..., None, None])
 
-        def after(state, chunk):
-            left, added = chunk
+        def after(state, one):
+            left, added = one
             return left[..., None, None] * state + added, state
 
         state, before = jax.lax.scan(after, state, (left.swapaxes(0, 1), added.swapaxes(0, 1)))
         # From before a chunk, for the tokens that go on with its run.
-        from_state = kept(total, (runs == first_runs[..., None])[..., None, None])
+        from_state = chunks.kept(total, (runs == first_runs[..., None])[..., None, None])
         y = y + from_state[..., None] * product("bkign,kbghpn->bkighp", a=query, b=before)
         return (state, last_runs[:, -1]), y
 

@@ -20,7 +20,7 @@ from helpers import (
     relative_error,
 )
 
-from jaxlora import mamba
+from jaxlora import chunks
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.export import save_merged, save_model
 from jaxlora.converters.huggingface import SafetensorsSource, model_config
@@ -65,7 +65,7 @@ def recurrence(x, dt, rate, key, query, runs, state):
 @pytest.mark.parametrize("chunk, weights", [(1, 2**26), (4, 2**26), (4, 2 * 2 * 4**2 * 6), (17, 1), (64, 2**26)])
 def test_chunks_equal_the_recurrence(chunk, weights, monkeypatch):
     """All five chunks of 4 at once, and two at a time, of which the last group has one of padding alone."""
-    monkeypatch.setattr(mamba, "GROUP_WEIGHTS", weights)
+    monkeypatch.setattr(chunks, "GROUP_NUMBERS", weights)
     values = arrays(17)
     x, dt, rate, key, query, state = values
 
