@@ -17,23 +17,40 @@ Written out, with s_t = sum over r <= t of log a_r and u_t the deltas that are w
 
 with S the state of the token before a chunk, and s counted from the chunk's start. The first line is a triangular
 system for the chunk's deltas: (I + L) U = b (V - exp(s) K S), where L has b_t exp(s_t - s_r) (k_t . k_r) below its
-diagonal. It is solved by substitution. The inverse as a product of powers of L would be products of matrices
-throughout, but the powers of L grow like binomials where keys are alike, and cancel.
+diagonal. The state enters it linearly, so that it is solved without one, of all chunks of a *group* at once (`chunks`):
 
-So work and memory grow with the length, not with its square, and a single token is a chunk of one. Everything in the
-scan is float32. The backward pass keeps the states between chunks and computes a chunk again.
+    U = U_0 - W S,    U_0 = T b V,    W = T b exp(s) K,    T = (I + L)^-1
+
+as in the WY form of arXiv:2412.06464. Only S, and with it W S and Q S, come chunk after chunk (`_states`).
+
+T is found by substitution of blocks, products throughout (`inverse`):
+
+    [I + A       ]^-1   [  A'       ]
+    [  C    I + B]    = [-B' C A'  B']        A' = (I + A)^-1, B' = (I + B)^-1
+
+from blocks of one number up. No number on the way is above 1: T_tr is the delta that t writes where r has written a 1
+and nobody else anything, a step times what the state has for a unit key, which no token between makes more; so are A'
+and B', and -C A' is the same where nobody writes but in A. T as a product of powers of L would be as many products, but
+the powers grow like binomials where keys are alike, and cancel.
+
+So work and memory grow with the length, not with its square, and a single token is a chunk of one. Sums, decays, states
+and T's making are float32. What is multiplied is rounded to the model's dtype in both directions, T too, as in the
+makers' kernels (flash-linear-attention). In float32, and of a single token, nothing is. Where a chunk's keys are all
+alike, steps near 1 and decays none, deltas of the whole chunk cancel, and so the roundings of 64 of them add up. The
+backward pass keeps the states between groups and computes a group again.
 
 Before the scan queries, keys and values go through a short causal convolution over time. Documents in one row do not
 see each other, neither through a tap nor through the state: see `mamba`, which has the same two parts.
 
-Shapes: b batch, t tokens, c (i, j) those of a chunk, g heads of queries and keys of n, each shared by r of the h = g r
-heads of values of p, w taps of the convolution, and k = 2 g n + h p channels that go through it.
+Shapes: b batch, t tokens, k chunks of a group, c (i, j) tokens of a chunk, g heads of queries and keys of n, each
+shared by r of the h = g r heads of values of p, w taps of the convolution, and 2 g n + h p channels that go through it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +58,115 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxlora import chunks
 from jaxlora.config import LinearAttentionConfig, ModelConfig
 from jaxlora.kernels.gated import ACTIVATIONS
 from jaxlora.mamba import Convolution, GatedNorm, put_layer
 
-# Plain float32 on a GPU too, where XLA would take float32 products in TF32.
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+# ---- The triangular system -------------------------------------------------------------------------------------------
+
+# Products of smaller blocks are written out: a library's are made for larger ones, and there are many of these.
+_WRITTEN_OUT = 8
+
+
+def _block_product(a: Array, b: Array) -> Array:
+    """a b of many small squares, in float32."""
+    size = a.shape[-1]
+    if size > _WRITTEN_OUT:
+        return chunks.product("...im,...mj->...ij", jnp.float32, a, b)
+    return sum((a[..., m : m + 1] * b[..., m : m + 1, :] for m in range(1, size)), a[..., :1] * b[..., :1, :])
+
+
+def inverse(below: Float[Array, "*batch c c"]) -> Float[Array, "*batch c c"]:
+    """(I + L)^-1 of a matrix L that is 0 on its diagonal and above, by substitution of blocks; c is a power of two."""
+    size = below.shape[-1]
+    if size == 1:
+        return jnp.ones_like(below)
+    half = size // 2
+    of_blocks = inverse(jnp.stack([below[..., :half, :half], below[..., half:, half:]], axis=-3))
+    first, second = of_blocks[..., 0, :, :], of_blocks[..., 1, :, :]
+    corner = -_block_product(second, _block_product(below[..., half:, :half], first))
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(low: Any, below: Array, right: Array) -> Array:
+    """(I + L)^-1 R. The gradient of L is made of what is solved for, and goes through no inverse."""
+    return _solve_forward(low, below, right)[0]
+
+
+def _solve_forward(low, below, right):
+    size = below.shape[-1]
+    if size == 1:  # a single token
+        solution, inverted = right, jnp.ones_like(below)
+    else:
+        padding = (1 << (size - 1).bit_length()) - size
+        padded = jnp.pad(below, [(0, 0)] * (below.ndim - 2) + [(0, padding)] * 2)
+        inverted = inverse(padded)[..., :size, :size].astype(low)
+        solution = chunks.product("...ij,...jm->...im", low, inverted, right)
+    return solution, (inverted, solution.astype(low))
+
+
+def _solve_backward(low, residuals, gradient):
+    inverted, solution = residuals
+    of_right = chunks.product("...ij,...im->...jm", low, inverted, gradient)
+    return -jnp.tril(chunks.product("...im,...jm->...ij", low, of_right, solution), -1), of_right
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
+
+# ---- The states ------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _states(low: Any, reads: Array, key: Array, fresh: Array, left: Array, state: Array) -> tuple[Array, Array, Array]:
+    """Chunk after chunk: what queries read of the state before it [k, ..., c, p], its deltas, and the last state.
+
+    reads [k, ..., 2 c, n]: rows of W, then queries; key [k, ..., c, n]: times the decay to the chunk's end; fresh
+    [k, ..., c, p]: deltas of no state; left [k, ...]: what is left of a state. The gradients of what is multiplied with
+    the states are products of all chunks at once.
+    """
+    return _states_forward(low, reads, key, fresh, left, state)[0]
+
+
+def _states_forward(low, reads, key, fresh, left, state):
+    size = key.shape[-2]
+    reads, key = reads.astype(low), key.astype(low)
+
+    def after(state, chunk):
+        reads, key, fresh, left = chunk
+        found = chunks.product("...in,...np->...ip", low, reads, state)
+        delta = fresh - found[..., :size, :]
+        added = chunks.product("...jn,...jp->...np", low, key, delta)
+        return left[..., None, None] * state + added, (found[..., size:, :], delta, state.astype(low))
+
+    last, (read, delta, states) = jax.lax.scan(after, state, (reads, key, fresh, left))
+    return (read, delta, last), (reads, key, left, states, delta)
+
+
+def _states_backward(low, residuals, gradients):
+    reads, key, left, states, delta = residuals
+    of_read, of_delta, of_last = gradients
+
+    def before(of_state, chunk):
+        reads, key, left, of_read, of_delta = chunk
+        of_delta = of_delta + chunks.product("...jn,...np->...jp", low, key, of_state)
+        of_found = jnp.concatenate([-of_delta, of_read], axis=-2)
+        of_before = left[..., None, None] * of_state + chunks.product("...in,...ip->...np", low, reads, of_found)
+        return of_before, (of_delta, of_state.astype(low))
+
+    of_state, (of_fresh, of_states) = jax.lax.scan(before, of_last, (reads, key, left, of_read, of_delta), reverse=True)
+    of_found = jnp.concatenate([-of_fresh, of_read], axis=-2)
+    of_reads = chunks.product("...ip,...np->...in", low, of_found, states)
+    of_key = chunks.product("...jp,...np->...jn", low, delta, of_states)
+    of_left = jnp.sum(of_states.astype(jnp.float32) * states.astype(jnp.float32), axis=(-2, -1))
+    return of_reads, of_key, of_fresh, of_left, of_state
+
+
+_states.defvjp(_states_forward, _states_backward)
+
+# ---- The scan --------------------------------------------------------------------------------------------------------
 
 
 def gated_delta_scan(
@@ -62,63 +182,65 @@ def gated_delta_scan(
 ) -> tuple[Float[Array, "b t h p"], Float[Array, "b h n p"]]:
     """y, and the state after the last token, both float32; `chunk` tokens at a time.
 
-    Queries and keys are used as they are: see `unit`. log_decay: at most 0. runs: never fall along a row. `state` is
-    that of run 0: tokens of a later run begin with none.
+    Queries and keys are used as they are, but rounded to the dtype of `value`: see `unit`. log_decay: at most 0. runs:
+    never fall along a row. `state` is that of run 0: tokens of a later run begin with none.
     """
     b, t, h, p = value.shape
     g, n = key.shape[2:]
-    r = h // g
+    heads = (g, h // g)  # a key head and those of its value heads
     chunk = min(chunk, t)
-    count = -(-t // chunk)
+    # What is solved for and with, what reads and what is read are as large together as the largest four times.
+    cut = chunks.Cut.of(t, chunk, 4 * b * h * max(chunk * chunk, chunk * (n + p), n * p))
+    low = value.dtype if t > 1 else jnp.float32  # one token is no matrix
+    product = functools.partial(chunks.product, dtype=low)
 
-    def chunks(y: Array, heads: tuple[int, ...]) -> Array:
-        """[b, t, h, ...] -> [count, b, *heads, c, ...]; a padded token has key and step 0: it changes nothing."""
-        y = jnp.pad(y.astype(jnp.float32), ((0, 0), (0, count * chunk - t), *[(0, 0)] * (y.ndim - 2)))
-        y = y.reshape(b, count, chunk, *heads, *y.shape[3:])
-        return jnp.moveaxis(y, (1, 2), (0, 2 + len(heads)))
+    def grouped(y: Array, heads: tuple[int, ...]) -> Array:
+        """[b, t, h, ...] -> [groups, k, b, *heads, c, ...]; a padded token has key and step 0: it changes nothing."""
+        y = cut.tokens(y)
+        y = y.reshape(*y.shape[:4], *heads, *y.shape[5:])
+        return jnp.moveaxis(y, (0, 3), (2, 3 + len(heads)))
 
-    padded_runs = jnp.pad(runs, ((0, 0), (0, count * chunk - t)), mode="edge")
-    per_value = (g, r)
     inputs = (
-        chunks(query, (g,)),
-        chunks(key, (g,)),
-        *(chunks(part, per_value) for part in (value, log_decay, step)),
-        padded_runs.reshape(b, count, chunk).swapaxes(0, 1),
+        grouped(query.astype(low), heads[:1]),
+        grouped(key.astype(low), heads[:1]),
+        grouped(value, heads),
+        *(grouped(part.astype(jnp.float32), heads) for part in (log_decay, step)),
+        jnp.moveaxis(cut.runs(runs), 0, 2),
     )
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))
-    earlier = jnp.tril(jnp.ones((chunk, chunk), bool), -1)
-
-    def kept(exponent: Array, where: Array) -> Array:
-        return jnp.exp(jnp.where(where, exponent, -jnp.inf))
 
     def body(carry, inputs):
         state, run = carry  # [b, g, r, n, p], and the run that it is of
         query, key, value, log_decay, step, runs = inputs
-        sees = causal & (runs[:, :, None] == runs[:, None, :])
+        query, key, value = (part.astype(jnp.float32) for part in (query, key, value))  # as are sums of gradients
+        sees = causal & (runs[..., :, None] == runs[..., None, :])
         # s, counted from the start of the chunk or of a run in it, so that not even rounding crosses between runs.
-        total = _einsum("bij,bgrj->bgri", sees.astype(jnp.float32), log_decay)
-        decays = kept(total[..., :, None] - total[..., None, :], sees[:, None, None])
-        from_state = kept(total, (runs == run[:, None])[:, None, None])[..., None]
-        # The deltas.
-        overlap = _einsum("bgin,bgjn->bgij", key, key)[:, :, None] * decays
-        system = jnp.where(earlier, step[..., None] * overlap, 0.0) + jnp.eye(chunk, dtype=jnp.float32)
-        missing = value - from_state * _einsum("bgin,bgrnp->bgrip", key, state)
-        delta = jax.lax.linalg.triangular_solve(
-            system, step[..., None] * missing, left_side=True, lower=True, unit_diagonal=True
-        )
+        total = product("kbij,kbgrj->kbgri", dtype=jnp.float32, a=sees.astype(jnp.float32), b=log_decay)
+        first_runs = jnp.concatenate([run[None], runs[:-1, :, -1]])  # of the state before a chunk
+        last_runs, end = runs[..., -1], total[..., -1]
+        per_head = (slice(None), slice(None), None, None)
+        decays = chunks.kept(total[..., :, None] - total[..., None, :], sees[per_head])
+        from_state = chunks.kept(total, (runs == first_runs[..., None])[per_head])[..., None]
+        to_state = chunks.kept(end[..., None] - total, (runs == last_runs[..., None])[per_head])[..., None]
+        left = chunks.kept(end, (last_runs == first_runs)[per_head])
+        # The deltas of no state, and W.
+        keys, step = key[:, :, :, None], step[..., None]
+        overlap = product("kbgin,kbgjn->kbgij", a=key, b=key)[:, :, :, None]
+        right = jnp.concatenate([step * from_state * keys, step * value], axis=-1)
+        solution = cast(Array, _solve(low, jnp.tril(step * overlap * decays, -1), right))
+        # Those of the states.
+        queries = jnp.broadcast_to(query[:, :, :, None], (*decays.shape[:-1], n))
+        reads = jnp.concatenate([solution[..., :n], queries], axis=-2)
+        states = _states(low, reads, to_state * keys, solution[..., n:], left, state)
+        read, delta, state = cast(tuple[Array, Array, Array], states)
         # What is read.
-        weights = _einsum("bgin,bgjn->bgij", query, key)[:, :, None] * decays
-        y = from_state * _einsum("bgin,bgrnp->bgrip", query, state) + _einsum("bgrij,bgrjp->bgrip", weights, delta)
-        # What is handed on.
-        last, end = runs[:, -1], total[..., -1]
-        to_state = kept(end[..., None] - total, (runs == last[:, None])[:, None, None])
-        state = kept(end, (last == run)[:, None, None])[..., None, None] * state
-        state = state + _einsum("bgjn,bgrjp->bgrnp", key, to_state[..., None] * delta)
-        return (state, last), y
+        weights = product("kbgin,kbgjn->kbgij", a=query, b=key)[:, :, :, None] * decays
+        y = from_state * read + product("kbgrij,kbgrjp->kbgrip", a=weights, b=delta)
+        return (state, last_runs[-1]), y
 
-    start = (state.astype(jnp.float32).reshape(b, g, r, n, p), jnp.zeros(b, runs.dtype))
+    start = (state.astype(jnp.float32).reshape(b, *heads, n, p), jnp.zeros(b, runs.dtype))
     (state, _), y = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, inputs)
-    y = jnp.moveaxis(y, (0, 4), (1, 2)).reshape(b, count * chunk, h, p)[:, :t]
+    y = jnp.moveaxis(y, (2, 5), (0, 3)).reshape(b, -1, h, p)[:, :t]
     return y, state.reshape(b, h, n, p)
 
 
@@ -153,7 +275,7 @@ class GatedDeltaNet(nnx.Module):
         self.state_shape = (h, linear.key_head_dim, linear.value_head_dim)
 
     def __call__(self, x, runs: Int[Array, "b t"], key, cache=None):
-        """`cache` is (convolution inputs, state, layer) of stacked ones, [repeats, B, w - 1, k] in x's dtype and
+        """`cache` is (convolution inputs, state, layer) of stacked ones, [repeats, B, w - 1, channels] in x's dtype and
         [repeats, B, h, n, p] float32, and returned as this call's last token leaves them."""
         linear, (b, t, _) = self.linear, x.shape
         g, n, h, p = linear.num_key_heads, linear.key_head_dim, linear.num_value_heads, linear.value_head_dim

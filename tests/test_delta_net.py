@@ -1,9 +1,11 @@
 """The gated delta rule: the scan in chunks against the recurrence, and Qwen3.5's files against transformers."""
 
+import functools
 import json
 
 import bitsandbytes.functional
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from helpers import (
 )
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
+from jaxlora import chunks, delta_net
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.converters.bitsandbytes import BitsandbytesSource
 from jaxlora.converters.export import save_merged, save_model
@@ -63,8 +66,12 @@ def recurrence(query, key, value, log_decay, step, runs, state):
     return jnp.stack(out, axis=1), state
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 17, 64])
-def test_chunks_equal_the_recurrence(chunk):
+@pytest.mark.parametrize(
+    "chunk, numbers", [(1, 2**26), (4, 2**26), (4, 2 * 4 * 2 * 4 * 4 * (5 + 3)), (17, 1), (64, 2**26)]
+)
+def test_chunks_equal_the_recurrence(chunk, numbers, monkeypatch):
+    """All five chunks of 4 at once, and two at a time, of which the last group has one of padding alone."""
+    monkeypatch.setattr(chunks, "GROUP_NUMBERS", numbers)
     values = arrays(17)
 
     def outputs_and_gradients(scan):
@@ -109,6 +116,89 @@ def test_keys_that_are_alike_are_solved_for_exactly():
     expected = recurrence(query, key, value, 0 * log_decay, step, runs, state)
     for one, other in zip(found, expected, strict=True):
         assert relative_error(one, other) < 1e-5
+
+
+def test_the_inverse_by_blocks_is_that_of_float64():
+    """Of keys that are alike, and of one matrix that a chunk of odd length would be padded to."""
+    noise = np.random.default_rng(0).normal(size=(3, 64, 5)) * np.array([0.0, 0.1, 1.0])[:, None, None]
+    key = np.asarray(unit(jnp.asarray(1.0 + noise)))
+    below = np.tril(0.99 * key @ key.mT, -1)
+    below[2, 50:] = 0.0
+    found = delta_net.inverse(jnp.asarray(below))
+    expected = np.linalg.inv(np.eye(64) + below.astype(np.float64))
+    assert np.abs(expected).max() == 1.0
+    assert np.abs(found - expected).max() < 16 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_in_16_bits_only_operands_are_rounded(dtype):
+    """Some sixteen roundings stand between what is given and a result: those of two operands of
+    each product (what is solved for, a state, deltas, what is read) there and back, and that of a gradient itself.
+    Decays, the inverse and sums are float32."""
+    query, key, value, log_decay, step, state = arrays(17)
+    low = tuple(part.astype(dtype) for part in (query, key, value))
+
+    def run(scan, *values):
+        def of(*values):
+            y, after = scan(*values, RUNS, state)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(after)), (y, after)
+
+        gradients, out = jax.jit(jax.grad(of, argnums=range(5), has_aux=True))(*values)
+        return *out, *gradients
+
+    found = run(functools.partial(gated_delta_scan, chunk=4), *low, log_decay, step)
+    exact = run(recurrence, *(part.astype(jnp.float32) for part in low), log_decay, step)
+    assert [part.dtype for part in found] == [jnp.float32] * 2 + [dtype] * 3 + [jnp.float32] * 2
+    for one, wanted in zip(found, exact, strict=True):
+        assert 1e-6 < relative_error(one.astype(jnp.float32), wanted) < 4 * float(jnp.finfo(dtype).eps)
+
+
+def test_in_16_bits_keys_that_are_alike_add_a_chunk_of_roundings():
+    """Half a unit for each of the 64 deltas whose sum a token reads, where powers of the system's matrix overflow."""
+    length = 128
+    key = jnp.broadcast_to(unit(jnp.ones(5)), (2, length, 2, 5)).astype(jnp.bfloat16)
+    query, _, value, log_decay, _, state = arrays(length)
+    query, value = query.astype(jnp.bfloat16), value.astype(jnp.bfloat16)
+    step = jnp.full((2, length, 4), 0.99)
+    runs = jnp.zeros((2, length), jnp.int32)
+    found = gated_delta_scan(query, key, value, 0 * log_decay, step, runs, state, chunk=64)
+    exact = (part.astype(jnp.float32) for part in (query, key, value))
+    expected = recurrence(*exact, 0 * log_decay, step, runs, state)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 64 * float(jnp.finfo(jnp.bfloat16).eps) / 2
+
+
+def test_a_single_token_is_not_rounded():
+    query, key, value, log_decay, step, state = arrays(1)
+    value = value.astype(jnp.bfloat16)
+    runs = jnp.zeros((2, 1), jnp.int32)
+    found = gated_delta_scan(query, key, value, log_decay, step, runs, state, chunk=64)
+    expected = recurrence(query, key, value.astype(jnp.float32), log_decay, step, runs, state)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 1e-6
+
+
+def products(jaxpr, times=1):
+    """How often each product of matrices in a program runs."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield times
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from products(inner, times * turns)
+
+
+def test_only_states_are_made_chunk_after_chunk():
+    """Of 40 chunks two products each on the way there, which the way back computes again, and two of its own."""
+    query, key, value, log_decay, step, state = arrays(40 * 8)
+    runs = jnp.zeros((2, 40 * 8), jnp.int32)
+
+    def scan(query, key, value):
+        return jnp.sum(gated_delta_scan(query, key, value, log_decay, step, runs, state, chunk=8)[0])
+
+    there = list(products(jax.make_jaxpr(scan)(query, key, value).jaxpr))
+    back = list(products(jax.make_jaxpr(jax.grad(scan, argnums=range(3)))(query, key, value).jaxpr))
+    assert set(there + back) == {1, 40} and there.count(40) == 2 and back.count(40) == 2 + 2 + 2
 
 
 def test_a_long_decay_and_no_key_are_no_nan():

@@ -98,7 +98,8 @@ print(sorted(slow), xla_bridge.backends_are_initialized())
 MATHS = [
     f"jaxlora.{name}"
     for name in (
-        *("generate", "language_model", "layers", "loss", "mamba", "model", "moe", "quant", "rope"),
+        *("chunks", "delta_net", "generate", "language_model", "layers", "loss", "mamba", "model", "moe", "quant"),
+        "rope",
         *("kernels.api", "kernels.attention", "kernels.cross_entropy", "kernels.lora", "kernels.reference"),
     )
 ]
