@@ -17,7 +17,7 @@ from flax import nnx
 from jaxlora import cli, quant
 from jaxlora.bench import device, step, table
 from jaxlora.bench.checkpoints import write_checkpoint
-from jaxlora.bench.shapes import CONFIGS, Work, random_model
+from jaxlora.bench.shapes import CONFIGS, Work, random_model, weights_of
 from jaxlora.bench.step import mode_of
 from jaxlora.config import QuantConfig
 from jaxlora.converters.huggingface import model_config
@@ -207,8 +207,19 @@ def test_a_token_goes_through_the_matrices_of_the_model(shape):
     weights += config.hidden_size * config.vocab_size
     work = Work.parse(f"{shape}-2x64")
     assert work.name == f"{shape}-2x64"
-    heads = config.num_attention_heads * CONFIGS[shape]["head_dim"] * config.num_hidden_layers
+    attending = len(config.layer_types) - config.layer_types.count("linear_attention")
+    heads = config.num_attention_heads * CONFIGS[shape]["head_dim"] * attending
     assert work.flop_per_token() == 4 * weights + 6 * adapted + 6 * heads * 64
+
+
+def test_linear_attention_is_counted_by_its_linears():
+    """Of Qwen3.5-9B: 24 layers of qkv, gate, steps and decays, and out; 8 of queries with gates, keys, values, out."""
+    linear = 4096 * (2 * 16 * 128 + 32 * 128 + 4096 + 2 * 32 + 4096)
+    full = 4096 * (2 * 4096 + 2 * 1024 + 4096)
+    weights = 24 * linear + 8 * full + 32 * 3 * 4096 * 12288 + 4096 * 248320
+    assert weights_of("qwen3.5-9b") == weights
+    few, many = (Work.parse(f"qwen3.5-9b-1x{tokens}").flop_per_token() for tokens in (64, 4096))
+    assert many - few == 6 * 4096 * 8 * (4096 - 64)
 
 
 def test_of_a_window_the_last_tokens_are_seen():

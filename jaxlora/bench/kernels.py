@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from jaxlora import quant
-from jaxlora.bench.shapes import CONFIGS, RANK, linears_of
+from jaxlora.bench.shapes import CONFIGS, RANK, kinds_of, linears_of
 from jaxlora.kernels import api
 from jaxlora.kernels.cross_entropy import chunk_length, linear_cross_entropy
 from jaxlora.kernels.reference import DenseFields, NF4Fields
@@ -140,7 +140,8 @@ def dense_products(w: jax.Array, x: jax.Array) -> list[jax.Array]:
 
 def linears(shape: str) -> list[tuple[int, int]]:
     """The shapes [out, in] of a model's linears, each once."""
-    return list(dict.fromkeys((rows, columns) for columns, rows in linears_of(shape)))
+    kinds = dict.fromkeys(kinds_of(shape))
+    return list(dict.fromkeys((rows, columns) for kind in kinds for columns, rows in linears_of(shape, kind)))
 
 
 def measure(shape: str, runs: int) -> Iterator[dict[str, Any]]:

@@ -8,10 +8,10 @@ FLOP of a token, which is what model FLOPs utilisation (arXiv:2204.02311, append
 
 W: frozen weights of the linears that a token goes through, the head with them and of experts those that it is given
 to: 2 in the forward pass and 2 for the gradient of the input, for the weights have none. A: adapters' weights, 2 more
-for their own gradient. L Q T: two products of L layers' attention, T keys to a query of Q numbers and on average half
-of them seen (in a window of w the last w, which is w (1 - w / 2 T) on average), forward and twice that backward.
+for their own gradient. L Q T: two products of the attention of L layers, T keys to a query of Q numbers and on average
+half of them seen (in a window of w the last w, which is w (1 - w / 2 T) on average), forward and twice that backward.
 What a checkpointing policy computes again is not counted, so that one that recomputes less uses the device better. Nor
-is what Mamba does between its linears.
+is what Mamba and linear attention do between their linears.
 """
 
 from __future__ import annotations
@@ -54,6 +54,14 @@ CONFIGS = {
         num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=48, num_attention_heads=32,
         num_key_value_heads=4, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
         rope_theta=1000000.0, rms_norm_eps=1e-6,
+    ),
+    "qwen3.5-9b": dict(  # its language model, three layers of linear attention to each of attention
+        model_type="qwen3_5_text", vocab_size=248320, hidden_size=4096, intermediate_size=12288, num_hidden_layers=32,
+        num_attention_heads=16, num_key_value_heads=4, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32,
+        linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 8,
+        attention_bias=False, max_position_embeddings=262144, tie_word_embeddings=False, rope_theta=1e7,
+        partial_rotary_factor=0.25, rms_norm_eps=1e-6,
     ),
     "1b": dict(
         model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -119,41 +127,53 @@ class Work:
     def flop_per_token(self) -> int:
         """See the head of this module."""
         c: dict[str, Any] = CONFIGS[self.shape]
-        q, layers = c["num_attention_heads"] * c["head_dim"], c["num_hidden_layers"]
-        adapters = layers * sum(RANK * (rows + columns) for rows, columns in linears_of(self.shape))
-        windowed = c.get("layer_types", ()).count("sliding_attention")
+        q, kinds = c["num_attention_heads"] * c["head_dim"], kinds_of(self.shape)
+        adapters = sum(RANK * (rows + columns) for kind in kinds for rows, columns in linears_of(self.shape, kind))
+        whole, windowed = (kinds.count(f"{kind}_attention") for kind in ("full", "sliding"))
         seen, window = self.sequence, min(c.get("sliding_window", 0), self.sequence)
-        keys = (layers - windowed) * seen + windowed * (2 * window - window**2 // seen)  # twice what is seen on average
+        keys = whole * seen + windowed * (2 * window - window**2 // seen)  # twice what is seen on average
         return 4 * weights_of(self.shape) + 6 * adapters + 6 * q * keys
 
 
-def linears_of(shape: str) -> list[tuple[int, int]]:
-    """(in, out) of a layer's linear layers, those that get an adapter."""
+def kinds_of(shape: str) -> list[str]:
+    """What each layer attends by, in the words of `layer_types`."""
+    c: dict[str, Any] = CONFIGS[shape]
+    return c.get("layer_types") or ["full_attention"] * c["num_hidden_layers"]
+
+
+def linears_of(shape: str, kind: str) -> list[tuple[int, int]]:
+    """(in, out) of the linear layers of a layer of a kind, those that get an adapter."""
     c: dict[str, Any] = CONFIGS[shape]
     d, f = c["hidden_size"], c["intermediate_size"]
+    mlp = [] if "num_experts_per_tok" in c else [(d, f), (d, f), (f, d)]
+    if kind == "linear_attention":  # queries, keys and values; the gate; steps and decays
+        keys, values = (c[f"linear_num_{of}_heads"] * c[f"linear_{of}_head_dim"] for of in ("key", "value"))
+        heads = c["linear_num_value_heads"]
+        return [(d, 2 * keys + values), (d, values), (d, heads), (d, heads), (values, d), *mlp]
     q, k = (c[heads] * c["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+    gated = c["model_type"] == "qwen3_5_text"  # q_proj makes a gate beside each query
     mixer = []
     if "mamba_d_ssm" in c:  # gate and x, B and C, and a step a head
         states = 2 * c["mamba_n_groups"] * c["mamba_d_state"]
         mixer = [(d, 2 * c["mamba_d_ssm"] + states + c["mamba_n_heads"])]
-    mlp = [] if "num_experts_per_tok" in c else [(d, f), (d, f), (f, d)]
-    return [(d, q), (d, k), (d, k), (q, d), *mlp, *mixer]
+    return [(d, 2 * q if gated else q), (d, k), (d, k), (q, d), *mlp, *mixer]
 
 
 def weights_of(shape: str) -> int:
     """Elements of the matrices that a token is multiplied by, the head's with them."""
     c: dict[str, Any] = CONFIGS[shape]
     d = c["hidden_size"]
-    layer = sum(a * b for a, b in linears_of(shape))
+    linears = sum(a * b for kind in kinds_of(shape) for a, b in linears_of(shape, kind))
+    others = 0
     if "num_experts_per_tok" in c:
         experts, inner = (
             c.get("num_experts") or c["num_local_experts"],
             c.get("moe_intermediate_size", c["intermediate_size"]),
         )
-        layer += d * experts + 3 * c["num_experts_per_tok"] * d * inner
+        others += d * experts + 3 * c["num_experts_per_tok"] * d * inner
     if "mamba_d_ssm" in c:
-        layer += c["mamba_d_ssm"] * d
-    return c["num_hidden_layers"] * layer + d * c["vocab_size"]
+        others += c["mamba_d_ssm"] * d
+    return linears + c["num_hidden_layers"] * others + d * c["vocab_size"]
 
 
 def random_model(shape: str, quant_config: Any, dtype: Any) -> Any:
