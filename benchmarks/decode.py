@@ -51,7 +51,8 @@ def seconds_of(generate, new: int, runs: int) -> tuple[float, float]:
 def line_of(args, weights: str, batch: int, implementation: str, first: float, step: float) -> dict:
     return dict(
         op="decode", implementation=implementation, work=f"{args.shape}-{batch}x{args.prompt}+{args.new}",
-        weights=weights, rank=args.rank, tok_s=round(batch / step, 1), step_ms=round(step * 1e3, 3),
+        weights=weights, matmul_dtype=args.matmul_dtype, rank=args.rank, tok_s=round(batch / step, 1),
+        step_ms=round(step * 1e3, 3),
         first_s=round(first, 4),
     )  # fmt: skip
 
@@ -95,18 +96,17 @@ def profile(generate) -> dict:
 
 def measure(args) -> None:
     import jax
-    import jax.numpy as jnp
     import numpy as np
     from decode_kernel import copy_gb_s
 
     from jaxlora import lora
-    from jaxlora.config import LoraConfig, QuantConfig
+    from jaxlora.config import LoraConfig
     from jaxlora.generate import generate
 
     copy = copy_gb_s()
     report(op="copy", device=jax.devices()[0].device_kind, jax=jax.__version__, gb_s=round(copy, 1))
     for weights in args.weights:
-        model = random_model(args.shape, QuantConfig() if weights == "nf4" else None, jnp.bfloat16)
+        model = model_of(args, weights)
         if args.rank:
             lora.add_adapters(model, LoraConfig(r=args.rank), jax.random.key(0))
         for batch in args.batches:
@@ -184,7 +184,21 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128, help="2 or more: a step is a later token's")
+    parser.add_argument("--matmul-dtype", choices=["fp8"], help="of the blocks' linear layers; 16 bits where not given")
     return parser
+
+
+def model_of(args, weights: str):
+    """The random model."""
+    import jax.numpy as jnp
+
+    from jaxlora import lora
+    from jaxlora.config import QuantConfig
+
+    model = random_model(args.shape, QuantConfig() if weights == "nf4" else None, jnp.bfloat16)
+    if args.matmul_dtype:
+        lora.multiply_in(model, args.matmul_dtype)
+    return model
 
 
 def main() -> None:

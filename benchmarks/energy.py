@@ -27,10 +27,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import arguments, bytes_of_step
+from decode import arguments, bytes_of_step, model_of
 
-from jaxlora.bench.shapes import random_model, weights_of
-from jaxlora.config import QuantConfig
+from jaxlora.bench.shapes import weights_of
 from jaxlora.generate import generate
 
 SM_CLOCK = 1  # NVML_CLOCK_SM
@@ -132,7 +131,8 @@ def measure(args, meter: Meter, cost: dict[str, float], model, weights: str, bat
     size, flops = bytes_of_step(model, batch, args.prompt + args.new // 2), 2 * batch * weights_of(args.shape)
     floor = (size * cost["byte"] + flops * cost["flop"]) / (meter.limit() - idle)
     report(
-        op="energy", work=f"decode {args.shape}-{batch}x{args.prompt}+{args.new}", weights=weights, j=joules,
+        op="energy", work=f"decode {args.shape}-{batch}x{args.prompt}+{args.new}", weights=weights,
+        matmul_dtype=args.matmul_dtype, j=joules,
         ms=step * 1e3, watts=joules / step, mhz=whole["mhz"], bytes=size, flops=flops, bytes_j=size * cost["byte"],
         flops_j=flops * cost["flop"], idle_j=idle * step, floor_ms=floor * 1e3, of_floor=floor / step,
         rested_ms=rested(run) * 1e3,
@@ -146,7 +146,7 @@ def main() -> None:
     meter = Meter()
     cost = costs(meter, args.seconds)
     for weights in args.weights:
-        model = random_model(args.shape, QuantConfig() if weights == "nf4" else None, jnp.bfloat16)
+        model = model_of(args, weights)
         for batch in args.batches:
             measure(args, meter, cost, model, weights, batch)
         del model

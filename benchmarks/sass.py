@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import re
 import subprocess
@@ -23,7 +24,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from jaxlora.kernels import nf4_matmul_wgmma
+from jaxlora.kernels import nf4_matmul_float8, nf4_matmul_wgmma
+from jaxlora.kernels.ordered import FLOAT8, Ordered, shape_of
 from jaxlora.kernels.reference import NF4Fields
 
 WORKS = {
@@ -32,18 +34,21 @@ WORKS = {
     "gate_up": ((14336, 4096), (14336, 4096)),
     "down": ((4096, 14336),),
 }
+WORKS_TO_SHOW = ["gate_up:64", "down:64", "qkv:64", "o:64", "o:16", "1000x576:41", "gate_up:64:fp8", "down:64:fp8"]
 LAYERS = 32
 
 
 def program(work: str):
-    """(function, its arguments) of "gate_up:64" or "1000x576:41"."""
-    name, tokens = work.split(":")
+    """(function, its arguments) of "gate_up:64" or "1000x576:41", or in float8 of "gate_up:64:fp8"."""
+    name, tokens, *float8 = work.split(":")
     rows, _, columns = name.partition("x")
     shapes = WORKS[name] if name in WORKS else ((int(rows), int(columns)),)
-    gated: dict[str, Any] = dict(act="silu", ordered=True) if name == "gate_up" else {}
+    dtype = FLOAT8 if float8 else jnp.bfloat16
+    gated: dict[str, Any] = dict(act="silu", ordered=dtype) if name == "gate_up" else {}
 
     def product(x, *weights):
-        return nf4_matmul_wgmma.matmul_nf4(x, list(weights), shapes=shapes, parts=True, **gated)
+        kernel = nf4_matmul_float8 if float8 else nf4_matmul_wgmma
+        return kernel.matmul_nf4(x, list(weights), shapes=shapes, parts=True, **gated)
 
     struct = jax.ShapeDtypeStruct
     weights = [
@@ -56,7 +61,15 @@ def program(work: str):
         )
         for out, into in shapes
     ]
-    return product, (struct((int(tokens), shapes[0][1]), jnp.bfloat16), *weights)
+    columns = shapes[0][1]
+    x = Ordered(
+        struct(shape_of(int(tokens), columns, bool(float8)), dtype), (int(tokens), columns), jnp.dtype(jnp.bfloat16)
+    )
+    if float8:  # as is made of them: a scale a tile of the gate, or a token
+        of_columns = struct((columns // 128,), jnp.float32) if name == "down" else None
+        of_tokens = None if name == "down" else struct((int(tokens),), jnp.float32)
+        x = dataclasses.replace(x, of_tokens=of_tokens, of_columns=of_columns)
+    return product, (x, *weights)
 
 
 def ptx_of(function, args) -> str:
@@ -103,7 +116,7 @@ def instructions(cubin: Path, tools: Path) -> list[str]:
 
 def loop_of(lines: list[str]) -> tuple[int, int]:
     """First and last instruction of the smallest loop around all products; (0, -1) where there is none."""
-    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+    products = [i for i, line in enumerate(lines) if re.search("[HQ]GMMA", line)]
     jumps = [(int(m[1]), i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*->(\d+)$", line))]
     around = [(first, last) for first, last in jumps if first <= products[0] and products[-1] <= last]
     return min(around, key=lambda loop: loop[1] - loop[0], default=(0, -1))
@@ -136,7 +149,7 @@ def measure(work: str, ptxas: str | None, out: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("works", nargs="*", default=["gate_up:64", "down:64", "qkv:64", "o:64", "o:16", "1000x576:41"])
+    parser.add_argument("works", nargs="*", default=WORKS_TO_SHOW)
     parser.add_argument("--ptxas")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -141,9 +141,9 @@ class Attention(nnx.Module):
         mixed, cache, stored = self.mixed(x, context, keys, cache)
         return self.o_proj(mixed, keys[3]), cache, stored
 
-    def mixed(self, x, context: Context, keys: list, cache=None, ordered: bool = False):
+    def mixed(self, x, context: Context, keys: list, cache=None, ordered: Any = None):
         """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`, or `Ordered`; so
-        may with `ordered` what is returned."""
+        may with `ordered`, a dtype, what is returned."""
         decodes = cache is not None and context.one_token and self._decodes(context)
         q, k, v = self._project(x, keys, parts=decodes and self._leaves_as_projected)
         b, t, _ = q.shape
@@ -152,7 +152,7 @@ class Attention(nnx.Module):
             q, gate = jnp.split(q.reshape(b, t, self.heads, 2 * self.head_dim), 2, axis=-1)
             q = q.reshape(b, t, -1)
         if decodes:
-            out, cache = self._decode(q, k, v, cache, context, ordered and gate is None)
+            out, cache = self._decode(q, k, v, cache, context, None if gate is not None else ordered)
             stored = {}
         else:
             out, cache, stored = self._attend(q, k, v, cache, context)
@@ -195,7 +195,7 @@ class Attention(nnx.Module):
         """Whether nothing but `decode_attention` reads the projections of one token."""
         return self.qk_norm is None and self.v_norm_eps is None and not self.output_gate
 
-    def _decode(self, q, k, v, cache, context: Context, ordered: bool) -> tuple[Any, Any]:
+    def _decode(self, q, k, v, cache, context: Context, ordered: Any) -> tuple[Any, Any]:
         """`_attend` for one token of each row, in one kernel where there is one; perhaps `Ordered` [B, N H]."""
         assert context.key_segments is not None
         cos_and_sin = None if self.rope is None else context.rotary[self.rope]

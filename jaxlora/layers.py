@@ -271,10 +271,10 @@ def linear_each(
 
 
 def gated_linear(
-    gate: Linear, up: Linear, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, act: str, keys: list, ordered: bool
+    gate: Linear, up: Linear, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, act: str, keys: list, ordered: Any
 ) -> Any:
     """act(gate(x)) * up(x). Few tokens take one launch for all of it, the norm too if they are `Unnormed`, where there
-    is a kernel. With `ordered` it may be `Ordered`."""
+    is a kernel. With `ordered`, a dtype, it may be `Ordered`."""
     tokens = math.prod(x.shape[:-1])
     if gate.bias is up.bias is None and gate.is_product(tokens) and up.is_product(tokens):
         read, norm = read_by([gate, up], x)
@@ -327,13 +327,16 @@ def _of_gate_backward(act, structure, saved, dy):
 _of_gate.defvjp(_of_gate_forward, _of_gate_backward)
 
 
-def read_ordered(linears: list, x: Float[Array, "*batch d"]) -> bool:
-    """Whether linears that read the same, of as many tokens as x and of its dtype, do it in one launch that takes it as
-    `Ordered`, and read it for nothing else."""
+def read_ordered(linears: list, x: Float[Array, "*batch d"], float8: bool = True) -> Any:
+    """The dtype in which linears that read the same, of as many tokens as x and of its dtype, take it as `Ordered`, in
+    one launch, and read it for nothing else; None if they do not. It is float8 where all multiply in that, and `float8`
+    says that who makes it can."""
     tokens = math.prod(x.shape[:-1])
+    if not all(linear.is_product(tokens) for linear in linears):
+        return None
     read = jax.ShapeDtypeStruct((tokens, linears[0].in_features), x.dtype)
-    are_products = all(linear.is_product(tokens) for linear in linears)
-    return are_products and quant.reads_ordered(read, [linear.weight.get_value() for linear in linears])
+    float8 = float8 and all(linear.matmul_dtype is not None for linear in linears)
+    return quant.reads_ordered(read, [linear.weight.get_value() for linear in linears], float8)
 
 
 class PlainLinear(nnx.Module):
@@ -482,8 +485,8 @@ def read_by(linears: list, x: Float[Array, "*batch d"] | Ordered | Unnormed) -> 
     return (x.x, x.norm.of_products()) if x.is_read_by_products(linears) else (x.normed(), None)
 
 
-def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float, ordered: bool = False) -> tuple[Array, Any]:
-    """The residual stream, which may be `Unsummed`, and what the norm makes of it; with `ordered` that may be
+def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float, ordered: Any = None) -> tuple[Array, Any]:
+    """The residual stream, which may be `Unsummed`, and what the norm makes of it; with `ordered`, a dtype, that may be
     `Ordered`."""
     return norm.after(*(x if isinstance(x, Unsummed) else (x, None)), multiplier, ordered)
 
@@ -492,6 +495,6 @@ def summed_and_unnormed(x: Any, norm: Norm | Identity, multiplier: float, linear
     """The same, where `linear_each` or `gated_linear` of some linears reads the second, and norms it if the sum is
     there already."""
     if isinstance(x, Unsummed) or isinstance(norm, Identity):
-        ordered = isinstance(x, Unsummed) and read_ordered(linears, x.x)
+        ordered = read_ordered(linears, x.x) if isinstance(x, Unsummed) else None
         return summed_and_normed(x, norm, multiplier, ordered)
     return x, Unnormed(x, norm)

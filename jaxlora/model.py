@@ -244,7 +244,7 @@ class DecoderLayer(nnx.Module):
         residual stream, where there are kernels that do."""
         attention = cast(Attention, self.self_attn)
         x, normed = summed_and_unnormed(x, self.input_layernorm, self.multiplier, attention.projections)
-        ordered = read_ordered([attention.o_proj], x)
+        ordered = read_ordered([attention.o_proj], x, float8=False)
         mixed, of_attention, stored = attention.mixed(normed, context, keys[:4], (*cache[:2], cache[-1]), ordered)
         x = attention.o_proj.onto(x, mixed, self.multiplier, keys[3])
         x, normed = summed_and_unnormed(x, self.post_attention_layernorm, self.multiplier, self.mlp.projections)

@@ -74,10 +74,10 @@ class Norm(Weighted):
         x: Float[Array, "*batch features"],
         y: Float[Array, "*batch features"] | Parts | None,
         multiplier: float = 1.0,
-        ordered: bool = False,
+        ordered: Any = None,
     ) -> tuple[Float[Array, "*batch features"], Any]:
         """(x + multiplier * y, the norm of that), where y is None (x, its norm). Few tokens take one launch for it, and
-        with `ordered` the norm may be `Ordered`."""
+        with `ordered`, a dtype, the norm may be `Ordered`."""
         if self._is_rms_norm:
             options: dict[str, Any] = dict(eps=self.eps, offset=self.offset, multiplier=multiplier, ordered=ordered)
             if self.read_in is not None and math.prod(x.shape[:-1]) >= LEAST_TOKENS:
@@ -106,7 +106,7 @@ class Identity(nnx.Module):
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         return x
 
-    def after(self, x, y, multiplier: float = 1.0, ordered: bool = False):
+    def after(self, x, y, multiplier: float = 1.0, ordered: Any = None):
         """(x + multiplier * y) twice, as `Norm.after`."""
         x = x if y is None else added(x, y, multiplier)
         return x, x

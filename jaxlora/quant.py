@@ -430,14 +430,14 @@ def matmul_each(
     act: str | None = None,
     residual: Residual | None = None,
     parts: bool = False,
-    ordered: bool = False,
+    ordered: Any = None,
 ) -> list[Any]:
     """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks.
 
     Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
     * up, and adds one result to a residual stream. See `reference.matmul_nf4`. With `parts`, for those who add them up,
     products alone may be `Parts`. x may be `Ordered` where they read it so (`reads_ordered`),
-    and with `ordered` what is gated.
+    and with `ordered`, a dtype, what is gated.
     """
     if norm is not None or act is not None or residual is not None:
         if all(isinstance(w, QuantizedArray) for w in weights):
@@ -457,11 +457,15 @@ def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
     return _meet_few([w]) and api.adds_residual(x, [_fields(w)], shapes=[w.shape])
 
 
-def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any]) -> bool:
-    """Whether a kernel multiplies x [tokens, in] by some weights (`matmul_each`) that reads x as `Ordered`."""
+def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any], float8: bool = False) -> Any:
+    """The dtype in which a kernel that multiplies x [tokens, in] by some weights (`matmul_each`) reads x as `Ordered`,
+    with `float8` that where it can; None if it does not."""
     if not _meet_few(weights):
-        return False
-    return api.reads_ordered(x, [*map(_fields, weights)], shapes=[w.shape for w in weights])
+        return None
+    return api.reads_ordered(x, [*map(_fields, weights)], shapes=[w.shape for w in weights], float8=float8)
+
+
+MANY_OF_FEW = ("triton_float8", "triton_wgmma")  # of `api.matmul_nf4`, for 9 tokens and more
 
 
 def _meet_few(weights: Sequence[Any]) -> bool:
@@ -475,7 +479,7 @@ def _fields(w: QuantizedArray) -> NF4Fields:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul_around(
-    act: str | None, ordered: bool, x, weights: tuple, norm: InputNorm | None, residual: Residual | None
+    act: str | None, ordered: Any, x, weights: tuple, norm: InputNorm | None, residual: Residual | None
 ) -> list[Any]:
     """`matmul_each` of quantised weights with what stands around the products."""
     if _meet_few(weights):
@@ -484,7 +488,7 @@ def _matmul_around(
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
         fields, shapes = [*map(_fields, weights)], [w.shape for w in weights]
         is_few = math.prod(x.shape[:-1]) <= nf4_matmul.MOST_TOKENS
-        for name in ("triton", "triton_wgmma") if is_few else ("triton_wgmma",):
+        for name in (("triton",) if is_few else ()) + MANY_OF_FEW:
             try:
                 ys = api.matmul_nf4(flat(x), fields, shapes=shapes, implementation=name, **options)
                 return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
@@ -534,7 +538,7 @@ def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"] | Ordered, weigh
     if _meet_few(weights):
         fields = [*map(_fields, weights)]
         is_few = rows.shape[0] <= nf4_matmul.MOST_TOKENS
-        for name in ("triton",) if is_few else ("triton_wgmma", "triton_tiles"):
+        for name in ("triton",) if is_few else (*MANY_OF_FEW, "triton_tiles"):
             try:
                 ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], parts=parts, implementation=name)
                 return [y.reshape(*x.shape[:-1], -1) for y in ys]

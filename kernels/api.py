@@ -21,6 +21,7 @@ from jaxlora.kernels import (
     grouped_triton,
     nf4,
     nf4_matmul,
+    nf4_matmul_float8,
     nf4_matmul_tiles,
     nf4_matmul_wgmma,
     nf4_merge,
@@ -33,7 +34,7 @@ from jaxlora.kernels import dropped_product as dropping
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
-from jaxlora.kernels.ordered import STEP, Ordered, plain
+from jaxlora.kernels.ordered import FLOAT8, STEP, Ordered, plain
 from jaxlora.kernels.parts import Parts
 
 
@@ -125,7 +126,7 @@ def undivided(product: Callable) -> Callable:
 def of_plain(product: Callable) -> Callable:
     """A product that reads x as it is, and returns results so."""
 
-    def implementation(x, *args, ordered: bool = False, **kwargs):
+    def implementation(x, *args, ordered: Any = None, **kwargs):
         return product(plain(x), *args, **kwargs)
 
     return implementation
@@ -140,6 +141,7 @@ _OPS: dict[str, dict[str, Callable]] = {
     },
     "matmul_nf4": {
         "triton": on_gpu(of_plain(undivided(nf4_matmul.matmul_nf4))),
+        "triton_float8": on_gpu_of("9.0", nf4_matmul_float8.matmul_nf4),
         "triton_wgmma": on_gpu_of("9.0", nf4_matmul_wgmma.matmul_nf4),
         "triton_tiles": on_gpu(of_plain(nf4_matmul_tiles.matmul_nf4)),
         "reference": reference.matmul_nf4,
@@ -242,16 +244,17 @@ def matmul_nf4(
     act: str | None = None,
     residual: reference.Residual | None = None,
     parts: bool = False,
-    ordered: bool = False,
-    implementation: Literal["triton", "triton_wgmma", "triton_tiles", "reference"] | None = None,
+    ordered: Any = None,
+    implementation: Literal["triton", "triton_float8", "triton_wgmma", "triton_tiles", "reference"] | None = None,
 ) -> list[Any]:
     """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks, and what stands around the products:
     a norm of x before, act(gate) * up and a residual stream after. See `reference.matmul_nf4`.
 
     Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`, "triton_tiles" `nf4_matmul_tiles.MOST_TOKENS`,
     and the products alone; "triton_wgmma" as many, and `act`, on compute capability 9.0.
-    With `parts` products whose k they divide are `Parts`; with `ordered` a result of "triton_wgmma" with `act` may be
-    `Ordered`, in which that alone reads x without a launch before.
+    With `parts` products whose k they divide are `Parts`; with `ordered`, a dtype, a result of "triton_wgmma" with
+    `act` may be `Ordered`, in which that alone reads x without a launch before. "triton_float8" takes `Ordered` float8
+    alone, and with `ordered` float8 makes it.
     """
     options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts, ordered=ordered)
     return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)
@@ -271,17 +274,21 @@ def adds_residual(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Seq
     return True
 
 
-def reads_ordered(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]]) -> bool:
-    """Whether "triton_wgmma" of `matmul_nf4` is what multiplies these here, x perhaps as a `jax.ShapeDtypeStruct`, and
-    in whole steps, so that who makes x may make it `Ordered`."""
+def reads_ordered(
+    x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]], float8: bool = False
+) -> Any:
+    """The dtype in which who makes x, perhaps a `jax.ShapeDtypeStruct`, may make it `Ordered`, since "triton_wgmma" of
+    `matmul_nf4` is what multiplies these here, and in whole steps; else None. With `float8` that dtype, where
+    "triton_float8" can.
+    """
     tokens, columns = x.shape
     if tokens <= nf4_matmul.MOST_TOKENS or columns % STEP:
-        return False
+        return None
     try:
         on_gpu_of("9.0", nf4_matmul.check)(x, weights, shapes, nf4_matmul_wgmma.MOST_TOKENS)
     except NotImplementedError:
-        return False
-    return True
+        return None
+    return FLOAT8 if float8 and nf4_matmul_float8.takes(weights, columns) else x.dtype
 
 
 def matmul_dense(
@@ -308,13 +315,13 @@ def residual_norm(
     eps: float,
     offset: float = 0.0,
     multiplier: float = 1.0,
-    ordered: bool = False,
+    ordered: Any = None,
     implementation: Literal["triton", "triton_many", "reference"] | None = None,
 ) -> tuple[Float[Array, "*batch d"], Any]:
     """(x + multiplier * y, its RMS norm), or of x alone. See `residual_norm.residual_norm_reference`.
 
     Made for few tokens is "triton", at most `residual_norm.MOST_TOKENS`; for at least `rms_norm.LEAST_TOKENS`, and
-    their gradients, "triton_many". With `ordered` the norm of few tokens may be `Ordered`.
+    their gradients, "triton_many". With `ordered`, a dtype, the norm of few tokens may be `Ordered`.
     """
     options = dict(eps=eps, offset=offset, multiplier=multiplier, ordered=ordered)
     return dispatch("residual_norm", _OPS["residual_norm"], implementation, x, y, weight, index, **options)
@@ -476,7 +483,7 @@ def decode_attention(
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
     segments: Int[Array, "b s"],
-    ordered: bool = False,
+    ordered: Any = None,
     implementation: Literal["triton", "reference"] | None = None,
 ) -> tuple[Any, Float[Array, "layers b s kv h"], Float[Array, "layers b s kv h"]]:
     """Attention of one token a row, [B, N, H], over a layer of a stacked cache, and the stacks with that token's key

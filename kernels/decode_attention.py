@@ -87,7 +87,7 @@ def decode_attention_reference(
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
     segments: Int[Array, "b s"],
-    ordered: bool = False,
+    ordered: Any = None,
 ) -> Attended:
     """`apply_rope`, `write_cache` and `attention_reference` for one token a row: the result, and the stacks with the
     token in them. Keys and values of another dtype are cast to q's. Parts of q, k and v are added up first.
@@ -337,10 +337,11 @@ def decode_attention(
     key_bias: Float[Array, "b n s"] | None = None,
     sinks: Float[Array, " n"] | None = None,
     segments: Int[Array, "b s"],
-    ordered: bool = False,
+    ordered: Any = None,
 ) -> tuple[Any, Float[Array, "layers b s kv h"], Float[Array, "layers b s kv h"]]:
     """`decode_attention_reference` as a Triton kernel. Every query must see at least itself. With `ordered` the result
-    is `Ordered` [B, N H] where places are not divided, H is a multiple of 64, and N H one of 256.
+    is `Ordered` [B, N H] where places are not divided, H is a multiple of 64, and N H one of 256: in q's dtype,
+    whichever is named.
 
     An `offset` for all rows must be a place of the cache: the reference clamps it, and this writes nothing.
 
@@ -366,17 +367,17 @@ def decode_attention(
     split, pairs = split_of(batch * kv, places), 0 if rotary is None else rotary[0].shape[-1]
     part = jax.ShapeDtypeStruct((split, batch, heads), jnp.float32)
     out_dtype = q.dtype if split == 1 else jnp.float32
-    ordered = ordered and split == 1 and width % 64 == 0 and heads * width % STEP == 0
-    out_shape = shape_of(batch, heads * width) if ordered else (split, *q.shape)
+    is_ordered = ordered is not None and split == 1 and width % 64 == 0 and heads * width % STEP == 0
+    out_shape = shape_of(batch, heads * width) if is_ordered else (split, *q.shape)
     shapes = [jax.ShapeDtypeStruct(out_shape, out_dtype), part, part]
     programs, one_offset = batch * kv * split, jnp.ndim(offset) == 0
     options = q.shape, keys.shape, one_offset, pairs, interleaved, scale, softcap, window, split
-    if not parts and not ordered and is_by_warps(batch, programs, heads // kv, width, pairs):
+    if not parts and not is_ordered and is_by_warps(batch, programs, heads // kv, width, pairs):
         kernel = by_warps.kernel(q.dtype, by_warps.NUM_WARPS, heads // kv, width)
         how = dict(num_warps=by_warps.NUM_WARPS, **by_warps.constants(*options))
     else:
         kernel = _kernel()
-        how = layout(programs) | constants(*options, parts, padded(batch) if ordered else 0)
+        how = layout(programs) | constants(*options, parts, padded(batch) if is_ordered else 0)
     call = functools.partial(
         triton_call,
         kernel=kernel,
@@ -389,8 +390,8 @@ def decode_attention(
     @jax.custom_batching.sequential_vmap
     def run(q, k, v, keys, values, layer, cos, sin, offset, segments):
         out, largest, total, keys, values = call(q, k, v, keys, values, layer, cos, sin, offset, segments)
-        if ordered:
-            return Ordered(out, (batch, heads * width)), keys, values
+        if is_ordered:
+            return Ordered(out, (batch, heads * width), out.dtype), keys, values
         return out[0] if split == 1 else _together(out, largest, total).astype(keys.dtype), keys, values
 
     q, k, v = (each.parts if isinstance(each, Parts) else each for each in (q, k, v))

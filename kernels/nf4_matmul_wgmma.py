@@ -51,7 +51,7 @@ that order, and lanes exchange what they have (`movmatrix`), so that a warp stor
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,10 @@ from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
 from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
-from jaxlora.kernels.nf4_matmul_wgmma_kernel import ROWS_OF_WARP, STEP, kernel
+from jaxlora.kernels.nf4_matmul_wgmma_kernel import kernel
+from jaxlora.kernels.nf4_stream import ROWS_OF_WARP, STEP
+from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order, shape_of
 from jaxlora.kernels.ordered import STEP as STEP_OF_X
-from jaxlora.kernels.ordered import Ordered, in_order, shape_of
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
@@ -115,6 +116,90 @@ def tiles_of(rows: Sequence[int], num_warps: int) -> int:
     return sum(-(-n // (ROWS_OF_WARP * num_warps)) for n in rows)
 
 
+def check(
+    x: Any,
+    weights: Sequence[NF4Fields],
+    shapes: Sequence[tuple[int, int]],
+    norm: InputNorm | None,
+    act: str | None,
+    residual: Residual | None,
+) -> None:
+    """Raise NotImplementedError where a kernel of this layout cannot do it: see `matmul_nf4`."""
+    if norm is not None or residual is not None:
+        raise NotImplementedError("the kernel neither norms nor adds")
+    if act is not None and (len(shapes) != 2 or shapes[0] != shapes[1]):
+        raise NotImplementedError(
+            f"the kernel gates one weight's products by another's of its shape, not {list(shapes)}"
+        )
+    nf4_matmul.check(x, weights, shapes, MOST_TOKENS)
+
+
+def launch(
+    kernel: Any,
+    inputs: Callable[[Ordered], tuple[jax.Array, ...]],
+    x: Ordered,
+    weights: Sequence[NF4Fields],
+    shapes: Sequence[tuple[int, int]],
+    config: Config,
+    *,
+    act: str | None,
+    parts: bool,
+    ordered: Any,
+    **options: Any,
+) -> list[Any]:
+    """What a kernel of this layout makes of x and weights: the results of `matmul_nf4`.
+
+    Args:
+      kernel: the Triton function.
+      inputs: its first arguments, those before the weights, of x.
+      ordered: the dtype of a gated result as `Ordered`, or None.
+      **options: its compile-time arguments besides those that all have.
+    """
+    tokens, columns = x.shape
+    rows = [rows for rows, _ in shapes]
+    split = 1 if act is not None else min(config.split, -(-columns // (STEP * reference.NF4_BLOCK)))
+    if act is None or rows[0] % STEP_OF_X:
+        ordered = None
+    leading, dtype = ((), x.dtype) if split == 1 else ((split,), jnp.dtype(jnp.float32))
+    padding = [0] * (MOST_WEIGHTS - len(rows))
+    outputs = rows if act is None else rows[:1]
+    tiles = tiles_of(rows if act is None else [2 * rows[0]], config.num_warps)
+    out_shape = [jax.ShapeDtypeStruct((*leading, tokens, n), dtype) for n in outputs]
+    if ordered is not None:
+        out_shape = [jax.ShapeDtypeStruct(shape_of(tokens, rows[0], ordered == FLOAT8), ordered)]
+    if ordered == FLOAT8:
+        out_shape += [jax.ShapeDtypeStruct((tiles,), jnp.float32)]
+    call = functools.partial(
+        triton_call,
+        kernel=kernel,
+        out_shape=out_shape + [jax.ShapeDtypeStruct((1,), dtype)] * (MOST_WEIGHTS - len(out_shape)),
+        grid=(split * tiles,),
+        num_warps=config.num_warps,
+        M=tokens,
+        **{f"ROWS{i}": n for i, n in enumerate([*rows, *padding])},
+        WEIGHTS=len(rows),
+        COLUMNS=columns,
+        STACKED=weights[0][4] is not None,
+        WARPS=config.num_warps,
+        SPLIT=split,
+        ACT=act or "",
+        ORDERED=ordered is not None,
+        **options,
+    )
+
+    @jax.custom_batching.sequential_vmap
+    def run(x, weights):
+        ys = call(*inputs(x), *(field for fields in weights for field in fields))
+        if ordered is not None:
+            of_columns = ys[1] if ordered == FLOAT8 else None
+            return [Ordered(ys[0], (tokens, rows[0]), x.dtype, of_columns=of_columns)]
+        ys = ys[: len(outputs)]
+        return ys if split == 1 or parts else [Parts(y, x.dtype).sum() for y in ys]
+
+    some = [nf4_matmul.filled(*fields) for fields in weights]
+    return run(x, [*some, *(some[0] for _ in padding)])
+
+
 def matmul_nf4(
     x: jax.Array | Ordered,
     weights: Sequence[NF4Fields],
@@ -124,7 +209,7 @@ def matmul_nf4(
     act: str | None = None,
     residual: Residual | None = None,
     parts: bool = False,
-    ordered: bool = False,
+    ordered: Any = None,
     config: Config | None = None,
 ) -> list[Any]:
     """`reference.matmul_nf4` as a Triton kernel: the same arguments.
@@ -135,56 +220,27 @@ def matmul_nf4(
       x: [M, in], or that in the order of the product.
       parts: of products whose k is split, return the float32 sums of each part, [split, M, out], for what follows to
         add up; a product that is not split is [M, out] in x's dtype all the same.
-      ordered: return what is gated as `Ordered`, where its elements are whole steps.
+      ordered: anything but None: return what is gated as `Ordered` of x's dtype, where its elements are whole steps.
 
     Raises:
       NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows; or there is a norm or a
-        residual, which are launches of their own for so many tokens.
+        residual, which are launches of their own for so many tokens; or x is float8.
     """
-    if norm is not None or residual is not None:
-        raise NotImplementedError("the kernel neither norms nor adds")
-    if act is not None and (len(shapes) != 2 or shapes[0] != shapes[1]):
-        raise NotImplementedError(
-            f"the kernel gates one weight's products by another's of its shape, not {list(shapes)}"
-        )
-    nf4_matmul.check(x, weights, shapes, MOST_TOKENS)
-    tokens, columns = x.shape
+    check(x, weights, shapes, norm, act, residual)
+    x = x if isinstance(x, Ordered) else in_order(x)
+    if x.is_float8:
+        raise NotImplementedError("the kernel multiplies 16 bits, not float8")
     rows = [rows for rows, _ in shapes]
-    config = heuristics(tokens, rows, columns, is_gated=act is not None) if config is None else config
-    split = 1 if act is not None else min(config.split, -(-columns // (STEP * reference.NF4_BLOCK)))
-    ordered = ordered and act is not None and rows[0] % STEP_OF_X == 0
-    leading, dtype = ((), x.dtype) if split == 1 else ((split,), jnp.dtype(jnp.float32))
-    padding = [0] * (MOST_WEIGHTS - len(rows))
-    outputs = rows if act is None else rows[:1]
-    tiles = tiles_of(rows if act is None else [2 * rows[0]], config.num_warps)
-    call = functools.partial(
-        triton_call,
-        kernel=kernel(x.dtype, tokens, config.num_warps),
-        out_shape=[
-            jax.ShapeDtypeStruct(shape_of(tokens, n) if ordered else (*leading, tokens, n), dtype) for n in outputs
-        ]
-        + [jax.ShapeDtypeStruct((1,), dtype)] * (MOST_WEIGHTS - len(outputs)),
-        grid=(split * tiles,),
-        num_warps=config.num_warps,
-        M=tokens,
-        **{f"ROWS{i}": n for i, n in enumerate([*rows, *padding])},
-        WEIGHTS=len(rows),
-        COLUMNS=columns,
+    config = heuristics(x.shape[0], rows, x.shape[1], is_gated=act is not None) if config is None else config
+    return launch(
+        kernel(x.dtype, x.shape[0], config.num_warps),
+        lambda x: (x.data, jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)),
+        x,
+        weights,
+        shapes,
+        config,
+        act=act,
+        parts=parts,
+        ordered=None if ordered is None else x.dtype,
         NESTED=weights[0][2] is not None,
-        STACKED=weights[0][4] is not None,
-        WARPS=config.num_warps,
-        SPLIT=split,
-        ACT=act or "",
-        ORDERED=ordered,
     )
-
-    @jax.custom_batching.sequential_vmap
-    def run(x, weights):
-        constants = jnp.asarray(nf4_lookup.pairs(x.dtype)), jnp.asarray(reference.DYNAMIC_MAP)
-        ys = call(x, *constants, *(field for fields in weights for field in fields))[: len(outputs)]
-        if ordered:
-            return [Ordered(ys[0], (tokens, rows[0]))]
-        return ys if split == 1 or parts else [Parts(y, x.dtype).sum() for y in ys]
-
-    some = [nf4_matmul.filled(*fields) for fields in weights]
-    return run((x if isinstance(x, Ordered) else in_order(x)).data, [*some, *(some[0] for _ in padding)])

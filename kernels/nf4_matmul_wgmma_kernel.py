@@ -9,17 +9,22 @@ import numpy as np
 from jaxlora.kernels import nf4_lookup, reference
 from jaxlora.kernels.gated import activation_kernel
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
-from jaxlora.kernels.ordered import STEP as STEP_OF_X
+from jaxlora.kernels.nf4_stream import (
+    BARRIERS,
+    EVICT_FIRST,
+    MAP,
+    ROWS_OF_WARP,
+    STEP,
+    memory_kernels,
+    result_kernels,
+    scale_kernels,
+    weight_kernels,
+    x_kernels,
+)
 
-ROWS_OF_WARP = 16
-STEP = STEP_OF_X // reference.NF4_BLOCK  # blocks, a line of 128 bytes of codes
 UNIT = 2  # blocks that are copied at once
-MAP = 256 * 4  # bytes of `dynamic_map`
 STEPS_OF_X = 3  # that shared memory has places for
 UNITS_OF_CODES = 2
-# What `createpolicy.fractional.L2::evict_first` makes, as CUTLASS has it (`TMA::CacheHintSm90`): a constant takes no
-# registers. Codes are read once, and must not drive out of the cache what is read by every program or every layer.
-EVICT_FIRST = 0x12F0 << 48
 LEAST_SCALE = 2.0**-84  # what a scale counts as that is nearer to 0, since sums are divided by it
 
 
@@ -91,7 +96,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     import triton.language as tl
 
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
-    activation, of_layer = activation_kernel(), nf4_lookup.layer_kernel()
+    activation = activation_kernel()
     asked_table, put_table = nf4_lookup.fill_kernels()
     EACH = tl.constexpr(is_each_rescaled(dtype, tokens))
     lookup_assembly, scaled_assembly = (tl.constexpr(ptx_of_lookup(dtype, is_scaled)) for is_scaled in (False, True))
@@ -109,7 +114,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     # Behind a branch of one lane it tells the assembler too that lanes are together again: with EACH that is all.
     former_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 1; mov.b32 $0, $1;")
     finish_assembly = tl.constexpr("wgmma.wait_group.sync.aligned 0;")
-    MAP_AT, BARRIERS_AT = tl.constexpr(PAIRS), tl.constexpr(PAIRS + MAP)
+    BARRIERS_AT = tl.constexpr(PAIRS + MAP)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
     PLACES = tl.constexpr(STEPS_OF_X)
     step_bytes = STEP * tiles * 1024  # of x
@@ -117,16 +122,11 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     ACROSS = tl.constexpr(8 * tiles << 16)  # of a descriptor: from 8 elements of k to the next 8
     of_x, of_all = shared_bytes(tokens, num_warps)
     CODES_AT = tl.constexpr(of_x)  # in the ring
-    # Words, a power of two. Less than 48 KB would not be asked for, and with the table it is more than a program has.
-    RING = tl.constexpr(max(1 << 14, 1 << (of_all // 4 - 1).bit_length()))
-    # What comes before the ring is a multiple of 128 bytes, since the ring begins where it ends.
-    table_assembly = tl.constexpr(
-        f"{{ .shared .align 128 .b8 table[{PAIRS + MAP + 128}]; mov.u32 $0, table; add.u32 $0, $0, $1; }}"
-    )
-    ring_assembly = tl.constexpr("mov.u32 $0, global_smem; add.u32 $0, $0, $1;")
-    kept_assembly = tl.constexpr("mov.b32 $0, $1;")
-    mapped_assembly = tl.constexpr("ld.shared.f32 $0, [$1];")
-    put_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
+    table_at, ring_at, whole = memory_kernels(PAIRS + MAP + BARRIERS, of_all)
+    asked_layer, in_stack, halves_at, next_line = weight_kernels()
+    begin, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes, num_warps)
+    put_map, asked_nested, asked_mean, asked_statistics, mapped, from_lane = scale_kernels(PAIRS)
+    joined, turned = result_kernels()
     rows_bytes = 16 * 32 * num_warps  # of a unit of half of the rows
     ask_first_assembly, ask_second_assembly = (
         tl.constexpr(
@@ -142,11 +142,6 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
         for half in range(2)
     )
-    # By halves: what is added as one the assembler may keep in registers that are no pair, and copies for each address.
-    next_line_assembly = tl.constexpr(
-        "{ .reg .b32 lower, upper; mov.b64 {lower, upper}, $1; add.cc.u32 lower, lower, 128; addc.u32 upper, upper, 0;"
-        " mov.b64 $0, {lower, upper}; }"
-    )
     take_assembly = tl.constexpr(
         f"cp.async.wait_group {UNITS_OF_CODES - 1};\n"
         "bar.warp.sync 0xffffffff;\n"
@@ -155,57 +150,12 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
         + "bar.warp.sync 0xffffffff;"
     )
-    # Barriers of the places of x: those that say that it has come, and those that say that all warps are done with it.
-    # One lane makes them and asks for the first step: addresses and numbers are then the same in all lanes, for which
-    # an instruction takes them, and nothing is done by lanes one after another.
-    begin_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $4, 0;\n"
-        "@p bra END;\n"
-        + "".join(
-            f"mbarrier.init.shared::cta.b64 [$1+{8 * i}], {1 if i < STEPS_OF_X else num_warps};\n"
-            for i in range(2 * STEPS_OF_X)
-        )
-        + "fence.mbarrier_init.release.cluster;\n"
-        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
-        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
-        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
-    )
-    # One lane waits until the place is free and begins to copy; the other warps jump over it.
-    copy_assembly = tl.constexpr(
-        "{ .reg .pred p, done;\n"
-        "setp.ne.b32 p, $5, 0;\n"
-        "@p bra END;\n"
-        f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{8 * STEPS_OF_X}], $4;\n"
-        "@!done bra WAIT;\n"
-        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
-        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
-        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
-    )
-    arrived_assembly = tl.constexpr(
-        "{ .reg .pred done;\n"
-        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;\n"
-        "@!done bra WAIT;\n"
-        "bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
-    )
-    done_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.eq.b32 p, $2, 0; setp.gt.and.s32 p, $3, $4, p;\n"
-        f"@p mbarrier.arrive.shared::cta.b64 _, [$1+{8 * STEPS_OF_X}]; mov.b32 $0, $1; }}"
-    )
     UNIT_OF_TABLE = tl.constexpr(1 / FACTORS[dtype.name])
     LEAST = tl.constexpr(LEAST_SCALE)
     twice_assembly = tl.constexpr(f"cvt.rn.{'bf16x2' if dtype == jnp.bfloat16 else 'f16x2'}.f32 $0, $1, $1;")
     inverse_assembly = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
     filled_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
     ordered_assembly = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
-    # $1, and 0, which is what a thread's number has from bit 10 on. The assembler does not see that behind SHFL, nor
-    # puts SHFL before a barrier, and so nothing that is made of $0.
-    after_assembly = tl.constexpr(
-        "{ .reg .b32 none; shfl.sync.idx.b32 none, $2, 0, 0x1f, 0xffffffff; shr.u32 none, none, 10;"
-        " add.s32 $0, $1, none; }"
-    )
-    # $1, of the lane itself ($2). Where the assembler sees an address in shared memory as a lane's part and one that is
-    # the same in all, it may give both to a copy that has a policy too, which is then an illegal instruction.
-    whole_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
     two = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
     # Two numbers are rounded at once: what rounds one is of the unit of exponentials, which has enough to do.
     if dtype == jnp.bfloat16:
@@ -218,69 +168,6 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     times_assembly = tl.constexpr(
         f"{{ .reg .b32 word; cvt.rn.{two}.f32 $0, $2, $1; cvt.rn.{two}.f32 word, $4, $3; mul.rn.{two} $0, $0, word; }}"
     )
-    turn_assembly = tl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
-    from_lane_assembly = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1c03, 0xffffffff;")  # among 4 lanes
-
-    @triton.jit
-    def table_at(thread):
-        """Where the shared memory of the program begins."""
-        return tl.inline_asm_elementwise(table_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def ring_at(thread):
-        """Where x and codes are in shared memory. More than 48 KB must be asked for, and Triton asks for what its own
-        operations need: this one, of a second row of programs, which there is not."""
-        if tl.num_programs(1) > 1:
-            words = tl.gather(tl.arange(0, RING), thread * 8, 0)
-            tl.inline_asm_elementwise(kept_assembly, "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
-        return tl.inline_asm_elementwise(ring_assembly, "=r,r", [thread * 0], dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def asked_layer(index, STACKED: tl.constexpr):
-        """Begin to load which of its stack a weight is."""
-        layer = 0
-        if STACKED:
-            layer = tl.load(index)
-        return layer
-
-    @triton.jit
-    def in_stack(weight, thread, BLOCKS: tl.constexpr, STACKED: tl.constexpr):
-        """Where (codes, absmax, nested absmax, mean) of a weight begin. The layer is waited for here, not before the
-        barriers are made and x is asked for."""
-        fields = weight[0], weight[1], weight[2], weight[3]
-        if STACKED:
-            layer = tl.inline_asm_elementwise(
-                after_assembly, "=r,r,r", [weight[4], thread], dtype=tl.int32, is_pure=False, pack=1
-            )
-            fields = of_layer(weight[0], weight[1], weight[2], weight[3], layer, weight[6], BLOCKS)
-        return fields
-
-    @triton.jit
-    def halves_at(tile, weights, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr):
-        """The weight (codes, absmax, nested absmax, mean, layer, out, rows, tiles before its first) that rows g are of,
-        and that of rows g + 8; the tile's first row."""
-        if GATED:
-            return weights[0], weights[1], ROWS // 2 * tile
-        weight = weights[0]
-        for i in tl.static_range(1, WEIGHTS):
-            is_later = tile >= weights[i][7]
-            chosen = ()
-            for j in tl.static_range(8):
-                chosen = chosen + (tl.where(is_later, weights[i][j], weight[j]),)
-            weight = chosen
-        return weight, weight, ROWS * (tile - weight[7])
-
-    @triton.jit
-    def copy(x, place, phase, is_none, barriers, ring, thread):
-        """Begin to copy a step of x into a place, when all warps are done with what was there."""
-        tl.inline_asm_elementwise(
-            copy_assembly,
-            "=r,r,r,l,r,r",
-            [barriers + 8 * place, ring + STEP_BYTES * place, x, thread * 0 + phase, thread | is_none.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
     @triton.jit
     def ask(assembly: tl.constexpr, upper, lower, left, codes):
@@ -289,11 +176,6 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         tl.inline_asm_elementwise(
             assembly, "=r,r,l,l,r", [codes, upper, lower, left], dtype=tl.int32, is_pure=False, pack=1
         )
-
-    @triton.jit
-    def next_line(codes):
-        """The address of a lane's codes of the next step; by itself the compiler would keep where it began as well."""
-        return tl.inline_asm_elementwise(next_line_assembly, "=l,l", [codes], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
     def take(first, second):
@@ -309,52 +191,12 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
 
     @triton.jit
-    def asked_nested(half, at, NESTED: tl.constexpr):
-        """Begin to load nested absmax of block `at` of a weight."""
-        nested = 0.0
-        if NESTED:
-            nested = tl.load(half[2] + (at >> 8))
-        return nested
-
-    @triton.jit
-    def asked_mean(half, NESTED: tl.constexpr):
-        """Begin to load what is added to all scales of a weight."""
-        mean = 0.0
-        if NESTED:
-            mean = tl.load(half[3])
-        return mean
-
-    @triton.jit
-    def asked_statistics(half, at, nested, NESTED: tl.constexpr, OF_ROW: tl.constexpr):
-        """Begin to load absmax, and nested absmax unless a row has but one, of block `at` of a weight. Beyond the last
-        block of a row it is that of the last: there x is zero, and any finite scale will do."""
-        if not OF_ROW:
-            nested = asked_nested(half, at, NESTED)
-        return tl.load(half[1] + at), nested
-
-    @triton.jit
-    def mapped(statistics, table, NESTED: tl.constexpr):
-        """Statistics whose absmax is looked up in shared memory, if it is a code."""
-        value, nested = statistics
-        if NESTED:
-            place = table + (MAP_AT + 4 * value.to(tl.int32))
-            value = tl.inline_asm_elementwise(mapped_assembly, "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1)
-        return value, nested
-
-    @triton.jit
     def scale_of(statistics, mean, NESTED: tl.constexpr):
         """The scale of a block of a row, or what it counts as."""
         scale = statistics[0]
         if NESTED:
             scale = scale * statistics[1] + mean
         return tl.where(tl.abs(scale) < LEAST, LEAST, scale)
-
-    @triton.jit
-    def from_lane(value, lane):
-        """What a lane of four has."""
-        return tl.inline_asm_elementwise(
-            from_lane_assembly, "=r,r,r", [value, lane], dtype=value.dtype, is_pure=True, pack=1
-        )
 
     @triton.jit
     def ratios_of(former, scale, t):
@@ -407,14 +249,6 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         )
 
     @triton.jit
-    def joined(first, second):
-        """Two numbers of x's dtype or float32 in one of twice the bits."""
-        BITS: tl.constexpr = first.dtype.primitive_bitwidth
-        one: tl.constexpr = tl.uint32 if BITS == 32 else tl.uint16
-        both: tl.constexpr = tl.uint64 if BITS == 32 else tl.uint32
-        return first.to(one, bitcast=True).to(both) | second.to(one, bitcast=True).to(both) << BITS
-
-    @triton.jit
     def gated(gates, ups, ACT: tl.constexpr):
         """Two elements of a gated result, a word."""
         first, second = tl.inline_asm_elementwise(
@@ -424,12 +258,6 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         return tl.inline_asm_elementwise(
             times_assembly, "=&r,f,f,f,f", (first, second) + ups, dtype=tl.uint32, is_pure=True, pack=1
         )
-
-    @triton.jit
-    def turned(word):
-        """Of 8 rows g and 8 tokens, where a lane has tokens 2 t and the next of row g: rows 2 t and the next of
-        token g."""
-        return tl.inline_asm_elementwise(turn_assembly, "=r,r", [word], dtype=tl.uint32, is_pure=False, pack=1)
 
     @triton.jit
     def matmul_nf4_wgmma(
@@ -501,9 +329,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         table, ring = table_at(thread), ring_at(thread)
         barriers = table + BARRIERS_AT
         x = x.to(tl.pointer_type(tl.uint32)) + start * (STEP_BYTES // 4)
-        tl.inline_asm_elementwise(
-            begin_assembly, "=r,r,r,l,r", [barriers, ring, x, thread], dtype=tl.int32, is_pure=False, pack=1
-        )
+        begin(x, barriers, ring, thread)
 
         upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
         row_count, out = upper[6], upper[5]
@@ -535,14 +361,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
 
         # A lane reads 8 bytes of a block, of 64 that lie together. Else rows g and g + 2 would ask for the same banks.
         turned_rows = group // 2 % 2
-        codes_at = tl.inline_asm_elementwise(
-            whole_assembly,
-            "=r,r,r",
-            [ring + (CODES_AT + 16 * (thread ^ 2 * turned_rows)), lane],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        codes_at = whole(ring + (CODES_AT + 16 * (thread ^ 2 * turned_rows)), lane)
         first_codes = ring + (CODES_AT + 64 * (thread // 4) + 8 * t + 32 * turned_rows)
         second_codes = first_codes ^ 32
         of_lane = start * 128 + t * 16
@@ -559,16 +378,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         x += STEP_BYTES // 4
         put_table(table, pairs, thread, THREADS)
         if NESTED:
-            for i in tl.static_range((256 + THREADS - 1) // THREADS):
-                code = (i * THREADS + thread) % 256
-                tl.inline_asm_elementwise(
-                    put_assembly,
-                    "=r,r,f",
-                    [table + (MAP_AT + 4 * code), map_values[i]],
-                    dtype=tl.int32,
-                    is_pure=False,
-                    pack=1,
-                )
+            put_map(table, map_values, thread, THREADS)
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
         above_now, below_now = mapped(above_now, table, NESTED), mapped(below_now, table, NESTED)
         above_scale, below_scale = scale_of(above_now, upper_mean, NESTED), scale_of(below_now, lower_mean, NESTED)
@@ -586,14 +396,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         free_place, free_phase = place + (PLACES - 1), phase + 1  # of a place that was never used: done with
         totals = (tl.zeros((THREADS,), tl.float32),) * (4 * TOKEN_TILES)
         for step in range(start, end):
-            tl.inline_asm_elementwise(
-                arrived_assembly,
-                "=r,r,r",
-                [barriers + 8 * place, thread * 0 + phase],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            arrived(place, phase, barriers, thread)
             of_x = x_at + (STEP_BYTES // 16) * place
             for i in tl.static_range(BLOCKS_OF_STEP):
                 of_block = of_x + i * (STEP_BYTES // BLOCKS_OF_STEP // 16)
@@ -604,14 +407,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
                 else:
                     totals = products(totals, words, of_block, (), False)
                 if i == 0:  # the last block of the step before is done
-                    tl.inline_asm_elementwise(
-                        done_assembly,
-                        "=r,r,r,r,r",
-                        [barriers + 8 * free_place, lane, step, start],
-                        dtype=tl.int32,
-                        is_pure=False,
-                        pack=1,
-                    )
+                    done(free_place, step, start, barriers, lane)
                     # Of the next step.
                     above_now, below_now = mapped(above, table, NESTED), mapped(below, table, NESTED)
                 if i == 1:

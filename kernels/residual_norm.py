@@ -12,14 +12,14 @@ tokens of 4096 features, 8 parts are 8 MB out of L2, 128 KB a program, which an 
 KB are on their way. ptxas asks for 5 parts before it adds, which with 1024 threads is 80 KB.
 
 The norm may be `Ordered` for the product that reads it: each 64 of its elements change places within the program, and
-are stored 8 at a time.
+are stored 16 bytes at a time. In float8 a token has a scale.
 
 Layout: x, y [..., D], or parts [P, ..., D] of y; weight [D], or [layers, D] with an index.
 """
 
 import functools
 import math
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlora.kernels.graph_call import triton_call
-from jaxlora.kernels.ordered import STEP, Ordered, padded, plain, shape_of
+from jaxlora.kernels.ordered import FLOAT8, STEP, Ordered, padded, plain, shape_of
 from jaxlora.kernels.parts import Parts, summed
 
 MOST_TOKENS = 64
@@ -49,7 +49,7 @@ def residual_norm_reference(
     eps: float,
     offset: float = 0.0,
     multiplier: float = 1.0,
-    ordered: bool = False,
+    ordered: Any = None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
     """(total, out) in x's dtype.
 
@@ -60,7 +60,7 @@ def residual_norm_reference(
       eps: added to the mean square.
       offset: the gain is offset + weight, in float32; with 0 it is the weight, in x's dtype.
       multiplier: of y.
-      ordered: whether out may be `Ordered`, as a kernel makes it. Here it is not.
+      ordered: of which dtype out may be `Ordered`, as a kernel makes it. Here it is not.
     """
     total = x if y is None else added(x, y, multiplier)
     wide = total.astype(jnp.float32)
@@ -87,6 +87,7 @@ def _kernel():
         index,  # int32 []; unread without STACKED
         total,  # [M, D]; unwritten without HAS_PART
         out,  # [M, D], or the data of `Ordered`
+        scales,  # with IS_FLOAT8 what that is times: float32 [M]
         M: tl.constexpr,  # 0 without PARTS
         D: tl.constexpr,
         EPS: tl.constexpr,
@@ -97,6 +98,7 @@ def _kernel():
         STACKED: tl.constexpr,
         BLOCK: tl.constexpr,  # D, up to a power of two
         PADDED: tl.constexpr,  # tokens, up to a multiple of 8, of `Ordered`; 0 where out is not that
+        IS_FLOAT8: tl.constexpr,
     ):
         column = tl.arange(0, BLOCK)
         inside = column < D
@@ -119,7 +121,19 @@ def _kernel():
         else:
             normed = normed * (gain.to(tl.float32) + OFFSET)
         normed = normed.to(narrow.dtype)
-        if PADDED:  # 64 elements [t, 2 s + u, h] as [2 s + u, t, h]
+        if IS_FLOAT8:
+            # Times 2^(2 - e), of the largest's exponent e.
+            wide = normed.to(tl.float32)
+            exponent = tl.maximum(tl.max(tl.abs(wide)).to(tl.uint32, bitcast=True) >> 23, 3)
+            times, over = (256 - exponent) << 23, (exponent - 2) << 23
+            tl.store(scales + tl.program_id(0), over.to(tl.float32, bitcast=True))
+            narrow = (wide * times.to(tl.float32, bitcast=True)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            first, second = tl.split(tl.reshape(narrow, (BLOCK // 2, 2)))  # 64 [t, s, u, h] as [s, t, u, 1 - h]
+            normed = tl.permute(tl.reshape(tl.join(second, first), (BLOCK // 64, 4, 4, 4)), (0, 2, 1, 3))
+            normed = tl.reshape(normed, (BLOCK,))
+            at = column // 16 * (16 * PADDED) + tl.program_id(0) * 16 + column % 16
+            out = out.to(tl.pointer_type(tl.uint8))
+        elif PADDED:  # 64 elements [t, 2 s + u, h] as [2 s + u, t, h]
             normed = tl.permute(tl.reshape(normed, (BLOCK // 64, 4, 8, 2)), (0, 2, 1, 3))
             normed = tl.reshape(normed, (BLOCK,))
             at = column // 8 * (8 * PADDED) + tl.program_id(0) * 8 + column % 8
@@ -137,10 +151,10 @@ def residual_norm(
     eps: float,
     offset: float = 0.0,
     multiplier: float = 1.0,
-    ordered: bool = False,
+    ordered: Any = None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"] | Ordered]:
     """`residual_norm_reference` as a Triton kernel, whose norm is `Ordered` if it is asked for and D is a multiple of
-    256. The gradients are the reference's.
+    256, of x's dtype or of float8. The gradients are the reference's.
 
     Raises:
       NotImplementedError: jax-triton is not installed; x is none of bfloat16 and float16, or y is of another dtype;
@@ -164,22 +178,30 @@ def residual_norm(
         raise NotImplementedError(f"the kernel needs jax-triton and triton ({error})") from error
 
     options = dict(eps=eps, offset=offset, multiplier=multiplier)
-    ordered = ordered and features % STEP == 0
-    shapes = (1,) if y is None else x.shape, shape_of(tokens, features) if ordered else x.shape
-    more = dict(parts=(y.count, tokens) if isinstance(y, Parts) else (0, 0), padded=padded(tokens) if ordered else 0)
+    is_ordered = ordered is not None and features % STEP == 0
+    is_float8 = is_ordered and ordered == FLOAT8
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if is_ordered:
+        out = jax.ShapeDtypeStruct(shape_of(tokens, features, is_float8), ordered)
+    more = dict(parts=(y.count, tokens) if isinstance(y, Parts) else (0, 0), padded=padded(tokens) if is_ordered else 0)
     call = functools.partial(
         triton_call,
         kernel=_kernel(),
-        out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes],
+        out_shape=[
+            jax.ShapeDtypeStruct((1,) if y is None else x.shape, x.dtype),
+            out,
+            jax.ShapeDtypeStruct((tokens if is_float8 else 1,), jnp.float32),
+        ],
         grid=(tokens,),
-        **constants(features, x.dtype, y is not None, index is not None, **options, **more),
+        **constants(features, x.dtype, y is not None, index is not None, is_float8=is_float8, **options, **more),
     )
 
     @jax.custom_batching.sequential_vmap
     def run(x, y, weight, index):
         added = y.parts if isinstance(y, Parts) else x if y is None else y
-        total, out = call(x, added, weight, jnp.int32(0) if index is None else index)
-        return x if y is None else total, Ordered(out, x.shape) if ordered else out
+        total, out, scales = call(x, added, weight, jnp.int32(0) if index is None else index)
+        total = x if y is None else total
+        return total, Ordered(out, x.shape, x.dtype, scales if is_float8 else None) if is_ordered else out
 
     @jax.custom_vjp
     def differentiable(x, y, weight, index):
@@ -195,13 +217,16 @@ def residual_norm(
     return differentiable(x, y, weight, index)
 
 
-def constants(features, dtype, has_part, stacked, eps, offset, multiplier, parts=(0, 0), padded=0) -> dict:
+def constants(
+    features, dtype, has_part, stacked, eps, offset, multiplier, parts=(0, 0), padded=0, is_float8=False
+) -> dict:
     """The kernel's compile-time arguments; parts: how many there are of y, each of so many tokens; padded: 0, or the
-    tokens of `Ordered`."""
+    tokens of `Ordered`, which may be float8."""
     block = 1 << (features - 1).bit_length()
     count, tokens = parts
     num_warps = min(max(block // (128 if count else 256), 1), 32 if count else 16)
     return dict(
         M=tokens, D=features, EPS=eps, OFFSET=offset, MULTIPLIER=float(np.asarray(multiplier, dtype)),
-        HAS_PART=has_part, PARTS=count, STACKED=stacked, BLOCK=block, PADDED=padded, num_warps=num_warps,
+        HAS_PART=has_part, PARTS=count, STACKED=stacked, BLOCK=block, PADDED=padded, IS_FLOAT8=is_float8,
+        num_warps=num_warps,
     )  # fmt: skip

@@ -19,7 +19,7 @@ Layout: x, dout, dtotal [..., D]; weight [D], or [layers, D] with an index.
 import functools
 import math
 from collections.abc import Callable
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def residual_norm(
     eps: float,
     offset: float = 0.0,
     multiplier: float = 1.0,
-    ordered: bool = False,
+    ordered: Any = None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
     """`residual_norm_reference`, its norm and the gradient of that in a Triton kernel each; that of the weight, where
     it is asked for, is the reference's. `ordered` is leave to order the norm, which this does not do.

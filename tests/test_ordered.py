@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import load_folder, make_checkpoint, random_ids
+from helpers import load_folder, make_checkpoint, random_ids, relative_error
 
 from jaxlora import lora, quant
 from jaxlora.config import LoraConfig, QuantConfig
 from jaxlora.generate import _prefill
 from jaxlora.kernels import api, decode_attention, reference, residual_norm
-from jaxlora.kernels.ordered import Ordered, in_order, plain, shape_of
+from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order, plain, shape_of
 from jaxlora.kernels.parts import Parts
 
 ROWS = 9  # the least that have a kernel which reads it
@@ -83,32 +83,39 @@ def test_only_whole_steps_of_nf4_on_one_gpu_are_read_so(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Kernels that make x in that order wherever they are asked to, and one that takes it so. The set of (who, K)."""
+    """Kernels that make x in that order wherever they are asked to, and two that take it. The set of (who, K, dtype)."""
     of = set()
 
     def made(who, x, ordered):
-        if ordered:
-            of.add((who, x.shape[-1]))
-        return in_order(x) if ordered else x
+        if ordered is None:
+            return x
+        of.add((who, x.shape[-1], jnp.dtype(ordered).name))
+        return in_order(x, is_float8=ordered == FLOAT8)
 
-    def norm(x, y, weight, index, *, ordered=False, **options):
+    def norm(x, y, weight, index, *, ordered=None, **options):
         total, out = residual_norm.residual_norm_reference(x, y, weight, index, **options)
         return total, made("norm", out, ordered)
 
-    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False, ordered=False):
+    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False, ordered=None):
         if norm is not None or residual is not None:
             raise NotImplementedError("the kernel neither norms nor adds")
         [y, *more] = reference.matmul_nf4(x, weights, shapes=shapes, act=act)
         return [made("gate", y, ordered), *more]
 
-    def attention(*args, ordered=False, **options):
+    def matmul_float8(x, *args, **options):
+        if not (isinstance(x, Ordered) and x.is_float8):
+            raise NotImplementedError("16 bits are the other's")
+        return matmul_nf4(x, *args, **options)
+
+    def attention(*args, ordered=None, **options):
         out, *stacks = decode_attention.decode_attention_reference(*args, **options)
-        return made("attention", out.reshape(out.shape[0], -1) if ordered else out, ordered), *stacks
+        return made("attention", out if ordered is None else out.reshape(out.shape[0], -1), ordered), *stacks
 
     monkeypatch.setitem(api._OPS["decode_attention"], "triton", attention)
     monkeypatch.setitem(api._OPS["residual_norm"], "triton", norm)
     monkeypatch.setitem(api._OPS["matmul_nf4"], "triton_wgmma", matmul_nf4)
-    monkeypatch.setattr(api, "reads_ordered", lambda x, weights, *, shapes: True)
+    monkeypatch.setitem(api._OPS["matmul_nf4"], "triton_float8", matmul_float8)
+    monkeypatch.setattr(api, "reads_ordered", lambda x, weights, *, shapes, float8: FLOAT8 if float8 else x.dtype)
     return of
 
 
@@ -137,9 +144,25 @@ def test_a_decode_step_makes_it_and_draws_the_same(name, targets, names, tmp_pat
     run = lambda: model.hidden_states(*arguments, cache=cache)
     asked.clear()
     (got, _), of = run(), set(asked)
-    monkeypatch.setattr(api, "reads_ordered", lambda *args, **kwargs: False)
+    monkeypatch.setattr(api, "reads_ordered", lambda *args, **kwargs: None)
     np.testing.assert_array_equal(got, run()[0])
-    assert {who for who, _ in of} == names
+    assert {who for who, *_ in of} == names and {dtype for *_, dtype in of} <= {"bfloat16"}
+
+
+def test_a_decode_step_in_float8_asks_norms_and_gates_for_it(tmp_path, asked, monkeypatch):
+    make_checkpoint("llama", tmp_path)
+    model = load_folder(tmp_path, jnp.bfloat16, quant_config=QuantConfig())
+    ids = np.maximum(random_ids(ROWS, 6), 3)
+    logits, cache = _prefill(model, ids, np.ones_like(ids), places=64)
+    arguments = jnp.argmax(logits, axis=-1)[:, None], jnp.full((ROWS, 1), 6)
+    wanted, _ = model.hidden_states(*arguments, cache=cache)
+    asked.clear()
+    lora.multiply_in(model, "fp8")
+    got, _ = model.hidden_states(*arguments, cache=cache)
+    assert {(who, dtype) for who, _, dtype in asked} == {
+        ("norm", "float8_e4m3fn"), ("gate", "float8_e4m3fn"), ("attention", "bfloat16"),
+    }  # fmt: skip
+    assert 1e-3 < relative_error(got, wanted) < 0.1
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
@@ -161,9 +184,9 @@ def test_a_norm_makes_it(key, dtype, tokens, features, count):
         y = Parts(jax.random.normal(keys[1], (count, tokens, features)), jnp.dtype(dtype))
     weight = jax.random.normal(keys[2], (2, features)).astype(dtype)
     run = lambda ordered: functools.partial(api.residual_norm, eps=1e-5, ordered=ordered)
-    assert api.implementations_in(run(True), x, y, weight, jnp.int32(1)) == {"residual_norm.triton"}
-    total, out = jax.jit(run(True))(x, y, weight, jnp.int32(1))
-    wanted = jax.jit(run(False))(x, y, weight, jnp.int32(1))
+    assert api.implementations_in(run(dtype), x, y, weight, jnp.int32(1)) == {"residual_norm.triton"}
+    total, out = jax.jit(run(dtype))(x, y, weight, jnp.int32(1))
+    wanted = jax.jit(run(None))(x, y, weight, jnp.int32(1))
     assert isinstance(out, Ordered) and out.shape == x.shape
     np.testing.assert_array_equal(total, wanted[0])
     np.testing.assert_array_equal(out.plain(), wanted[1])
@@ -173,7 +196,7 @@ def test_a_norm_makes_it(key, dtype, tokens, features, count):
 def test_a_norm_of_no_whole_steps_stays_plain(key):
     x = jax.random.normal(key, (16, 320)).astype(jnp.bfloat16)
     run = lambda ordered: jax.jit(functools.partial(api.residual_norm, eps=1e-5, ordered=ordered))(x, x, x[0])
-    for ours, theirs in zip(run(True), run(False), strict=True):
+    for ours, theirs in zip(run(jnp.bfloat16), run(None), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -184,10 +207,10 @@ def test_the_gradient_of_such_a_norm_is_that_of_a_plain_one(key):
 
     def loss(x, ordered):
         _, out = api.residual_norm(x, x, x[0], eps=1e-5, implementation="triton", ordered=ordered)
-        assert isinstance(out, Ordered) == ordered
+        assert isinstance(out, Ordered) == (ordered is not None)
         return jnp.sum(squares * plain(out).astype(jnp.float32) ** 2)
 
-    ours, theirs = (jax.jit(jax.grad(loss), static_argnums=1)(x, ordered) for ordered in (True, False))
+    ours, theirs = (jax.jit(jax.grad(loss), static_argnums=1)(x, ordered) for ordered in (jnp.bfloat16, None))
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -200,8 +223,8 @@ def test_a_gate_makes_it(key, rows, columns, tokens, act):
     x = jax.random.normal(keys[0], (tokens, columns)).astype(jnp.bfloat16)
     weights = [quant.quantize(jax.random.normal(each, (rows, columns)).astype(x.dtype)) for each in keys[1:]]
     run = lambda ordered: jax.jit(lambda x, weights: quant.matmul_each(x, weights, act=act, ordered=ordered)[0])
-    assert api.implementations_in(run(True), x, weights) == {"matmul_nf4.triton_wgmma"}
-    y, wanted = run(True)(x, weights), run(False)(x, weights)
+    assert api.implementations_in(run(jnp.bfloat16), x, weights) == {"matmul_nf4.triton_wgmma"}
+    y, wanted = run(jnp.bfloat16)(x, weights), run(None)(x, weights)
     assert isinstance(y, Ordered) and y.shape == wanted.shape
     np.testing.assert_array_equal(y.plain(), wanted)
 
@@ -212,7 +235,7 @@ def test_a_gate_of_no_whole_steps_stays_plain(key):
     x = jax.random.normal(key, (16, 256)).astype(jnp.bfloat16)
     q = quant.quantize(jax.random.normal(key, (320, 256)).astype(x.dtype))
     run = lambda ordered: quant.matmul_each(x, [q, q], act="silu", ordered=ordered)[0]
-    np.testing.assert_array_equal(run(True), run(False))
+    np.testing.assert_array_equal(run(jnp.bfloat16), run(None))
 
 
 @pytest.mark.gpu
@@ -236,9 +259,9 @@ def test_attention_makes_it(key, dtype, batch, heads, kv, dim, places, is_made):
     arrays = [jax.random.normal(each, shape).astype(dtype) for each, shape in zip(keys, shapes, strict=True)]
     options = dict(scale=dim**-0.5, offset=jnp.int32(places - 20), segments=jnp.ones((batch, places), jnp.int32))
     run = lambda ordered: functools.partial(api.decode_attention, ordered=ordered, **options)
-    assert api.implementations_in(run(True), *arrays, jnp.int32(1)) == {"decode_attention.triton"}
-    out, *stacks = jax.jit(run(True))(*arrays, jnp.int32(1))
-    wanted, *others = jax.jit(run(False))(*arrays, jnp.int32(1))
+    assert api.implementations_in(run(dtype), *arrays, jnp.int32(1)) == {"decode_attention.triton"}
+    out, *stacks = jax.jit(run(dtype))(*arrays, jnp.int32(1))
+    wanted, *others = jax.jit(run(None))(*arrays, jnp.int32(1))
     assert isinstance(out, Ordered) == is_made
     np.testing.assert_array_equal(plain(out).reshape(wanted.shape), wanted)
     for ours, theirs in zip(stacks, others, strict=True):
@@ -255,6 +278,6 @@ def test_the_product_reads_it(key, shape, tokens):
     # Tokens that there are not may be anything.
     whole = in_order(x)
     is_there = in_order(jnp.ones_like(x)).data != 0
-    spoilt = Ordered(jnp.where(is_there, whole.data, jnp.nan), x.shape)
+    spoilt = Ordered(jnp.where(is_there, whole.data, jnp.nan), x.shape, x.dtype)
     assert api.implementations_in(run, spoilt, q) == {"matmul_nf4.triton_wgmma"}
     np.testing.assert_array_equal(run(spoilt, q), run(x, q))
