@@ -83,7 +83,7 @@ def test_only_whole_steps_of_nf4_on_one_gpu_are_read_so(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Kernels that make x in that order wherever they are asked to, and two that take it. The set of (who, K, dtype)."""
+    """Kernels that make x in that order wherever they are asked to, two take it so. The set of (who, K, dtype)."""
     of = set()
 
     def made(who, x, ordered):
