@@ -465,9 +465,6 @@ def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any], float8: bool 
     return api.reads_ordered(x, [*map(_fields, weights)], shapes=[w.shape for w in weights], float8=float8)
 
 
-MANY_OF_FEW = ("triton_float8", "triton_wgmma")  # of `api.matmul_nf4`, for 9 tokens and more
-
-
 def _meet_few(weights: Sequence[Any]) -> bool:
     """Whether few tokens may be multiplied by these in a kernel. On a mesh it would gather the stacks of all layers."""
     return all(isinstance(w, QuantizedArray) and w.scheme == "nf4" and w.divided is None for w in weights)
@@ -488,7 +485,8 @@ def _matmul_around(
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
         fields, shapes = [*map(_fields, weights)], [w.shape for w in weights]
         is_few = math.prod(x.shape[:-1]) <= nf4_matmul.MOST_TOKENS
-        for name in (("triton",) if is_few else ()) + MANY_OF_FEW:
+        names = ("triton", "triton_float8", "triton_wgmma") if is_few else ("triton_float8", "triton_wgmma")
+        for name in names:
             try:
                 ys = api.matmul_nf4(flat(x), fields, shapes=shapes, implementation=name, **options)
                 return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
@@ -538,7 +536,7 @@ def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"] | Ordered, weigh
     if _meet_few(weights):
         fields = [*map(_fields, weights)]
         is_few = rows.shape[0] <= nf4_matmul.MOST_TOKENS
-        for name in ("triton",) if is_few else (*MANY_OF_FEW, "triton_tiles"):
+        for name in ("triton",) if is_few else ("triton_float8", "triton_wgmma", "triton_tiles"):
             try:
                 ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], parts=parts, implementation=name)
                 return [y.reshape(*x.shape[:-1], -1) for y in ys]
