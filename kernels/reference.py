@@ -383,7 +383,7 @@ def matmul_nf4(
     act: str | None = None,
     residual: Residual | None = None,
     parts: bool = False,
-    ordered: bool = False,
+    ordered: Any = None,
 ) -> list[Float[Array, "m _"]]:
     """x W^T for each of some NF4 weights: in x's dtype, the weights too, with sums in float32.
 
@@ -395,7 +395,7 @@ def matmul_nf4(
       residual: what the result, of one weight or with `act`, is added to; None for nothing.
       parts: whether a product may be float32 [P, M, out], parts that are to be added up (`parts.Parts`), which a kernel
         leaves that divides k. There are none here.
-      ordered: whether a result with `act` may be `Ordered`, as a kernel makes it. Here it is not.
+      ordered: of which dtype a result with `act` may be `Ordered`, as a kernel makes it. Here it is not.
     """
     x = plain(x)
     if norm is not None:
