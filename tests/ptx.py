@@ -363,6 +363,8 @@ class Program:
         elif name == "movmatrix":
             assert op == "movmatrix.sync.aligned.m8n8.trans.b16"
             self.value(made, args[0], "b32", f"W.turned({read(args[1], 'b32')}, M)")
+        elif name in ("ldmatrix", "stmatrix"):
+            self.matrix(made, words, args)
         elif name == "mbarrier":
             self.mbarrier(made, words, args)
         elif name == "cp":
@@ -392,11 +394,25 @@ class Program:
         parts = split(values.strip()[1:-1]) if values.startswith("{") else [values]
         assert len(parts) == count, (parts, count)
         if words[0] == "ld":
-            slots = tuple(self.target(part) for part in parts)
+            made.targets = slots = tuple(self.target(part) for part in parts)
             self.effect(made, f"W.load({space!r}, {self.address(args[1])}, {slots}, {size}, {kind[0] == 's'}, M)")
         else:
             of = ", ".join(self.read(part, f"b{8 * size}") for part in parts)
             self.effect(made, f"W.store({space!r}, {self.address(args[0])}, ({of},), {size}, M)")
+
+    def matrix(self, made: Instruction, words: list[str], args: list[str]) -> None:
+        count = next(int(w[1:]) for w in words if re.match(r"x[124]$", w))
+        assert "m8n8" in words and words[-1] == "b16" and any(w.startswith("shared") for w in words)
+        where, registers = args[::-1] if words[0] == "ldmatrix" else args
+        parts = split(registers[1:-1]) if registers.startswith("{") else [registers]
+        assert len(parts) == count
+        turned = "trans" in words
+        if words[0] == "ldmatrix":
+            made.kind, made.targets = "values", tuple(self.target(part) for part in parts)
+            made.run = self.function(f"W.load_matrix({self.address(where)}, {count}, {turned}, M)")
+        else:
+            of = ", ".join(self.read(part, "b32") for part in parts)
+            self.effect(made, f"W.store_matrix({self.address(where)}, ({of},), {turned}, M)")
 
     def setp(self, made: Instruction, words: list[str], args: list[str]) -> None:
         kind, compare = words[-1], words[1]
@@ -832,11 +848,15 @@ class Warp:
         if slot in self.locked:
             raise Wrong(f"register {slot} is written while wgmma may use it")
         if mask is not None:
-            old = self.registers[slot]
-            if old is None:
-                old = np.ones(LANES, bool) if value.dtype == bool else np.full(LANES, 0xDEADBEEF & (1 << 8 * value.dtype.itemsize) - 1, value.dtype)
+            old = self.garbage(slot) if self.registers[slot] is None else self.registers[slot]
             value = np.where(mask, value, old)
         self.registers[slot] = value
+
+    def garbage(self, slot: int) -> np.ndarray:
+        bits = self.block.program.classes[slot]
+        if bits == 1:
+            return np.ones(LANES, np.bool_)
+        return np.full(LANES, 0xDEADBEEF_DEADBEEF & (1 << bits) - 1, UNSIGNED[bits])
 
     def special(self, name: str) -> np.ndarray:
         if name not in self.specials:
@@ -945,6 +965,29 @@ class Warp:
         block.shared[at] = data
         block.generic[at] = True
         self.owned(at, self.thread[lanes])
+
+    def load_matrix(self, address, count, turned, mask):
+        self.whole(mask)
+        out = []
+        for i in range(count):  # rows of which are at lanes 8 i .. 8 i + 7
+            at = self.places(address[8 * i : 8 * i + 8], 16, 16, "read")
+            seen = self.block.seen[at]
+            if not ((seen == EVERYONE) | (seen == OF_WARP + self.number)).all():
+                raise Wrong(f"ldmatrix at {at[:, 0]} of what is not there yet")
+            matrix = self.block.shared[at].view(np.uint16)
+            out.append(np.ascontiguousarray(matrix.T if turned else matrix).reshape(-1).view(np.uint32))
+        return out
+
+    def store_matrix(self, address, values, turned, mask) -> None:
+        self.whole(mask)
+        for i, value in enumerate(values):
+            at = self.places(address[8 * i : 8 * i + 8], 16, 16, "write")
+            matrix = value.view(np.uint16).reshape(8, 8)
+            self.may_write(at, self.thread[8 * i : 8 * i + 8])
+            self.block.shared[at] = np.ascontiguousarray(matrix.T if turned else matrix).view(np.uint8)
+            self.block.generic[at] = True
+            # Of no lane: for any other it is there after a barrier.
+            self.owned(at, np.full(8, OF_WARP - 1))
 
     def places(self, address, size, align, what) -> np.ndarray:
         """Bytes of shared memory, [lanes, size]."""
@@ -1168,6 +1211,9 @@ class Warp:
                 if p.all():
                     here = None
                 elif not p.any():
+                    for slot in made.targets:  # what it would have written may be read where it does not matter
+                        if registers[slot] is None and slot not in self.locked:
+                            registers[slot] = self.garbage(slot)
                     self.next(mask)
                     continue
                 else:
