@@ -26,6 +26,7 @@ program waited for: gate and up of an 8B took 33.1 us on an H100, and took 27.8 
 difference.)
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +35,9 @@ import jax.numpy as jnp
 from jaxlora.kernels import nf4_lookup, nf4_matmul_wgmma, reference
 from jaxlora.kernels.nf4_matmul_float8_kernel import kernel
 from jaxlora.kernels.nf4_matmul_wgmma import Config
+from jaxlora.kernels.nf4_stream import ROWS_OF_WARP
 from jaxlora.kernels.ordered import FLOAT8, STEP, Ordered
-from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
+from jaxlora.kernels.reference import NF4_BLOCK, InputNorm, NF4Fields, Residual
 
 
 def takes(weights: Sequence[NF4Fields], columns: int) -> bool:
@@ -62,8 +64,8 @@ def matmul_nf4(
       ordered: float8, in which to return what is gated as `Ordered`, where its elements are whole steps; else None.
 
     Raises:
-      NotImplementedError: as `nf4_matmul_wgmma.matmul_nf4`; or x is not float8; or weights are not quantised twice, or
-        their rows no whole steps of 256.
+      NotImplementedError: as `nf4_matmul_wgmma.matmul_nf4`; or x is not float8, or has scales of other than 64, 128 or
+        256 columns; or weights are not quantised twice, or their rows no whole steps of 256.
     """
     if not isinstance(x, Ordered) or not x.is_float8:
         raise NotImplementedError("the kernel multiplies float8 that is in its order")
@@ -74,6 +76,11 @@ def matmul_nf4(
     rows = [rows for rows, _ in shapes]
     if config is None:
         config = nf4_matmul_wgmma.heuristics(tokens, rows, columns, is_gated=act is not None)
+    if act is not None and ordered == FLOAT8:
+        # The order changes places among 64 elements, which must have one scale and so be one program's.
+        config = dataclasses.replace(config, num_warps=max(config.num_warps, 2 * NF4_BLOCK // ROWS_OF_WARP))
+    if x.of_columns is not None and columns // x.of_columns.size not in (NF4_BLOCK, 2 * NF4_BLOCK, STEP):
+        raise NotImplementedError(f"the kernel takes a scale of 64, 128 or 256 columns, not {x.of_columns.size} in all")
 
     def inputs(x):
         scales = x.of_tokens if x.of_columns is None else x.of_columns
@@ -89,5 +96,5 @@ def matmul_nf4(
         act=act,
         parts=parts,
         ordered=FLOAT8 if ordered == FLOAT8 else None,
-        X_GROUP=0 if x.of_columns is None else columns // x.of_columns.size // reference.NF4_BLOCK,
+        X_GROUP=0 if x.of_columns is None else columns // x.of_columns.size // NF4_BLOCK,
     )
