@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from typing import Any
 from unittest import mock
@@ -830,6 +831,7 @@ class Warp:
         self.pcs: np.ndarray | None = None  # of lanes that diverge
         self.state = "ready"  # or "bar", "wait", "meet", "done"
         self.waits: Any = None
+        self.refused: int | None = None  # the `try_wait` that said no last
         self.copies: list[list[tuple[np.ndarray, np.ndarray, int]]] = [[]]  # groups, the last not committed
         self.products: list[Product] = []
         self.group = 0  # of products, which is not committed
@@ -1052,7 +1054,7 @@ class Warp:
             barrier = self.barrier(int(address[lane]), lane)
             if parity[lane] not in (0, 1):
                 raise Wrong(f"a phase of {parity[lane]}")
-            told[lane] = barrier.phase % 2 != parity[lane]
+            told[lane] = barrier.phase % 2 != parity[lane]  # whether that phase is over
             if not told[lane]:
                 waits.append((barrier, int(parity[lane])))
         return told, waits
@@ -1251,12 +1253,11 @@ class Warp:
                     return
                 elif kind == "wait":
                     told, waits = made.run(registers, self, here)
-                    self.put(made.targets[0], told, here)
-                    self.next(mask)
-                    if waits:
+                    if waits and self.refused == self.pc:  # it would go round and round
                         self.state, self.waits = "wait", waits
                         return
-                    continue
+                    self.refused = self.pc if waits else None
+                    self.put(made.targets[0], told, here)
                 elif kind == "meet":
                     self.whole(here)
                     made.run(registers, self, here)
@@ -1364,7 +1365,7 @@ class Block:
                 elif self.bulks:
                     self.land()
                 else:
-                    waits = {warp.number: (warp.state, self.program.code[warp.pc - 1].text) for warp in left}
+                    waits = {warp.number: (warp.state, self.program.code[warp.pc].text) for warp in left}
                     raise Wrong(f"block {self.at}: all warps wait: {waits}; {policy}; barriers {self.barriers}")
                 continue
             if self.bulks and policy.land and self.random.random() < policy.land:
@@ -1427,8 +1428,14 @@ class _Found(Exception):
     pass
 
 
-def compiled(kernel, structs, out_shape, options):
-    """What jax-triton makes of a kernel for compute capability 9.0: (its PTX, bytes of shared memory)."""
+@functools.cache
+def compiled(kernel, arrays, outs, options):
+    """What jax-triton makes of a kernel for compute capability 9.0: (its program, bytes of shared memory).
+
+    Args:
+      arrays: (shape, dtype) of its arguments; outs: those of its results.
+      options: the other arguments of `triton_call`, as items.
+    """
     import jax
 
     found: list[Any] = []
@@ -1442,12 +1449,13 @@ def compiled(kernel, structs, out_shape, options):
         found.append(made(*arguments))
         raise _Found
 
-    call = lambda *arrays: jax_triton.triton_call(*arrays, kernel=kernel, out_shape=out_shape, **options)
+    out_shape = [jax.ShapeDtypeStruct(*out) for out in outs]
+    call = lambda *arrays: jax_triton.triton_call(*arrays, kernel=kernel, out_shape=out_shape, **dict(options))
     with mock.patch.object(triton_lib, "compile_ttir_to_ptx_inplace", compile_ttir), contextlib.suppress(_Found):
-        jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",))
+        jax.jit(call).trace(*(jax.ShapeDtypeStruct(*array) for array in arrays)).lower(lowering_platforms=("cuda",))
     [one] = found
     ptx = one.binary
-    return (ptx.decode() if isinstance(ptx, bytes) else ptx), one.shared_mem_bytes
+    return Program(ptx.decode() if isinstance(ptx, bytes) else ptx), one.shared_mem_bytes
 
 
 @contextlib.contextmanager
@@ -1464,11 +1472,10 @@ def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
 
     def triton_call(*arrays, kernel, out_shape, grid, num_warps=4, input_output_aliases=None, **options):
         outs = out_shape if isinstance(out_shape, list | tuple) else [out_shape]
-        structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
         assert not input_output_aliases
         options = dict(options, grid=grid, num_warps=num_warps)
-        ptx, shared = compiled(kernel, structs, list(outs), options)
-        program = Program(ptx)
+        of = tuple(tuple((a.shape, a.dtype) for a in each) for each in (arrays, outs))
+        program, shared = compiled(kernel, *of, tuple(sorted(options.items())))
         grid = grid if isinstance(grid, tuple) else (grid,)
 
         def host(*arrays):
