@@ -319,7 +319,9 @@ def test_a_gate_makes_it(key, rows, columns, tokens, act):
     assert 0.01 < error(got) < 0.03  # rounded once more, at random
     scale = np.repeat(np.asarray(y.of_columns), rows // y.of_columns.size)
     unit = np.maximum(np.exp2(np.floor(np.log2(np.abs(wanted) / scale + 1e-30)) - 3), 2.0**-9)  # of the last bit
-    assert (np.abs(got - wanted) / scale <= 0.7 * unit + 1e-2 * np.abs(wanted) / scale).all()
+    # Sums that are nearly 0 are off by what they were rounded to on their way.
+    off = 5e-3 * (np.abs(gate) * up.std() + np.abs(up) * gate.std())
+    assert (np.abs(got - wanted) <= 0.7 * unit * scale + 1e-2 * np.abs(wanted) + off).all()
 
 
 @pytest.mark.gpu
