@@ -1,0 +1,108 @@
+"""Kernels of inline PTX, run by an interpreter on the CPU (`ptx`) where jax-triton can compile them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ptx
+import pytest
+from test_float8_few import error_of, exact, powers, rounded, weight_of
+from test_nf4_matmul import LIMITS, fields_of, operands, relative_error
+
+from jaxlora import quant
+from jaxlora.kernels import nf4_matmul_float8, nf4_matmul_wgmma
+from jaxlora.kernels.nf4_matmul_wgmma import Config
+from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order
+from jaxlora.kernels.residual_norm import residual_norm
+
+
+@pytest.fixture(autouse=True)
+def needs_triton():
+    for name in ("triton", "jaxlib.gpu_triton"):
+        pytest.importorskip(name)
+    if jax.default_backend() != "cpu":
+        pytest.skip("a GPU runs them by itself")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "shape, tokens, layout",
+    [((100, 256), 9, {}), ((128, 1792), 16, dict(num_warps=4)), ((120, 2048), 41, dict(num_warps=8, split=3))],
+)
+def test_the_product_in_float8(key, shape, tokens, layout, seed):
+    x, q = operands(key, tokens, shape, jnp.bfloat16, True, seed != 1)
+    x = in_order(x, is_float8=True)
+    if seed == 2:
+        x = Ordered(x.data, x.shape, x.dtype, None, powers(key, (shape[1] // 64,), 9))
+    with ptx.emulated(seed):
+        [y] = nf4_matmul_float8.matmul_nf4(
+            x, [fields_of(q)], shapes=[shape], config=Config(**layout) if layout else None
+        )
+        y = np.asarray(y)
+    assert error_of(y, exact(x), q) < 3e-3
+
+
+def test_several_weights(key):
+    shapes = [(rows, 512) for rows in (100, 36, 9)]
+    weights = [operands(jax.random.fold_in(key, rows), 9, (rows, columns), jnp.bfloat16)[1] for rows, columns in shapes]
+    x = in_order(operands(key, 9, shapes[0], jnp.bfloat16)[0], is_float8=True)
+    with ptx.emulated():
+        ys = nf4_matmul_float8.matmul_nf4(x, [fields_of(q) for q in weights], shapes=shapes, config=Config(split=2))
+        ys = [np.asarray(y) for y in ys]
+    assert all(error_of(y, exact(x), q) < 3e-3 for y, q in zip(ys, weights, strict=True))
+
+
+@pytest.mark.parametrize("num_warps", [4, 16])
+def test_from_a_norm_to_a_gate(key, num_warps):
+    keys = jax.random.split(key, 4)
+    x, y = (jax.random.normal(each, (13, 512)).astype(jnp.bfloat16) for each in keys[:2])
+    gain = jnp.ones((512,), jnp.bfloat16)
+    weights = [quant.quantize(0.03 * jax.random.normal(each, (256, 512)).astype(x.dtype)) for each in keys[2:]]
+    config = Config(num_warps=num_warps)
+    with ptx.emulated():
+        _, plain = residual_norm(x, y, gain, None, eps=1e-5)
+        plain = np.asarray(plain, np.float32)
+        _, normed = residual_norm(x, y, gain, None, eps=1e-5, ordered=FLOAT8)
+        np.testing.assert_array_equal(exact(normed), rounded(plain))
+        [gated] = nf4_matmul_float8.matmul_nf4(
+            normed, [fields_of(q) for q in weights], shapes=[(256, 512)] * 2, act="silu", ordered=FLOAT8, config=config
+        )
+        got = np.asarray(exact(gated))
+    gate, up = (np.asarray(exact(normed), np.float64) @ weight_of(w).T for w in weights)
+    wanted = np.asarray(jax.nn.silu(gate)) * up
+    assert 0.01 < np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 0.03
+
+
+def test_the_product_in_16_bits(key):
+    for dtype in (jnp.bfloat16, jnp.float16):
+        x, q = operands(key, 41, (100, 576), dtype, is_stacked=True)
+        with ptx.emulated():
+            [y] = nf4_matmul_wgmma.matmul_nf4(x, [fields_of(q)], shapes=[q.shape])
+            y = np.asarray(y)
+        assert relative_error(y, x, q) < LIMITS[dtype]
+
+
+def test_what_a_program_must_not_do():
+    """A read of what a bulk copy has not brought yet, of what another lane's copy has, and outside of an array."""
+    head = """.version 8.7
+.visible .entry wrong(.param .u64 of)
+{ .reg .b64 %rd<3>; .reg .b32 %r<9>; .reg .pred %p<2>; .shared .align 128 .b8 at[1024];
+ld.param.b64 %rd1, [of]; mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; mov.u32 %r3, at; add.s32 %r4, %r3, %r2; """
+    run = lambda body: ptx.launch(ptx.Program(head + body + " ret; }"), [np.zeros(64, np.uint32)], [], (1,), 1, 0, 0)
+    run("ld.global.b32 %r5, [%rd1];")
+    with pytest.raises(ptx.Wrong, match="which has 256"):
+        run("ld.global.b32 %r5, [%rd1+256];")
+    copied = "cp.async.ca.shared.global [%r4], [%rd1], 4; cp.async.commit_group; cp.async.wait_group 0;"
+    run(copied + "ld.shared.b32 %r5, [%r4];")
+    run(copied + "bar.warp.sync 0xffffffff; ld.shared.b32 %r5, [%r3];")
+    with pytest.raises(ptx.Wrong, match="not there yet"):
+        run(copied + "ld.shared.b32 %r5, [%r3];")
+    with pytest.raises(ptx.Wrong, match="not there yet"):
+        run(copied.replace("wait_group 0", "wait_group 1") + "ld.shared.b32 %r5, [%r4];")
+    bulk = """setp.ne.b32 %p1, %r1, 0; @%p1 bra END; mbarrier.init.shared::cta.b64 [%r3+512], 1;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3+512], 128;
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r3], [%rd1], 128, [%r3+512];
+END: bar.warp.sync 0xffffffff; """
+    wait = "W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r3+512], 0; @!%p1 bra W;"
+    run(bulk + wait + "ld.shared.b32 %r5, [%r4];")
+    with pytest.raises(ptx.Wrong, match="not there yet"):
+        run(bulk + "ld.shared.b32 %r5, [%r4];" + wait)
