@@ -42,6 +42,7 @@ UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOATS = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}
 FLOAT8 = ml_dtypes.float8_e4m3fn
+SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]")
 
 
 class Unknown(NotImplementedError):
@@ -125,7 +126,7 @@ class Program:
         top = self.scope = Scope(None)
         for m in re.finditer(r"\.extern\s+\.shared[^;]*?([\w$]+)\[\]", head):
             top.names[m[1]] = ("extern", m[1])
-        for m in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", re.sub(r"\.extern[^;]*;", "", head)):
+        for m in SHARED.finditer(re.sub(r"\.extern[^;]*;", "", head)):
             self.declare_shared(m)
         self.parse("{" + rest)
         # Dynamic shared memory begins behind the static.
@@ -176,7 +177,7 @@ class Program:
                     self.scope.names[each] = ("reg", len(self.classes))
                     self.classes.append(bits_of(kind))
         elif text.startswith(".shared"):
-            self.declare_shared(re.match(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", text))
+            self.declare_shared(SHARED.match(text))
         elif text.startswith((".pragma", ".param")):
             pass
         else:
@@ -348,7 +349,8 @@ class Program:
             a, b, c = (read(arg, "b32") for arg in args[1:4])
             self.value(made, args[0], "b32", f"S.prmt({a}, {b}, {c})")
         elif name == "bfe":
-            self.value(made, args[0], kind, f"S.bfe({read(args[1], kind)}, {read(args[2], 'b32')}, {read(args[3], 'b32')})")
+            start, length = (read(arg, "b32") for arg in args[2:])
+            self.value(made, args[0], kind, f"S.bfe({read(args[1], kind)}, {start}, {length})")
         elif name == "bfi":
             a, b = (read(arg, kind) for arg in args[1:3])
             self.value(made, args[0], kind, f"S.bfi({a}, {b}, {read(args[3], 'b32')}, {read(args[4], 'b32')})")
@@ -434,7 +436,8 @@ class Program:
                 else f"({a} != {b})" if compare == "neu" else f"~({a} {how[inverse]} {b})"
             )  # fmt: skip
         if len(args) == 4:
-            expression = f"({expression} {dict(AND='&', OR='|', XOR='^')[words[2].upper()]} {self.read(args[3], 'pred')})"
+            how = {"and": "&", "or": "|", "xor": "^"}[words[2]]
+            expression = f"({expression} {how} {self.read(args[3], 'pred')})"
         if "|" in args[0]:
             first, second = args[0].split("|")
             made.kind, made.targets = "values", (self.target(first), self.target(second))
@@ -513,7 +516,8 @@ class Program:
             wide = f"{kind[0]}{2 * bits}"
             self.constants["t_" + wide], self.constants["t_" + kind] = dtype_of(wide), dtype_of(kind)
             assert bits == 32
-            expression = f"(({a[0]}.astype(t_{wide}) * {a[1]}.astype(t_{wide})) >> np.{np.dtype(dtype_of(wide)).name}(32)).astype(t_{kind})"
+            product = f"{a[0]}.astype(t_{wide}) * {a[1]}.astype(t_{wide})"
+            expression = f"(({product}) >> t_{wide}(32)).astype(t_{kind})"
             self.value(made, args[0], kind, expression + (f" + {a[2]}" if name == "mad" else ""))
         elif name in ("mul", "mad"):
             assert "lo" in words
@@ -746,9 +750,8 @@ class Memory:
         data, name, _ = self.arrays[number]
         bad = (offset < 0) | (offset + size > data.size)
         if bad.any():
-            if bad.all() or (offset[bad] < -GLOBAL_GAP // 2).any() or (offset[bad] > data.size + GLOBAL_GAP // 2).any():
-                raise Wrong(f"{what} of {size} bytes at {hex(int(address[bad][0]))}: {int(offset[bad][0])} of {name}, which has {data.size}")
-            raise Wrong(f"{what} of {size} bytes at {int(offset[bad][0])} of {name}, which has {data.size}; lanes {np.flatnonzero(bad)}")
+            at, lanes = int(offset[bad][0]), np.flatnonzero(bad)
+            raise Wrong(f"{what} of {size} bytes at {at} of {name}, which has {data.size}, by {lanes}")
         return number, offset
 
     def groups(self, address: np.ndarray):
