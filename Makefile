@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-kernels lint format clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/jaxlora quickstart
@@ -16,6 +16,11 @@ quickstart: $(VENV)/.quickstart
 # the workers in the order of conftest.py, the longest first, and not by their number of tests.
 test: $(VENV)/.test
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Kernels of inline PTX, interpreted (tests/ptx.py). Triton compiles them without a GPU; it is apart from the rest, whose
+# libraries would look for it, and then for a GPU.
+test-kernels: $(VENV)/.kernels
+	PYTHONPATH=$(VENV)/kernels $(BIN)/pytest tests/test_ptx.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -44,6 +49,10 @@ $(VENV)/.test: pyproject.toml $(VENV)/.quickstart
 	@echo "Installing what the tests compare with into $(VENV) (minutes, the first time)"
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.kernels: pyproject.toml $(VENV)/.test
+	$(PIP) --no-deps --target $(VENV)/kernels jax-triton==0.3.1 triton==3.6.0
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.test

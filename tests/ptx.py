@@ -214,7 +214,7 @@ class Program:
 
     def read(self, text: str, kind: str) -> str:
         """An expression of an operand as an array of a type."""
-        text, bits, dtype = text.strip(), bits_of(kind), dtype_of(kind)
+        text, bits = text.strip(), bits_of(kind)
         if text.startswith("{"):
             parts = split(text[1:-1])
             of = [self.read(part, f"b{bits // len(parts)}") for part in parts]
