@@ -34,7 +34,10 @@ WORKS = {
     "gate_up": ((14336, 4096), (14336, 4096)),
     "down": ((4096, 14336),),
 }
-WORKS_TO_SHOW = ["gate_up:64", "down:64", "qkv:64", "o:64", "o:16", "1000x576:41", "gate_up:64:fp8", "down:64:fp8"]
+WORKS_TO_SHOW = [
+    "gate_up:64", "down:64", "qkv:64", "o:64", "o:16", "1000x576:41", "gate_up:64:fp8", "down:64:fp8", "gate_up:16:fp8",
+    "1000x768:24:fp8", "33x512:20:fp8",
+]  # fmt: skip
 LAYERS = 32
 
 
