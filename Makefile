@@ -20,6 +20,7 @@ test: $(VENV)/.test
 # Kernels of inline PTX, interpreted (tests/ptx.py). Triton compiles them without a GPU; it is apart from the rest, whose
 # libraries would look for it, and then for a GPU.
 test-kernels: $(VENV)/.kernels
+	PYTHONPATH=$(VENV)/kernels $(BIN)/python -c 'import triton, jaxlib.gpu_triton' # without these they would be skipped
 	PYTHONPATH=$(VENV)/kernels $(BIN)/pytest tests/test_ptx.py
 
 lint: $(VENV)/.dev

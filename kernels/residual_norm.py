@@ -182,7 +182,7 @@ def residual_norm(
     is_float8 = is_ordered and ordered == FLOAT8
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if is_ordered:
-        out = jax.ShapeDtypeStruct(shape_of(tokens, features, is_float8), ordered)
+        out = jax.ShapeDtypeStruct(shape_of(tokens, features, is_float8), FLOAT8 if is_float8 else x.dtype)
     more = dict(parts=(y.count, tokens) if isinstance(y, Parts) else (0, 0), padded=padded(tokens) if is_ordered else 0)
     call = functools.partial(
         triton_call,

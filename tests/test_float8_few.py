@@ -75,7 +75,8 @@ def test_the_error_of_the_table(key):
     codes = np.searchsorted((reference.NF4[1:] + reference.NF4[:-1]) / 2, w.ravel())
     table, exact = nf4_lookup.float8_table().astype(np.float64) * nf4_lookup.FLOAT8_UNIT, reference.NF4
     error = np.linalg.norm(table[codes] - exact[codes]) / np.linalg.norm(exact[codes])
-    assert 0.019 < error < 0.020 and np.abs(table).max() < 8188 * 8 / 65504 * 1.2
+    assert 0.019 < error < 0.020
+    assert np.abs(nf4_lookup.float8_table().astype(np.float32)).max() == 0.875  # by which sums of blocks are bounded
 
 
 # ---- the PTX ---------------------------------------------------------------------------------------------------------
@@ -314,13 +315,13 @@ def test_a_gate_makes_it(key, rows, columns, tokens, act):
     gate, up = (np.asarray(exact(x), np.float64) @ weight_of(w).T for w in weights)
     wanted = np.asarray(ACTIVATIONS[act](jnp.asarray(gate, jnp.float32))) * up
     error = lambda got: np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted)
-    assert plain.dtype == jnp.bfloat16 and error(plain) < 5e-3
+    assert plain.dtype == jnp.bfloat16 and error(plain) < 3e-3
     got = np.asarray(exact(y), np.float64)
     assert 0.01 < error(got) < 0.03  # rounded once more, at random
     scale = np.repeat(np.asarray(y.of_columns), rows // y.of_columns.size)
     unit = np.maximum(np.exp2(np.floor(np.log2(np.abs(wanted) / scale + 1e-30)) - 3), 2.0**-9)  # of the last bit
     # Sums that are nearly 0 are off by what they were rounded to on their way.
-    off = 5e-3 * (np.abs(gate) * up.std() + np.abs(up) * gate.std())
+    off = 2e-3 * (np.abs(gate) * up.std() + np.abs(up) * gate.std())
     assert (np.abs(got - wanted) <= 0.7 * unit * scale + 1e-2 * np.abs(wanted) + off).all()
 
 

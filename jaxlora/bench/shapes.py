@@ -55,7 +55,9 @@ CONFIGS = {
         num_key_value_heads=4, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
         rope_theta=1000000.0, rms_norm_eps=1e-6,
     ),
-    "qwen3.5-9b": dict(  # its language model, three layers of linear attention to each of attention
+    # The language model. Fields are the defaults of transformers' `Qwen3_5TextConfig`, positions and rope_theta are of
+    # pages about the model: its config.json was not read.
+    "qwen3.5-9b": dict(
         model_type="qwen3_5_text", vocab_size=248320, hidden_size=4096, intermediate_size=12288, num_hidden_layers=32,
         num_attention_heads=16, num_key_value_heads=4, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=32,
         linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4,
