@@ -202,9 +202,12 @@ class DecoderLayer(nnx.Module):
         """What it then leaves to be added to x, `Unsummed.y`, as `jax.ShapeDtypeStruct`s; weights may be such, too."""
         if not self.is_plain:
             return jax.ShapeDtypeStruct(x.shape, x.dtype)
-        down = self.mlp.down_proj
-        inner = jax.ShapeDtypeStruct((*x.shape[:-1], down.in_features), x.dtype)
-        return cast(Any, jax.eval_shape(lambda down, *args: down.onto(*args, self.multiplier), down, x, inner)).y
+
+        def onto(norm, mlp, x):
+            stream, normed = summed_and_unnormed(Unsummed(x, x), norm, self.multiplier, mlp.projections)
+            return mlp.onto(stream, normed, self.multiplier, [None] * 3)
+
+        return cast(Any, jax.eval_shape(onto, self.post_attention_layernorm, self.mlp, x)).y
 
     def __call__(self, x, context: Context, key=None, cache=None, per_layer_input=None):
         """x [B, T, D] -> [B, T, D], either perhaps `Unsummed`. `cache` is (keys, values, convolutions, states, layer),

@@ -454,7 +454,7 @@ def matmul_each(
 
 def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
     """Whether a kernel multiplies x [tokens, in] by a weight and adds to a residual stream (`matmul_each`)."""
-    return _meet_few([w]) and api.adds_residual(x, [_fields(w)], shapes=[w.shape])
+    return _meet_few([w]) and api.adds_residual(x, [fields_of(w)], shapes=[w.shape])
 
 
 def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any], float8: bool = False) -> Any:
@@ -462,7 +462,7 @@ def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any], float8: bool 
     with `float8` that where it can; None if it does not."""
     if not _meet_few(weights):
         return None
-    return api.reads_ordered(x, [*map(_fields, weights)], shapes=[w.shape for w in weights], float8=float8)
+    return api.reads_ordered(x, [*map(fields_of, weights)], shapes=[w.shape for w in weights], float8=float8)
 
 
 def _meet_few(weights: Sequence[Any]) -> bool:
@@ -470,7 +470,7 @@ def _meet_few(weights: Sequence[Any]) -> bool:
     return all(isinstance(w, QuantizedArray) and w.scheme == "nf4" and w.divided is None for w in weights)
 
 
-def _fields(w: QuantizedArray) -> NF4Fields:
+def fields_of(w: QuantizedArray) -> NF4Fields:
     return NF4Fields(w.codes, w.scales, w.nested_absmax, w.nested_offset, w.index)
 
 
@@ -483,7 +483,7 @@ def _matmul_around(
         flat = lambda array: array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
         options: dict[str, Any] = dict(norm=norm, act=act, ordered=ordered)
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
-        fields, shapes = [*map(_fields, weights)], [w.shape for w in weights]
+        fields, shapes = [*map(fields_of, weights)], [w.shape for w in weights]
         is_few = math.prod(x.shape[:-1]) <= nf4_matmul.MOST_TOKENS
         names = ("triton", "triton_float8", "triton_wgmma") if is_few else ("triton_float8", "triton_wgmma")
         for name in names:
@@ -534,7 +534,7 @@ def _matmul_stacked(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -
 def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"] | Ordered, weights: tuple) -> list[Any]:
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if _meet_few(weights):
-        fields = [*map(_fields, weights)]
+        fields = [*map(fields_of, weights)]
         is_few = rows.shape[0] <= nf4_matmul.MOST_TOKENS
         for name in ("triton",) if is_few else ("triton_float8", "triton_wgmma", "triton_tiles"):
             try:

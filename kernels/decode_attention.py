@@ -123,9 +123,9 @@ def _kernel():
     @triton.jit
     def added(each, dtype: tl.constexpr):
         """Their sum, rounded once, the first part first."""
-        x = each[0]
+        x = each[0].to(tl.float32)
         for i in tl.static_range(1, len(each)):
-            x += each[i]
+            x += each[i].to(tl.float32)
         return x.to(dtype)
 
     @triton.jit
@@ -170,7 +170,7 @@ def _kernel():
 
     @triton.jit
     def decode_attention(
-        q,  # [B, N, H], or float32 [PARTS, B, N, H]
+        q,  # [B, N, H], or float32 or bfloat16 [PARTS, B, N, H]
         k,  # [B, K, H], or parts
         v,
         keys,  # [layers, B, S, K, H]

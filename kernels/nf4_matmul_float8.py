@@ -31,6 +31,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxlora.kernels import nf4_lookup, nf4_matmul_wgmma, reference
@@ -47,7 +48,7 @@ def takes(weights: Sequence[NF4Fields], columns: int) -> bool:
 
 
 def matmul_nf4(
-    x: Ordered,
+    x: jax.Array | Ordered,
     weights: Sequence[NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
@@ -97,5 +98,6 @@ def matmul_nf4(
         act=act,
         parts=parts,
         ordered=FLOAT8 if ordered == FLOAT8 else None,
+        of_parts=jnp.bfloat16,
         X_GROUP=0 if x.of_columns is None else columns // x.of_columns.size // NF4_BLOCK,
     )

@@ -12,6 +12,7 @@ from jaxlora.kernels.nf4_stream import (
     BARRIERS,
     EVICT_FIRST,
     MAP,
+    MOST_TOKENS,
     ROWS_OF_WARP,
     STEP,
     memory_kernels,
@@ -110,6 +111,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     totals_dtypes = tl.constexpr((tl.uint32,) * (2 * tiles))
     BARRIERS_AT = tl.constexpr(MAP)
     MAXIMA_AT = tl.constexpr(MAP + BARRIERS // 2)  # a number of each warp
+    OF_TOKENS_AT = tl.constexpr(MAP + BARRIERS)  # what x of each token is times
     BLOCKS_OF_STEP = tl.constexpr(STEP)
     PLACES = tl.constexpr(STEPS_OF_X)
     step_bytes = STEP * tiles * 512  # of x
@@ -117,7 +119,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     ACROSS = tl.constexpr(8 * tiles << 16)  # of a descriptor: from 16 elements of k to the next 16
     of_x, of_all = shared_bytes(tokens, num_warps)
     CODES_AT = tl.constexpr(of_x)  # in the ring
-    table_at, ring_at, whole = memory_kernels(MAP + BARRIERS, of_all)
+    table_at, ring_at, whole = memory_kernels(MAP + BARRIERS + 4 * MOST_TOKENS, of_all)
     asked_layer, in_stack, halves_at, next_line = weight_kernels()
     begin, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes, num_warps)
     put_map, asked_nested, asked_mean, asked_statistics, mapped, from_lane = scale_kernels(0)
@@ -151,6 +153,8 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     largest_assembly = tl.constexpr("redux.sync.max.u32 $0, $1, 0xffffffff;")
     put_word_assembly = tl.constexpr("st.shared.b32 [$1], $2; bar.sync 0; mov.b32 $0, $1;")
     get_word_assembly = tl.constexpr("ld.shared.b32 $0, [$1];")
+    put_number_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
+    get_two_assembly = tl.constexpr("ld.shared.v2.f32 {$0, $1}, [$2];")
     halves_assembly = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
     float8_assembly = tl.constexpr("{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f16x2 pair, $1; cvt.u32.u16 $0, pair; }")
 
@@ -269,7 +273,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         nested_absmax2,
         mean2,
         index2,
-        out0,  # [M, rows] in the results' dtype, or float32 [SPLIT, M, rows], or the data of `Ordered`
+        out0,  # [M, rows] in the results' dtype, or bfloat16 [SPLIT, M, rows], or the data of `Ordered`
         out1,  # with ORDERED what the data is times: float32, a number of each tile
         out2,
         M: tl.constexpr,
@@ -314,6 +318,10 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
             table_of_nf4 = table_of_nf4 + (tl.load(nf4 + (thread * 0 + i)),)
         for i in tl.static_range((256 + THREADS - 1) // THREADS):
             map_values = map_values + (tl.load(dynamic_map + (i * THREADS + thread) % 256),)
+        token = thread % 64
+        of_token = 1.0
+        if X_GROUP == 0:
+            of_token = tl.load(x_scales + tl.minimum(token, M - 1))
         part = 0 if SPLIT == 1 else tl.program_id(0) // TILES
         start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
         table, ring = table_at(thread), ring_at(thread)
@@ -387,6 +395,9 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         copy(x, 1, 1, (start + 1 >= end) & (STEPS // SPLIT < 2), barriers, ring, thread)
         x += STEP_BYTES // 4
         put_map(table, map_values, thread, THREADS)
+        if X_GROUP == 0:
+            number = [table + (OF_TOKENS_AT + 4 * token), of_token]
+            tl.inline_asm_elementwise(put_number_assembly, "=r,r,f", number, tl.int32, is_pure=False, pack=1)
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
         above_now, below_now = mapped(above_now, table, True), mapped(below_now, table, True)
         above_unit, below_unit = inverse_of(upper_bound), inverse_of(lower_bound)
@@ -447,8 +458,10 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
             first, second = of_pair(totals[2 * j]), of_pair(totals[2 * j + 1])
             times = 1.0, 1.0
             if X_GROUP == 0:
-                token = 8 * j + 2 * t
-                times = tl.load(x_scales + tl.minimum(token, M - 1)), tl.load(x_scales + tl.minimum(token + 1, M - 1))
+                two = table + (OF_TOKENS_AT + 32 * j) + 8 * t
+                times = tl.inline_asm_elementwise(
+                    get_two_assembly, "=f,=f,r", [two], dtype=(tl.float32, tl.float32), is_pure=False, pack=1
+                )
             first = first[0] * (above_last * times[0]), first[1] * (above_last * times[1])
             second = second[0] * (below_last * times[0]), second[1] * (below_last * times[1])
             if GATED:

@@ -63,13 +63,12 @@ from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
 from jaxlora.kernels.nf4_matmul_wgmma_kernel import kernel
-from jaxlora.kernels.nf4_stream import ROWS_OF_WARP, STEP
+from jaxlora.kernels.nf4_stream import MOST_TOKENS, ROWS_OF_WARP, STEP
 from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order, shape_of
 from jaxlora.kernels.ordered import STEP as STEP_OF_X
 from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
-MOST_TOKENS = 64
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
 
 
@@ -145,6 +144,7 @@ def launch(
     act: str | None,
     parts: bool,
     ordered: Any,
+    of_parts: Any = jnp.float32,
     **options: Any,
 ) -> list[Any]:
     """What a kernel of this layout makes of x and weights: the results of `matmul_nf4`.
@@ -153,6 +153,7 @@ def launch(
       kernel: the Triton function.
       inputs: its first arguments, those before the weights, of x.
       ordered: the dtype of a gated result as `Ordered`, or None.
+      of_parts: the dtype of sums of parts.
       **options: its compile-time arguments besides those that all have.
     """
     tokens, columns = x.shape
@@ -160,7 +161,7 @@ def launch(
     split = 1 if act is not None else min(config.split, -(-columns // (STEP * reference.NF4_BLOCK)))
     if act is None or rows[0] % STEP_OF_X:
         ordered = None
-    leading, dtype = ((), x.dtype) if split == 1 else ((split,), jnp.dtype(jnp.float32))
+    leading, dtype = ((), x.dtype) if split == 1 else ((split,), jnp.dtype(of_parts))
     padding = [0] * (MOST_WEIGHTS - len(rows))
     outputs = rows if act is None else rows[:1]
     tiles = tiles_of(rows if act is None else [2 * rows[0]], config.num_warps)

@@ -11,6 +11,7 @@ from typing import no_type_check
 from jaxlora.kernels import nf4_lookup, reference
 from jaxlora.kernels.ordered import STEP as STEP_OF_X
 
+MOST_TOKENS = 64
 ROWS_OF_WARP = 16
 STEP = STEP_OF_X // reference.NF4_BLOCK  # blocks, a line of 128 bytes of codes
 MAP = 256 * 4  # bytes of `dynamic_map`

@@ -1,8 +1,9 @@
 """A product that is not added up yet.
 
 Where a product of few tokens has fewer tiles than the device has SMs, its kernel divides k among programs, and each of
-them leaves its own float32 sum (`nf4_matmul_tiles`, `dense_matmul`). To add these up is a launch for each result, which
-reads little and takes as long as a small product. What reads the result next can add up as it reads:
+them leaves its own sum, in float32 (`nf4_matmul_tiles`, `dense_matmul`) or, where x is float8, in bfloat16
+(`nf4_matmul_float8`). To add these up is a launch for each result, which reads little and takes as long as a small
+product. What reads the result next can add up as it reads:
 
     sum over p of parts[p], in float32, the first part first, rounded once to the dtype of the product
 
@@ -23,7 +24,8 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """parts: float32 [P, *shape], whose sum over P is a product of that shape; dtype: what it is rounded to."""
+    """parts: float32 or bfloat16 [P, *shape], whose sum over P is a product of that shape; dtype: what it is rounded
+    to."""
 
     parts: Any
     dtype: Any = dataclasses.field(metadata=dict(static=True))
@@ -44,7 +46,8 @@ class Parts:
     def sum(self) -> Float[Array, "*shape"]:
         """The product. Sums written out are loops, which XLA joins for several products; a reduction is a kernel of its
         own for each."""
-        return functools.reduce(jnp.add, [self.parts[i] for i in range(self.count)]).astype(self.dtype)
+        each = [self.parts[i].astype(jnp.float32) for i in range(self.count)]
+        return functools.reduce(jnp.add, each).astype(self.dtype)
 
 
 def summed(y: Any) -> Any:

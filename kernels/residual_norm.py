@@ -82,7 +82,7 @@ def _kernel():
     @triton.jit
     def residual_norm(
         x,  # [M, D]
-        y,  # [M, D], or float32 [PARTS, M, D]; unread without HAS_PART
+        y,  # [M, D], or float32 or bfloat16 [PARTS, M, D]; unread without HAS_PART
         weight,  # [D], or [layers, D]
         index,  # int32 []; unread without STACKED
         total,  # [M, D]; unwritten without HAS_PART
@@ -108,9 +108,9 @@ def _kernel():
         gain = tl.load(weight + column, mask=inside, other=0.0)
         narrow = tl.load(x + at, mask=inside, other=0.0)
         if HAS_PART:
-            part = tl.load(y + at, mask=inside, other=0.0)
+            part = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
             for i in tl.static_range(1, PARTS):
-                part += tl.load(y + i * (M * D) + at, mask=inside, other=0.0)
+                part += tl.load(y + i * (M * D) + at, mask=inside, other=0.0).to(tl.float32)
             part = part.to(narrow.dtype).to(tl.float32)
             narrow = (narrow.to(tl.float32) + part * MULTIPLIER).to(narrow.dtype)
             tl.store(total + at, narrow, mask=inside)

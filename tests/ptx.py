@@ -1461,16 +1461,22 @@ def compiled(kernel, arrays, outs, options):
     return Program(ptx.decode() if isinstance(ptx, bytes) else ptx), one.shared_mem_bytes
 
 
+def compiler():
+    """A context in which jax-triton compiles for compute capability 9.0, where no GPU is."""
+    import jaxlib.gpu_triton as gpu_triton
+
+    # What a plugin for GPUs has there, as far as it is asked for before a kernel is compiled.
+    plugin = dict(get_compute_capability=lambda _: 90, get_serialized_metadata=None, get_arch_details=lambda _: "")
+    return mock.patch.multiple(gpu_triton, create=True, **plugin)
+
+
 @contextlib.contextmanager
 def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
     """In it the kernels of products and norms are run by the interpreter, one seed a launch."""
     import jax
-    import jaxlib.gpu_triton as gpu_triton
 
     from jaxlora.kernels import nf4_matmul_wgmma, residual_norm
 
-    # What a plugin for GPUs has there, as far as it is asked for before a kernel is compiled.
-    plugin = dict(get_compute_capability=lambda _: 90, get_serialized_metadata=None, get_arch_details=lambda _: "")
     seeds = iter(range(seed, 1 << 30))
 
     def triton_call(*arrays, kernel, out_shape, grid, num_warps=4, input_output_aliases=None, **options):
@@ -1493,7 +1499,7 @@ def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
         return list(results) if isinstance(out_shape, list | tuple) else results[0]
 
     with (
-        mock.patch.multiple(gpu_triton, create=True, **plugin),
+        compiler(),
         mock.patch.object(nf4_matmul_wgmma, "triton_call", triton_call),
         mock.patch.object(residual_norm, "triton_call", triton_call),
     ):

@@ -5,14 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
+from flax import nnx
 from test_float8_few import error_of, exact, powers, rounded, weight_of
 from test_nf4_matmul import LIMITS, fields_of, operands, relative_error
 
 from jaxlora import quant
-from jaxlora.kernels import nf4_matmul_float8, nf4_matmul_wgmma
+from jaxlora.config import ModelConfig, QuantConfig, RopeConfig
+from jaxlora.kernels import api, graph_call, nf4_matmul_float8, nf4_matmul_wgmma
 from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order
 from jaxlora.kernels.residual_norm import residual_norm
+from jaxlora.layers import Linear
+from jaxlora.lora import named_nodes
+from jaxlora.model import CausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +111,37 @@ END: bar.warp.sync 0xffffffff; """
     run(bulk + wait + "ld.shared.b32 %r5, [%r4];")
     with pytest.raises(ptx.Wrong, match="not there yet"):
         run(bulk + "ld.shared.b32 %r5, [%r4];" + wait)
+
+
+@pytest.mark.parametrize("matmul_dtype, product", [(None, "matmul_nf4_wgmma"), ("fp8", "matmul_nf4_float8")])
+def test_which_kernels_a_step_of_generation_is(monkeypatch, matmul_dtype, product):
+    """Traced as for an H100, of an 8B with two layers; nothing runs."""
+    launched = []
+
+    def described(inputs, outs, kernel, aliases, options):
+        launched.append((kernel.fn.__name__, dict(options)))
+        return b""
+
+    monkeypatch.setattr(api, "is_on_gpu", lambda: True)
+    monkeypatch.setattr(api, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(graph_call, "_described", described)
+    config = ModelConfig(
+        model_type="llama", vocab_size=512, hidden_size=4096, intermediate_size=14336, num_hidden_layers=2,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=1024, rope=RopeConfig(),
+        layer_types=("full_attention",) * 2,
+    )  # fmt: skip
+    make = lambda: CausalLM(config, dtype=jnp.bfloat16, quant_config=QuantConfig(), rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(make)
+    for linear in named_nodes(model, Linear):
+        if linear.node.stack is not None:
+            linear.node.matmul_dtype = matmul_dtype
+    token = jax.ShapeDtypeStruct((64, 1), jnp.int32)
+    cache = jax.eval_shape(lambda: model.init_cache(64, 256))
+    step = lambda model, token, cache: model.hidden_states(token, token, cache=cache)
+    with ptx.compiler():
+        hidden, _ = jax.eval_shape(step, model, token, cache)
+    assert hidden.shape == (64, 1, 4096)
+    names = [name for name, options in launched]
+    layer = ["residual_norm", product, "decode_attention", "matmul_nf4_wgmma", "residual_norm", product, product]
+    assert names[-len(layer) - 1 :] == [*layer, "residual_norm"]
+    assert [options["SPLIT"] for name, options in launched[-len(layer) :] if "matmul" in name] == [4, 8, 1, 8]
