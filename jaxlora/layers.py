@@ -285,6 +285,19 @@ def gated_linear(
     return kernels.gated(left, right, act)
 
 
+def mlp_of_ordered(linears: list, x: Any, act: str) -> Any:
+    """down(act(gate(x)) * up(x)) of (gate, up, down) in one launch, which may be `Parts`; None where there is no kernel
+    for it, or x is not what it reads."""
+    tokens = math.prod(x.shape[:-1])
+    is_read = isinstance(x, Ordered) and x.is_float8
+    if not is_read or not all(linear.is_product(tokens) and linear.bias is None for linear in linears):
+        return None
+    try:
+        return quant.mlp(x, [linear.weight.get_value() for linear in linears], act)
+    except NotImplementedError:  # fewer tokens, or too few SMs
+        return None
+
+
 def of_gate(
     linear: Any, gate: Float[Array, "*batch d_in"], up: Float[Array, "*batch d_in"], act: str, key: Any
 ) -> Float[Array, "*batch d_out"]:

@@ -43,6 +43,7 @@ from jaxlora.layers import (
     Unsummed,
     gated_linear,
     linear_each,
+    mlp_of_ordered,
     of_gate,
     read_by_index,
     read_ordered,
@@ -115,6 +116,9 @@ class MLP(TokenwiseModule):
         """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`, or `Ordered`;
         `multiplier` of the MLP is not of this."""
         if self.gated and self.fused is None and self.gate_multiplier == 1.0:
+            y = mlp_of_ordered([self.gate_proj, self.up_proj, self.down_proj], x, self.hidden_act)
+            if y is not None:
+                return Unsummed(stream, y)
             ordered = read_ordered([self.down_proj], stream)
             h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2], ordered)
         else:

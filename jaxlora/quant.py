@@ -452,6 +452,20 @@ def matmul_each(
     return [matmul(read, w) for w in weights]
 
 
+def mlp(x: Ordered, weights: Sequence[QuantizedArray], act: str) -> Any:
+    """down(act(gate(x)) * up(x)) of few tokens, which may be `Parts`, in one launch: (gate, up, down). It is not
+    differentiable.
+
+    Raises:
+      NotImplementedError: there is no kernel for that.
+    """
+    if not _meet_few(weights):
+        raise NotImplementedError("the kernel takes NF4 weights that no mesh divides")
+    read, shapes = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), [w.shape for w in weights]
+    options: dict[str, Any] = dict(shapes=shapes, act=act, parts=True, implementation="triton_float8")
+    return api.mlp_nf4(read, [*map(fields_of, weights)], **options).reshape(*x.shape[:-1], -1)
+
+
 def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
     """Whether a kernel multiplies x [tokens, in] by a weight and adds to a residual stream (`matmul_each`)."""
     return _meet_few([w]) and api.adds_residual(x, [fields_of(w)], shapes=[w.shape])

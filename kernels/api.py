@@ -26,6 +26,7 @@ from jaxlora.kernels import (
     nf4_matmul_wgmma,
     nf4_merge,
     nf4_merge16,
+    nf4_mlp_float8,
     nf4_shards,
     reference,
     rms_norm,
@@ -103,6 +104,14 @@ def compute_capability() -> str | None:
     return getattr(device, "compute_capability", None)
 
 
+def core_count() -> int:
+    """SMs of the default device; 0 where it is no NVIDIA GPU."""
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return getattr(device, "core_count", 0)
+
+
 def on_gpu_of(capability: str, function: Callable) -> Callable:
     """`on_gpu(function)`, for devices of one compute capability alone."""
 
@@ -132,6 +141,11 @@ def of_plain(product: Callable) -> Callable:
     return implementation
 
 
+def _mlp_nf4(*args, **kwargs) -> Any:
+    """Of the default device."""
+    return nf4_mlp_float8.mlp_nf4(*args, sms=core_count(), **kwargs)
+
+
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
     "merge_nf4": {
@@ -146,6 +160,7 @@ _OPS: dict[str, dict[str, Callable]] = {
         "triton_tiles": on_gpu(of_plain(nf4_matmul_tiles.matmul_nf4)),
         "reference": reference.matmul_nf4,
     },
+    "mlp_nf4": {"triton_float8": on_gpu_of("9.0", _mlp_nf4), "reference": reference.mlp_nf4},
     "matmul_dense": {"triton": on_gpu(dense_matmul.matmul_dense), "reference": reference.matmul_dense},
     "residual_norm": {
         "triton": on_gpu(norm.residual_norm),
@@ -258,6 +273,24 @@ def matmul_nf4(
     """
     options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts, ordered=ordered)
     return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)
+
+
+def mlp_nf4(
+    x: Float[Array, "m d_in"] | Ordered,
+    weights: Sequence[reference.NF4Fields],
+    *,
+    shapes: Sequence[tuple[int, int]],
+    act: str,
+    parts: bool = False,
+    implementation: Literal["triton_float8", "reference"] | None = None,
+) -> Any:
+    """down(act(gate(x)) * up(x)) of NF4 weights, (gate, up, down), perhaps ones of stacks. See `reference.mlp_nf4`.
+
+    "triton_float8" takes 33 to `nf4_matmul_wgmma.MOST_TOKENS` tokens that a norm has made `Ordered` in float8, on
+    compute capability 9.0. With `parts` the result may be `Parts`.
+    """
+    options = dict(shapes=shapes, act=act, parts=parts)
+    return _in_parts([dispatch("mlp_nf4", _OPS["mlp_nf4"], implementation, x, weights, **options)], x.dtype)[0]
 
 
 def _in_parts(ys: list, dtype: Any) -> list:

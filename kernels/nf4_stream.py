@@ -312,3 +312,46 @@ def result_kernels():
         return tl.inline_asm_elementwise(turn_assembly, "=r,r", [word], dtype=tl.uint32, is_pure=False, pack=1)
 
     return joined, turned
+
+
+@functools.cache
+@no_type_check
+def grid_kernels():
+    """(arrive, wait) of programs that wait for what others of the launch have stored: all of them must be on the device
+    at once."""
+    import triton
+    import triton.language as tl
+
+    # What was stored is to be read in bulk, by the asynchronous proxy.
+    arrive_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0;\n"
+        "fence.proxy.async;\n"
+        "bar.sync 0;\n"
+        "@p bra END;\n"
+        "fence.acq_rel.gpu;\n"
+        "red.release.gpu.global.add.u32 [$1], 1;\n"
+        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $2; }"
+    )
+    wait_assembly = tl.constexpr(
+        "{ .reg .pred p; .reg .b32 count; setp.ne.b32 p, $2, 0;\n"
+        "@p bra END;\n"
+        "WAIT: ld.acquire.gpu.global.u32 count, [$1];\n"
+        "setp.lt.u32 p, count, $3;\n"
+        "@p bra WAIT;\n"
+        "fence.proxy.async;\n"
+        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $2; }"
+    )
+
+    @triton.jit
+    def arrive(count, thread):
+        """Say that all warps of a program have stored what they store."""
+        tl.inline_asm_elementwise(arrive_assembly, "=r,l,r", [count, thread], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def wait(count, needed, thread):
+        """Let the first lane wait until so many programs have arrived; all others wait for it at the next barrier."""
+        tl.inline_asm_elementwise(
+            wait_assembly, "=r,l,r,r", [count, thread, thread * 0 + needed], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    return arrive, wait

@@ -406,6 +406,19 @@ def matmul_nf4(
     return ys if residual is None else [residual.x + residual.multiplier * ys[0]]
 
 
+def mlp_nf4(
+    x: Float[Array, "m d_in"] | Ordered,
+    weights: Sequence[NF4Fields],
+    *,
+    shapes: Sequence[tuple[int, int]],
+    act: str,
+    parts: bool = False,
+) -> Float[Array, "m d_out"]:
+    """down(act(gate(x)) * up(x)) of NF4 weights, (gate, up, down): two calls of `matmul_nf4`, with its arguments."""
+    [inner] = matmul_nf4(x, weights[:2], shapes=shapes[:2], act=act)
+    return matmul_nf4(inner, weights[2:], shapes=shapes[2:], parts=parts)[0]
+
+
 def _matmul_nf4(x: Array, weights: Sequence[NF4Fields], shapes: Sequence[tuple[int, int]]) -> list[Array]:
     dense = [
         merge_nf4(*fields, None, None, shape=shape, dtype=x.dtype)

@@ -17,7 +17,7 @@ from jaxlora.kernels import api, nf4_lookup, nf4_matmul_float8, nf4_matmul_float
 from jaxlora.kernels.gated import ACTIVATIONS
 from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order, power_of_two, shape_of
-from jaxlora.kernels.parts import Parts
+from jaxlora.kernels.parts import Parts, summed
 
 # ---- the order and what is rounded -----------------------------------------------------------------------------------
 
@@ -328,6 +328,33 @@ def test_a_gate_makes_it(key, rows, columns, tokens, act):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tokens, columns, inner, rows, is_stacked", [(64, 4096, 14336, 4096, True), (41, 512, 768, 320, False)]
+)
+def test_an_mlp_in_one_launch(key, tokens, columns, inner, rows, is_stacked):
+    skip_elsewhere()
+    keys = jax.random.split(key, 4)
+    x = jax.random.normal(keys[0], (tokens, columns)).astype(jnp.bfloat16)
+    shapes = [(inner, columns), (inner, columns), (rows, inner)]
+    weights = [operands(each, tokens, shape, x.dtype, True, is_stacked)[1] for each, shape in zip(keys[1:], shapes)]
+    gain = jnp.ones((columns,), x.dtype)
+
+    def normed(x):
+        return api.residual_norm(x, None, gain, eps=1e-5, ordered=FLOAT8)[1]
+
+    def apart(x, weights):
+        [h] = quant.matmul_each(normed(x), weights[:2], act="silu", ordered=FLOAT8)
+        return quant.matmul_each(h, weights[2:], parts=True)[0]
+
+    together = lambda x, weights: quant.mlp(normed(x), weights, "silu")
+    assert "mlp_nf4.triton_float8" in api.implementations_in(together, x, weights)
+    wanted, run = jax.jit(apart)(x, weights), jax.jit(together)
+    for _ in range(20):  # whichever program comes first
+        y = run(x, weights)
+        np.testing.assert_array_equal(summed(y), summed(wanted))
+
+
+@pytest.mark.gpu
 def test_a_gate_of_16_bits_stays_that(key):
     skip_elsewhere()
     x = jax.random.normal(key, (16, 256)).astype(jnp.bfloat16)
@@ -352,5 +379,6 @@ def test_a_norm_makes_it(key, tokens, features, count):
     total, out = jax.jit(run(FLOAT8))(x, y, weight, jnp.int32(1))
     wanted = jax.jit(run(None))(x, y, weight, jnp.int32(1))
     assert isinstance(out, Ordered) and out.is_float8 and out.shape == x.shape
+    np.testing.assert_array_equal(out.count, [0])
     np.testing.assert_array_equal(total, wanted[0])
     np.testing.assert_array_equal(exact(out), rounded(np.asarray(wanted[1], np.float32)))

@@ -1,5 +1,7 @@
 """Kernels of inline PTX, run by an interpreter on the CPU (`ptx`) where jax-triton can compile them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from test_nf4_matmul import LIMITS, fields_of, operands, relative_error
 
 from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig, RopeConfig
-from jaxlora.kernels import api, graph_call, nf4_matmul_float8, nf4_matmul_wgmma
+from jaxlora.kernels import api, graph_call, nf4_matmul_float8, nf4_matmul_wgmma, nf4_mlp_float8
 from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order
 from jaxlora.kernels.residual_norm import residual_norm
@@ -113,8 +115,15 @@ END: bar.warp.sync 0xffffffff; """
         run(bulk + "ld.shared.b32 %r5, [%r4];" + wait)
 
 
-@pytest.mark.parametrize("matmul_dtype, product", [(None, "matmul_nf4_wgmma"), ("fp8", "matmul_nf4_float8")])
-def test_which_kernels_a_step_of_generation_is(monkeypatch, matmul_dtype, product):
+@pytest.mark.parametrize(
+    "matmul_dtype, sms, projections, mlp",
+    [
+        (None, 132, "matmul_nf4_wgmma", ["matmul_nf4_wgmma"] * 2),
+        ("fp8", 132, "matmul_nf4_float8", ["mlp_nf4_float8"]),
+        ("fp8", 114, "matmul_nf4_float8", ["matmul_nf4_float8"] * 2),
+    ],
+)
+def test_which_kernels_a_step_of_generation_is(monkeypatch, matmul_dtype, sms, projections, mlp):
     """Traced as for an H100, of an 8B with two layers; nothing runs."""
     launched = []
 
@@ -124,6 +133,7 @@ def test_which_kernels_a_step_of_generation_is(monkeypatch, matmul_dtype, produc
 
     monkeypatch.setattr(api, "is_on_gpu", lambda: True)
     monkeypatch.setattr(api, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(api, "core_count", lambda: sms)
     monkeypatch.setattr(graph_call, "_described", described)
     config = ModelConfig(
         model_type="llama", vocab_size=512, hidden_size=4096, intermediate_size=14336, num_hidden_layers=2,
@@ -142,6 +152,27 @@ def test_which_kernels_a_step_of_generation_is(monkeypatch, matmul_dtype, produc
         hidden, _ = jax.eval_shape(step, model, token, cache)
     assert hidden.shape == (64, 1, 4096)
     names = [name for name, options in launched]
-    layer = ["residual_norm", product, "decode_attention", "matmul_nf4_wgmma", "residual_norm", product, product]
+    layer = ["residual_norm", projections, "decode_attention", "matmul_nf4_wgmma", "residual_norm", *mlp]
     assert names[-len(layer) - 1 :] == [*layer, "residual_norm"]
-    assert [options["SPLIT"] for name, options in launched[-len(layer) :] if "matmul" in name] == [4, 8, 1, 8]
+    splits = [options["SPLIT"] for name, options in launched[-len(layer) :] if "nf4" in name]
+    assert splits == ([4, 8, 1, 8] if len(mlp) == 2 else [4, 8, 8])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_an_mlp_in_one_launch(key, seed):
+    tokens, columns, inner, rows = 41, 512, 512, 320
+    keys = jax.random.split(key, 4)
+    x = in_order(jax.random.normal(keys[0], (tokens, columns)).astype(jnp.bfloat16), is_float8=True)
+    shapes = [(inner, columns), (inner, columns), (rows, inner)]
+    weights = [
+        quant.quantize(0.03 * jax.random.normal(each, shape)) for each, shape in zip(keys[1:], shapes, strict=True)
+    ]
+    fields = [fields_of(q) for q in weights]
+    with ptx.emulated(seed):
+        [inner] = nf4_matmul_float8.matmul_nf4(
+            x, fields[:2], shapes=shapes[:2], act="silu", ordered=FLOAT8, config=Config(num_warps=16)
+        )
+        [wanted] = nf4_matmul_float8.matmul_nf4(inner, fields[2:], shapes=shapes[2:], config=Config(split=2))
+        counted = dataclasses.replace(x, count=jnp.zeros((1,), jnp.uint32))
+        y = nf4_mlp_float8.mlp_nf4(counted, fields, shapes=shapes, act="silu", sms=132, split=2)
+        np.testing.assert_array_equal(np.asarray(y), np.asarray(wanted))
