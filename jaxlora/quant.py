@@ -452,18 +452,29 @@ def matmul_each(
     return [matmul(read, w) for w in weights]
 
 
-def mlp(x: Ordered, weights: Sequence[QuantizedArray], act: str) -> Any:
-    """down(act(gate(x)) * up(x)) of few tokens, which may be `Parts`, in one launch: (gate, up, down). It is not
-    differentiable.
+def normed_products(
+    x: Float[Array, "*batch d"],
+    y: Any,
+    norm: InputNorm,
+    weights: Sequence[QuantizedArray],
+    act: str | None = None,
+    multiplier: float = 1.0,
+) -> tuple[Float[Array, "*batch d"], list[Any]]:
+    """(total, results) of few tokens in one launch, in float8: see `reference.normed_nf4`. Results may be `Parts`. This
+    is not differentiable.
 
     Raises:
       NotImplementedError: there is no kernel for that.
     """
     if not _meet_few(weights):
         raise NotImplementedError("the kernel takes NF4 weights that no mesh divides")
-    read, shapes = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), [w.shape for w in weights]
-    options: dict[str, Any] = dict(shapes=shapes, act=act, parts=True, implementation="triton_float8")
-    return api.mlp_nf4(read, [*map(fields_of, weights)], **options).reshape(*x.shape[:-1], -1)
+    tokens = math.prod(x.shape[:-1]), x.shape[-1]
+    options: dict[str, Any] = dict(act=act, multiplier=multiplier, implementation="triton_float8")
+    total, ys = api.normed_nf4(
+        x.reshape(tokens), y.reshape(*tokens), norm, [*map(fields_of, weights)], shapes=[w.shape for w in weights],
+        **options,
+    )  # fmt: skip
+    return total.reshape(x.shape), [each.reshape(*x.shape[:-1], each.shape[-1]) for each in ys]
 
 
 def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:

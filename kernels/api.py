@@ -26,7 +26,7 @@ from jaxlora.kernels import (
     nf4_matmul_wgmma,
     nf4_merge,
     nf4_merge16,
-    nf4_mlp_float8,
+    nf4_normed_float8,
     nf4_shards,
     reference,
     rms_norm,
@@ -141,9 +141,9 @@ def of_plain(product: Callable) -> Callable:
     return implementation
 
 
-def _mlp_nf4(*args, **kwargs) -> Any:
+def _normed_nf4(*args, **kwargs) -> Any:
     """Of the default device."""
-    return nf4_mlp_float8.mlp_nf4(*args, sms=core_count(), **kwargs)
+    return nf4_normed_float8.normed_nf4(*args, sms=core_count(), **kwargs)
 
 
 _OPS: dict[str, dict[str, Callable]] = {
@@ -160,7 +160,7 @@ _OPS: dict[str, dict[str, Callable]] = {
         "triton_tiles": on_gpu(of_plain(nf4_matmul_tiles.matmul_nf4)),
         "reference": reference.matmul_nf4,
     },
-    "mlp_nf4": {"triton_float8": on_gpu_of("9.0", _mlp_nf4), "reference": reference.mlp_nf4},
+    "normed_nf4": {"triton_float8": on_gpu_of("9.0", _normed_nf4), "reference": reference.normed_nf4},
     "matmul_dense": {"triton": on_gpu(dense_matmul.matmul_dense), "reference": reference.matmul_dense},
     "residual_norm": {
         "triton": on_gpu(norm.residual_norm),
@@ -275,27 +275,28 @@ def matmul_nf4(
     return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)
 
 
-def mlp_nf4(
-    x: Float[Array, "m d_in"] | Ordered,
+def normed_nf4(
+    x: Float[Array, "m d_in"],
+    y: Float[Array, "m d_in"] | Parts,
+    norm: reference.InputNorm,
     weights: Sequence[reference.NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
-    act: str,
-    parts: bool = False,
+    act: str | None = None,
+    multiplier: float = 1.0,
     implementation: Literal["triton_float8", "reference"] | None = None,
-) -> Any:
-    """down(act(gate(x)) * up(x)) of NF4 weights, (gate, up, down), perhaps ones of stacks. See `reference.mlp_nf4`.
+) -> tuple[Any, list[Any]]:
+    """(x + multiplier * y, what NF4 weights make of its norm), which may be `Parts`. See `reference.normed_nf4`.
 
-    "triton_float8" takes 33 to `nf4_matmul_wgmma.MOST_TOKENS` tokens that a norm has made `Ordered` in float8, on
-    compute capability 9.0. With `parts` the result may be `Parts`.
+    "triton_float8" takes 33 to `nf4_matmul_wgmma.MOST_TOKENS` tokens, on compute capability 9.0.
     """
-    options = dict(shapes=shapes, act=act, parts=parts)
-    return _in_parts([dispatch("mlp_nf4", _OPS["mlp_nf4"], implementation, x, weights, **options)], x.dtype)[0]
+    options = dict(shapes=shapes, act=act, multiplier=multiplier)
+    return dispatch("normed_nf4", _OPS["normed_nf4"], implementation, x, y, norm, weights, **options)
 
 
 def _in_parts(ys: list, dtype: Any) -> list:
     """Products [M, out], or float32 [P, M, out] of which the parts are to be added up, as what says so."""
-    return [Parts(y, dtype) if len(y.shape) == 3 else y for y in ys]
+    return [Parts(y, dtype) if not isinstance(y, Parts) and len(y.shape) == 3 else y for y in ys]
 
 
 def adds_residual(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]]) -> bool:

@@ -20,6 +20,9 @@ from jaxlora.kernels.nf4_stream import (
     x_kernels,
 )
 
+# Where in shared memory, from the table on: a number of each warp, and what x of each token is times.
+MAXIMA_AT = MAP + BARRIERS // 2
+OF_TOKENS_AT = MAP + 2 * BARRIERS
 # What shared memory has places for.
 STEPS_OF_X = 3
 STEPS_OF_CODES = 2
@@ -113,8 +116,7 @@ def product_kernels(tokens: int, num_warps: int):
     same_totals = ["=r"] * (2 * tiles) + [str(i) for i in range(2 * tiles)]
     sums_operands = tl.constexpr(",".join([*same_totals, *["r"] * (2 * tiles + 2)]))
     totals_dtypes = tl.constexpr((tl.uint32,) * (2 * tiles))
-    MAXIMA_AT = tl.constexpr(MAP + BARRIERS // 2)  # a number of each warp
-    OF_TOKENS_AT = tl.constexpr(MAP + 2 * BARRIERS)  # what x of each token is times
+    MAXIMA, OF_TOKENS = tl.constexpr(MAXIMA_AT), tl.constexpr(OF_TOKENS_AT)
     BLOCKS_OF_STEP = tl.constexpr(STEP)
     PLACES = tl.constexpr(STEPS_OF_X)
     TOKEN_TILES = tl.constexpr(tiles)
@@ -122,7 +124,7 @@ def product_kernels(tokens: int, num_warps: int):
     ACROSS = tl.constexpr(8 * tiles << 16)  # of a descriptor: from 16 elements of k to the next 16
     of_x, of_all = shared_bytes(tokens, num_warps)
     CODES_AT = tl.constexpr(of_x)  # in the ring
-    table_at, ring_at, whole = memory_kernels(MAP + 2 * BARRIERS + 4 * MOST_TOKENS, of_all)
+    table_at, ring_at, whole = memory_kernels(OF_TOKENS_AT + 4 * MOST_TOKENS, of_all)
     asked_layer, in_stack, halves_at, next_line = weight_kernels()
     begin, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes(tokens), num_warps)
     put_map, asked_nested, asked_mean, asked_statistics, mapped, from_lane = scale_kernels(0)
@@ -272,7 +274,7 @@ def product_kernels(tokens: int, num_warps: int):
         """Put the latter two into shared memory."""
         put_map(table, map_values, thread, THREADS)
         if X_GROUP == 0:
-            number = [table + (OF_TOKENS_AT + 4 * (thread % 64)), of_token]
+            number = [table + (OF_TOKENS + 4 * (thread % 64)), of_token]
             tl.inline_asm_elementwise(put_number_assembly, "=r,r,f", number, tl.int32, is_pure=False, pack=1)
 
     @triton.jit
@@ -450,7 +452,7 @@ def product_kernels(tokens: int, num_warps: int):
             first, second = of_pair(totals[2 * j]), of_pair(totals[2 * j + 1])
             times = 1.0, 1.0
             if X_GROUP == 0:
-                two = table + (OF_TOKENS_AT + 32 * j) + 8 * t
+                two = table + (OF_TOKENS + 32 * j) + 8 * t
                 times = tl.inline_asm_elementwise(
                     get_two_assembly, "=f,=f,r", [two], dtype=(tl.float32, tl.float32), is_pure=False, pack=1
                 )
@@ -478,10 +480,10 @@ def product_kernels(tokens: int, num_warps: int):
             # The exponent of the largest of the program, e: what is stored is times 2^(2 - e), at most 8.
             bits = largest_of_warp(largest.to(tl.uint32, bitcast=True))
             tl.inline_asm_elementwise(
-                put_word_assembly, "=r,r,r", [table + MAXIMA_AT + 4 * warp, bits], tl.int32, is_pure=False, pack=1
+                put_word_assembly, "=r,r,r", [table + MAXIMA + 4 * warp, bits], tl.int32, is_pure=False, pack=1
             )
             bits = tl.inline_asm_elementwise(
-                get_word_assembly, "=r,r", [table + MAXIMA_AT + 4 * (lane % WARPS)], tl.uint32, is_pure=False, pack=1
+                get_word_assembly, "=r,r", [table + MAXIMA + 4 * (lane % WARPS)], tl.uint32, is_pure=False, pack=1
             )
             exponent = tl.maximum(largest_of_warp(bits) >> 23, 3)
             times, over = (256 - exponent) << 23, (exponent - 2) << 23
@@ -536,7 +538,7 @@ def kernel(tokens: int, num_warps: int):
         mean2,
         index2,
         out0,  # [M, rows] in the results' dtype, or bfloat16 [SPLIT, M, rows], or the data of `Ordered`
-        out1,  # with ORDERED what the data is times: float32, a number of each tile
+        out1,  # with ORDERED what the data is times: float32, a number of each tile; with COUNTS uint32, which become 0
         out2,
         M: tl.constexpr,
         ROWS0: tl.constexpr,
@@ -547,6 +549,7 @@ def kernel(tokens: int, num_warps: int):
         STACKED: tl.constexpr,
         WARPS: tl.constexpr,
         SPLIT: tl.constexpr,
+        COUNTS: tl.constexpr,  # of out1; 0 for none
         ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
         ORDERED: tl.constexpr,  # whether out0 is `Ordered`, with ACT
         X_GROUP: tl.constexpr,  # blocks that have a scale of x; 0 where tokens have
@@ -589,6 +592,8 @@ def kernel(tokens: int, num_warps: int):
             x, x_scales, of_x_numbers, above, below, codes, table_of_nf4, start, end, barriers, table, ring, thread,
             BLOCKS, STEPS // SPLIT, X_GROUP, GATED, ORDERED, WHOLE,
         )  # fmt: skip
+        if COUNTS:
+            tl.store(out1 + thread, thread * 0, mask=(thread < COUNTS) & (tl.program_id(0) == 0))
         out = rows[3] + part * M * rows[2]
         stored(
             totals, above_last, below_last, rows, out, out1, tile, table, thread, M, WARPS, X_GROUP, ACT, ORDERED, EVEN

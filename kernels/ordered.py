@@ -42,7 +42,6 @@ class Ordered:
     dtype: that of plain x. Elements that x has not are zero; tokens that it has not may be anything.
 
     What float8 is times: of_tokens, float32 [tokens], or of_columns, float32 [K / n], where n columns have one each.
-    count: None, or uint32 [1], which is 0: by which the programs of one launch that reads this may wait for each other.
     """
 
     data: Any
@@ -50,7 +49,6 @@ class Ordered:
     dtype: Any = dataclasses.field(metadata=dict(static=True))
     of_tokens: Any = None
     of_columns: Any = None
-    count: Any = None
 
     @property
     def is_float8(self) -> bool:

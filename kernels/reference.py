@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels.gated import gated_reference
 from jaxlora.kernels.ordered import Ordered, plain
+from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.residual_norm import residual_norm_reference
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,17 +407,24 @@ def matmul_nf4(
     return ys if residual is None else [residual.x + residual.multiplier * ys[0]]
 
 
-def mlp_nf4(
-    x: Float[Array, "m d_in"] | Ordered,
+def normed_nf4(
+    x: Float[Array, "m d_in"],
+    y: Float[Array, "m d_in"] | Parts,
+    norm: InputNorm,
     weights: Sequence[NF4Fields],
     *,
     shapes: Sequence[tuple[int, int]],
-    act: str,
-    parts: bool = False,
-) -> Float[Array, "m d_out"]:
-    """down(act(gate(x)) * up(x)) of NF4 weights, (gate, up, down): two calls of `matmul_nf4`, with its arguments."""
-    [inner] = matmul_nf4(x, weights[:2], shapes=shapes[:2], act=act)
-    return matmul_nf4(inner, weights[2:], shapes=shapes[2:], parts=parts)[0]
+    act: str | None = None,
+    multiplier: float = 1.0,
+) -> tuple[Float[Array, "m d_in"], list[Float[Array, "m _"]]]:
+    """(total, results): total = x + multiplier * y, and the products of its norm with some NF4 weights; with `act` one,
+    down(act(gate) * up), of the weights (gate, up, down)."""
+    options = dict(eps=norm.eps, offset=norm.offset, multiplier=multiplier)
+    total, normed = residual_norm_reference(x, y, norm.weight, norm.index, **options)
+    if act is None:
+        return total, matmul_nf4(normed, weights, shapes=shapes)
+    inner = matmul_nf4(normed, weights[:2], shapes=shapes[:2], act=act)
+    return total, matmul_nf4(inner[0], weights[2:], shapes=shapes[2:])
 
 
 def _matmul_nf4(x: Array, weights: Sequence[NF4Fields], shapes: Sequence[tuple[int, int]]) -> list[Array]:

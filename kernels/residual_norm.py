@@ -88,7 +88,6 @@ def _kernel():
         total,  # [M, D]; unwritten without HAS_PART
         out,  # [M, D], or the data of `Ordered`
         scales,  # with IS_FLOAT8 what that is times: float32 [M]
-        count,  # and uint32 [1], which becomes 0
         M: tl.constexpr,  # 0 without PARTS
         D: tl.constexpr,
         EPS: tl.constexpr,
@@ -128,7 +127,6 @@ def _kernel():
             exponent = tl.maximum(tl.max(tl.abs(wide)).to(tl.uint32, bitcast=True) >> 23, 3)
             times, over = (256 - exponent) << 23, (exponent - 2) << 23
             tl.store(scales + tl.program_id(0), over.to(tl.float32, bitcast=True))
-            tl.store(count, 0, mask=tl.program_id(0) == 0)
             narrow = (wide * times.to(tl.float32, bitcast=True)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
             first, second = tl.split(tl.reshape(narrow, (BLOCK // 2, 2)))  # 64 [t, s, u, h] as [s, t, u, 1 - h]
             normed = tl.permute(tl.reshape(tl.join(second, first), (BLOCK // 64, 4, 4, 4)), (0, 2, 1, 3))
@@ -193,7 +191,6 @@ def residual_norm(
             jax.ShapeDtypeStruct((1,) if y is None else x.shape, x.dtype),
             out,
             jax.ShapeDtypeStruct((tokens if is_float8 else 1,), jnp.float32),
-            jax.ShapeDtypeStruct((1,), jnp.uint32),
         ],
         grid=(tokens,),
         **constants(features, x.dtype, y is not None, index is not None, is_float8=is_float8, **options, **more),
@@ -202,12 +199,9 @@ def residual_norm(
     @jax.custom_batching.sequential_vmap
     def run(x, y, weight, index):
         added = y.parts if isinstance(y, Parts) else x if y is None else y
-        total, out, scales, count = call(x, added, weight, jnp.int32(0) if index is None else index)
+        total, out, scales = call(x, added, weight, jnp.int32(0) if index is None else index)
         total = x if y is None else total
-        if is_ordered:
-            of_tokens, count = (scales, count) if is_float8 else (None, None)
-            out = Ordered(out, x.shape, x.dtype, of_tokens, count=count)
-        return total, out
+        return total, Ordered(out, x.shape, x.dtype, scales if is_float8 else None) if is_ordered else out
 
     @jax.custom_vjp
     def differentiable(x, y, weight, index):

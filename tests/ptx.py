@@ -1519,7 +1519,7 @@ def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
     """In it the kernels of products and norms are run by the interpreter, one seed a launch."""
     import jax
 
-    from jaxlora.kernels import nf4_matmul_wgmma, nf4_mlp_float8, residual_norm
+    from jaxlora.kernels import nf4_matmul_wgmma, nf4_normed_float8, residual_norm
 
     seeds = iter(range(seed, 1 << 30))
 
@@ -1545,6 +1545,6 @@ def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
         compiler(),
         mock.patch.object(nf4_matmul_wgmma, "triton_call", triton_call),
         mock.patch.object(residual_norm, "triton_call", triton_call),
-        mock.patch.object(nf4_mlp_float8, "triton_call", triton_call),
+        mock.patch.object(nf4_normed_float8, "triton_call", triton_call),
     ):
         yield
