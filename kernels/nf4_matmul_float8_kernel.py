@@ -101,9 +101,9 @@ def ptx_of_sums(tiles: int) -> str:
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
 def product_kernels(tokens: int, num_warps: int):
-    """(table_at, ring_at, asked_layer, begin, asked_tables, put_tables, x_numbers, asked, multiplied, stored): what a
-    product is made of, in the order in which it is done. Built on first use, since the library imports where Triton is
-    not installed."""
+    """(table_at, ring_at, asked_layer, begin, begin_with, asked_tables, put_tables, x_numbers, asked, multiplied,
+    stored): what a product is made of, in the order in which it is done. Built on first use, since the library imports
+    where Triton is not installed."""
     import triton
     import triton.language as tl
 
@@ -126,7 +126,7 @@ def product_kernels(tokens: int, num_warps: int):
     CODES_AT = tl.constexpr(of_x)  # in the ring
     table_at, ring_at, whole = memory_kernels(OF_TOKENS_AT + 4 * MOST_TOKENS, of_all)
     asked_layer, in_stack, halves_at, next_line = weight_kernels()
-    begin, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes(tokens), num_warps)
+    begin, begin_with, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes(tokens), num_warps)
     put_map, asked_nested, asked_mean, asked_statistics, mapped, from_lane = scale_kernels(0)
     joined, turned = result_kernels()
     # Rows q and q + 4 of those of a half, of one weight and of the other or of even and odd rows.
@@ -501,7 +501,8 @@ def product_kernels(tokens: int, num_warps: int):
                 )
                 tl.store((bytes_of + 128 * j).to(tl.pointer_type(tl.uint16)), pair.to(tl.uint16))
 
-    return table_at, ring_at, asked_layer, begin, asked_tables, put_tables, x_numbers, asked, multiplied, stored
+    starts = table_at, ring_at, asked_layer, begin, begin_with, asked_tables, put_tables
+    return *starts, x_numbers, asked, multiplied, stored
 
 
 @functools.cache
@@ -512,7 +513,7 @@ def kernel(tokens: int, num_warps: int):
     import triton.language as tl
 
     products = product_kernels(tokens, num_warps)
-    table_at, ring_at, asked_layer, begin, asked_tables, put_tables, x_numbers, asked, multiplied, stored = products
+    table_at, ring_at, asked_layer, begin, _, asked_tables, put_tables, x_numbers, asked, multiplied, stored = products
     BARRIERS_AT, BLOCKS_OF_STEP = tl.constexpr(MAP), tl.constexpr(STEP)
     STEP_BYTES = tl.constexpr(step_bytes(tokens))
 

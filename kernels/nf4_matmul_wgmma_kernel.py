@@ -124,7 +124,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     CODES_AT = tl.constexpr(of_x)  # in the ring
     table_at, ring_at, whole = memory_kernels(PAIRS + MAP + BARRIERS, of_all)
     asked_layer, in_stack, halves_at, next_line = weight_kernels()
-    begin, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes, num_warps)
+    begin, _, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes, num_warps)
     put_map, asked_nested, asked_mean, asked_statistics, mapped, from_lane = scale_kernels(PAIRS)
     joined, turned = result_kernels()
     rows_bytes = 16 * 32 * num_warps  # of a unit of half of the rows

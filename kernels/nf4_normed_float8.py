@@ -4,8 +4,8 @@ its queries, keys and values, and of an MLP down(act(gate(x)) * up(x)).
 The maths is that of `residual_norm`, of a residual stream to which the parts of the product before are added, and of
 `nf4_matmul_float8`. As launches of their own these would each begin with an idle memory: the last program of one ends,
 the first of the next begins, asks for its layer, then for scales and codes, and multiplies when the first have come.
-Here a program asks for the first two steps of its tile, then norms a token, if there is one for it, and only then waits
-until all tokens are normed. When it has stored its tile of an MLP's gated product it asks for the first two steps of
+Here a program norms a token, if there is one for it, asks for the first two steps of its tile, and only then waits until
+all tokens are normed. (To ask first took longer: what the norm reads came behind all that.) When it has stored its tile of an MLP's gated product it asks for the first two steps of
 its tile of down, and only then waits for the other tiles (`grid_kernels`). It waits by counts in memory, which who made
 the parts has set to 0 (`Parts.counts`).
 
@@ -180,7 +180,8 @@ def kernel(tokens: int):
     import triton.language as tl
 
     products = product_kernels(tokens, NUM_WARPS)
-    table_at, ring_at, asked_layer, begin, asked_tables, put_tables, x_numbers, asked, multiplied, stored = products
+    table_at, ring_at, asked_layer, begin, begin_with, asked_tables, put_tables, *rest = products
+    x_numbers, asked, multiplied, stored = rest
     arrive, wait = grid_kernels()
     norm = norm_kernel()
     BARRIERS_AT, BLOCKS_OF_STEP = tl.constexpr(MAP), tl.constexpr(STEP)
@@ -189,8 +190,8 @@ def kernel(tokens: int):
     OF_TOKENS = tl.constexpr(OF_TOKENS_AT)
     WARPS = tl.constexpr(NUM_WARPS)
     THREADS = tl.constexpr(32 * NUM_WARPS)
+    OF_TOKENS_BYTES = tl.constexpr(-(-tokens // 4) * 16)
     synced_assembly = tl.constexpr("bar.sync 0; mov.b32 $0, $1;")
-    put_assembly = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
 
     @triton.jit
     def normed_nf4_float8(
@@ -218,7 +219,7 @@ def kernel(tokens: int):
         counts,  # uint32 [2]: 0
         total,  # bfloat16 [M, COLUMNS]
         x,  # the data of `Ordered`, normed
-        x_scales,  # float32 [M]
+        x_scales,  # float32 [M], up to a multiple of 4
         out0,  # bfloat16 [M, rows], or [SPLIT, M, rows]; of down with ACT
         out1,
         out2,
@@ -277,11 +278,6 @@ def kernel(tokens: int):
         if program < PROGRAMS:
             part, tile = program // TILES, program % TILES
             start, end = part * STEPS // PARTS_OF_K, (part + 1) * STEPS // PARTS_OF_K
-            rows, above, below, codes = asked(
-                weights, tile, start, end, ring, thread, 2 if GATED else WEIGHTS, BLOCKS, STACKED, WARPS, GATED, GATED,
-                WHOLE,
-            )  # fmt: skip
-            put_tables(table, map_values, 1.0, thread, THREADS, 1)
             for i in tl.static_range((M + PROGRAMS - 1) // PROGRAMS):
                 if i * PROGRAMS + program < M:
                     norm(
@@ -290,14 +286,15 @@ def kernel(tokens: int):
                     )  # fmt: skip
             if program < M:
                 arrive(counts, thread)
+            rows, above, below, codes = asked(
+                weights, tile, start, end, ring, thread, 2 if GATED else WEIGHTS, BLOCKS, STACKED, WARPS, GATED, GATED,
+                WHOLE,
+            )  # fmt: skip
+            put_tables(table, map_values, 1.0, thread, THREADS, 1)
             barriers = table + BARRIERS_AT
             of_x = x.to(tl.pointer_type(tl.uint32)) + start * (STEP_BYTES // 4)
             wait(counts, tl.minimum(M, PROGRAMS), thread)
-            begin(of_x, barriers, ring, thread)
-            tl.inline_asm_elementwise(synced_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
-            of_token = tl.load(x_scales + tl.minimum(thread % 64, M - 1))
-            place = [table + (OF_TOKENS + 4 * (thread % 64)), of_token]
-            tl.inline_asm_elementwise(put_assembly, "=r,r,f", place, tl.int32, is_pure=False, pack=1)
+            begin_with(of_x, barriers, ring, x_scales, table + OF_TOKENS, OF_TOKENS_BYTES, thread)
             ones = x_numbers(x_scales, start, end, lane, lane % 4, BLOCKS, STEPS, 0)
             totals, above_last, below_last = multiplied(
                 of_x, x_scales, ones, above, below, codes, table_of_nf4, start, end, barriers, table, ring, thread,
@@ -403,7 +400,7 @@ def normed_nf4(
         out_shape=[
             struct(x.shape, x.dtype),
             struct(shape_of(tokens, columns, True), FLOAT8),
-            struct((tokens,), jnp.float32),
+            struct((-(-tokens // 4) * 4,), jnp.float32),
             *outs,
             *[struct((1,), x.dtype)] * (3 - len(outs)),
             struct((1,) if act is None else shape_of(tokens, rows[0], True), FLOAT8),

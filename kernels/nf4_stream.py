@@ -130,7 +130,8 @@ def weight_kernels():
 @functools.cache
 @no_type_check
 def x_kernels(places: int, step_bytes: int, num_warps: int):
-    """(begin, copy, arrived, done) of steps of x of so many bytes, which shared memory has so many places for."""
+    """(begin, begin_with, copy, arrived, done) of steps of x of so many bytes, which shared memory has so many places
+    for."""
     import triton
     import triton.language as tl
 
@@ -138,17 +139,23 @@ def x_kernels(places: int, step_bytes: int, num_warps: int):
     # Barriers of the places of x: those that say that it has come, and those that say that all warps are done with it.
     # One lane makes them and asks for the first step: addresses and numbers are then the same in all lanes, for which
     # an instruction takes them, and nothing is done by lanes one after another.
-    begin_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $4, 0;\n"
-        "@p bra END;\n"
-        + "".join(
-            f"mbarrier.init.shared::cta.b64 [$1+{8 * i}], {1 if i < places else num_warps};\n"
-            for i in range(2 * places)
+    in_bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    begin_assembly, begin_with_assembly = (
+        tl.constexpr(
+            "{ .reg .pred p; .reg .b32 bytes; setp.ne.b32 p, $4, 0;\n"
+            "@p bra END;\n"
+            + "".join(
+                f"mbarrier.init.shared::cta.b64 [$1+{8 * i}], {1 if i < places else num_warps};\n"
+                for i in range(2 * places)
+            )
+            + "fence.mbarrier_init.release.cluster;\n"
+            + (f"add.s32 bytes, $7, {step_bytes};\n" if with_more else "")
+            + f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {'bytes' if with_more else step_bytes};\n"
+            + (f"{in_bulk} [$5], [$6], $7, [$1];\n" if with_more else "")
+            + f"{in_bulk} [$2], [$3], {step_bytes}, [$1];\n"
+            "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
         )
-        + "fence.mbarrier_init.release.cluster;\n"
-        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
-        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
-        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
+        for with_more in (False, True)
     )
     # One lane waits until the place is free and begins to copy; the other warps jump over it.
     copy_assembly = tl.constexpr(
@@ -177,6 +184,18 @@ def x_kernels(places: int, step_bytes: int, num_warps: int):
         """Make the barriers and begin to copy the first step of x."""
         tl.inline_asm_elementwise(
             begin_assembly, "=r,r,r,l,r", [barriers, ring, x, thread], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def begin_with(x, barriers, ring, more, at, BYTES: tl.constexpr, thread):
+        """The same, and copy so many bytes more to where they belong, which are there when the first step is."""
+        tl.inline_asm_elementwise(
+            begin_with_assembly,
+            "=r,r,r,l,r,r,l,r",
+            [barriers, ring, x, thread, at, more, thread * 0 + BYTES],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
 
     @triton.jit
@@ -215,7 +234,7 @@ def x_kernels(places: int, step_bytes: int, num_warps: int):
             pack=1,
         )
 
-    return begin, copy, arrived, done
+    return begin, begin_with, copy, arrived, done
 
 
 @functools.cache
