@@ -142,8 +142,8 @@ class Attention(nnx.Module):
         return self.o_proj(mixed, keys[3]), cache, stored
 
     def mixed(self, x, context: Context, keys: list, cache=None, ordered: Any = None):
-        """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`, `Ordered`, or
-        `Multiplied` (`is_made_of_products`); `Ordered` with `ordered`, a dtype, what is returned."""
+        """What `o_proj` reads, [B, T, N H], and the rest of what a call returns. x may be `Unnormed`, or `Ordered`; so
+        may with `ordered`, a dtype, what is returned."""
         decodes = cache is not None and context.one_token and self._decodes(context)
         q, k, v = self._project(x, keys, parts=decodes and self._leaves_as_projected)
         b, t, _ = q.shape
@@ -185,10 +185,6 @@ class Attention(nnx.Module):
             **self._options(context),
         )
         return out, cache, {} if self.stores_kv is None else {self.stores_kv: (k, v)}
-
-    def is_made_of_products(self, context: Context) -> bool:
-        """Whether a call of one token with a cache reads nothing of x but its projections, which may be `Parts`."""
-        return self._decodes(context) and self._leaves_as_projected and self.fused_qkv is None
 
     def _decodes(self, context: Context) -> bool:
         """Whether one token of each row attends to a cache of this layer's own, and nothing else does."""

@@ -246,14 +246,12 @@ class Linear(Adapted):
 
 
 def linear_each(
-    linears: list, x: Float[Array, "*batch d_in"] | Ordered | Unnormed | Multiplied, keys: list, parts: bool = False
+    linears: list, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, keys: list, parts: bool = False
 ) -> list[Any]:
-    """[linear(x, key), ...]: what reads the same x, or is there already. Few tokens meet their weights in one launch,
-    see `quant.matmul_each`, and are normed in it if they are `Unnormed`; many tokens are read by the gradients of all
-    their adapters together. With `parts`, for those who add them up, results that are products and nothing else may be
+    """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
+    `quant.matmul_each`, and are normed in it if they are `Unnormed`; many tokens are read by the gradients of all their
+    adapters together. With `parts`, for those who add them up, results that are products and nothing else may be
     `Parts`."""
-    if isinstance(x, Multiplied):
-        return x.ys
     read, norm = read_by(linears, x)
     tokens = math.prod(read.shape[:-1])
     bases: list[Any] = [None] * len(linears)
@@ -485,28 +483,6 @@ def read_by(linears: list, x: Float[Array, "*batch d"] | Ordered | Unnormed) -> 
     if not isinstance(x, Unnormed):
         return x, None
     return (x.x, x.norm.of_products()) if x.is_read_by_products(linears) else (x.normed(), None)
-
-
-class Multiplied(NamedTuple):
-    """What linears that read a norm make of it, one each, where it was normed and multiplied in one launch."""
-
-    ys: list[Any]
-
-
-def normed_products(x: Any, norm: Any, multiplier: float, linears: list, act: str | None = None) -> Any:
-    """(the residual stream, [linear(the norm of it), ...]) of few tokens, which are `Unsummed`, in one launch; with
-    `act` one result, down(act(gate) * up), of the linears (gate, up, down). Results may be `Parts`. None where there is
-    no kernel for it, or linears do not multiply in float8."""
-    if not isinstance(x, Unsummed) or not isinstance(norm, Norm) or not norm.is_read_by_index:
-        return None
-    tokens = math.prod(x.x.shape[:-1])
-    if not all(linear.is_product(tokens) and linear.bias is None and linear.matmul_dtype for linear in linears):
-        return None
-    weights = [linear.weight.get_value() for linear in linears]
-    try:
-        return quant.normed_products(x.x, x.y, norm.of_products(), weights, act, multiplier)
-    except NotImplementedError:  # fewer tokens, or too few SMs
-        return None
 
 
 def summed_and_normed(x: Any, norm: Norm | Identity, multiplier: float, ordered: Any = None) -> tuple[Array, Any]:

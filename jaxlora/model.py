@@ -38,13 +38,11 @@ from jaxlora.kernels.residual_norm import added
 from jaxlora.layers import (
     Embedding,
     Linear,
-    Multiplied,
     PlainLinear,
     TokenwiseModule,
     Unsummed,
     gated_linear,
     linear_each,
-    normed_products,
     of_gate,
     read_by_index,
     read_ordered,
@@ -122,14 +120,6 @@ class MLP(TokenwiseModule):
         else:
             h = self._inner(x, keys)
         return self.down_proj.onto(stream, h, multiplier, keys[2])
-
-    def of_norm(self, x, norm, multiplier: float):
-        """(x, then self(norm(x))), `Unsummed` both, of few tokens in one launch; None where no kernel does it."""
-        if not self.gated or self.fused is not None or self.gate_multiplier != 1.0:
-            return None
-        linears = [self.gate_proj, self.up_proj, self.down_proj]
-        made = normed_products(x, norm, multiplier, linears, self.hidden_act)
-        return None if made is None else Unsummed(made[0], made[1][0])
 
     @property
     def projections(self) -> list:
@@ -212,9 +202,12 @@ class DecoderLayer(nnx.Module):
         """What it then leaves to be added to x, `Unsummed.y`, as `jax.ShapeDtypeStruct`s; weights may be such, too."""
         if not self.is_plain:
             return jax.ShapeDtypeStruct(x.shape, x.dtype)
-        mixed = jax.ShapeDtypeStruct((*x.shape[:-1], cast(Attention, self.self_attn).o_proj.in_features), x.dtype)
-        after = lambda layer, x, mixed: layer._after_attention(x, mixed, [None] * 7)
-        return cast(Any, jax.eval_shape(after, self, x, mixed)).y
+
+        def onto(norm, mlp, x):
+            stream, normed = summed_and_unnormed(Unsummed(x, x), norm, self.multiplier, mlp.projections)
+            return mlp.onto(stream, normed, self.multiplier, [None] * 3)
+
+        return cast(Any, jax.eval_shape(onto, self.post_attention_layernorm, self.mlp, x)).y
 
     def __call__(self, x, context: Context, key=None, cache=None, per_layer_input=None):
         """x [B, T, D] -> [B, T, D], either perhaps `Unsummed`. `cache` is (keys, values, convolutions, states, layer),
@@ -253,26 +246,13 @@ class DecoderLayer(nnx.Module):
         """A call of a layer that `is_plain` with one token of each row: products norm what they read, and add to the
         residual stream, where there are kernels that do."""
         attention = cast(Attention, self.self_attn)
-        made = None
-        if attention.is_made_of_products(context):
-            made = normed_products(x, self.input_layernorm, self.multiplier, attention.projections)
-        if made is not None:
-            x, normed = made[0], Multiplied(made[1])
-        else:
-            x, normed = summed_and_unnormed(x, self.input_layernorm, self.multiplier, attention.projections)
+        x, normed = summed_and_unnormed(x, self.input_layernorm, self.multiplier, attention.projections)
         ordered = read_ordered([attention.o_proj], x, float8=False)
         mixed, of_attention, stored = attention.mixed(normed, context, keys[:4], (*cache[:2], cache[-1]), ordered)
-        x = self._after_attention(x, mixed, keys)
-        return x, (*cast(tuple, of_attention)[:2], *cache[2:4]), Aside(None, stored)
-
-    def _after_attention(self, x, mixed, keys: list):
-        """The rest of `_one_token`, of the residual stream and what `o_proj` reads."""
-        x = cast(Attention, self.self_attn).o_proj.onto(x, mixed, self.multiplier, keys[3])
-        made = self.mlp.of_norm(x, self.post_attention_layernorm, self.multiplier)
-        if made is not None:
-            return made
+        x = attention.o_proj.onto(x, mixed, self.multiplier, keys[3])
         x, normed = summed_and_unnormed(x, self.post_attention_layernorm, self.multiplier, self.mlp.projections)
-        return self.mlp.onto(x, normed, self.multiplier, keys[4:])
+        x = self.mlp.onto(x, normed, self.multiplier, keys[4:])
+        return x, (*cast(tuple, of_attention)[:2], *cache[2:4]), Aside(None, stored)
 
     def _of_layer(self, x, per_layer_input, key):
         """The token's embedding for this layer, gated by x and projected: [B, T, P] -> [B, T, D]."""

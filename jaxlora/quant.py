@@ -452,31 +452,6 @@ def matmul_each(
     return [matmul(read, w) for w in weights]
 
 
-def normed_products(
-    x: Float[Array, "*batch d"],
-    y: Any,
-    norm: InputNorm,
-    weights: Sequence[QuantizedArray],
-    act: str | None = None,
-    multiplier: float = 1.0,
-) -> tuple[Float[Array, "*batch d"], list[Any]]:
-    """(total, results) of few tokens in one launch, in float8: see `reference.normed_nf4`. Results may be `Parts`. This
-    is not differentiable.
-
-    Raises:
-      NotImplementedError: there is no kernel for that.
-    """
-    if not _meet_few(weights):
-        raise NotImplementedError("the kernel takes NF4 weights that no mesh divides")
-    tokens = math.prod(x.shape[:-1]), x.shape[-1]
-    options: dict[str, Any] = dict(act=act, multiplier=multiplier, implementation="triton_float8")
-    total, ys = api.normed_nf4(
-        x.reshape(tokens), y.reshape(*tokens), norm, [*map(fields_of, weights)], shapes=[w.shape for w in weights],
-        **options,
-    )  # fmt: skip
-    return total.reshape(x.shape), [each.reshape(*x.shape[:-1], each.shape[-1]) for each in ys]
-
-
 def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
     """Whether a kernel multiplies x [tokens, in] by a weight and adds to a residual stream (`matmul_each`)."""
     return _meet_few([w]) and api.adds_residual(x, [fields_of(w)], shapes=[w.shape])

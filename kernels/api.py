@@ -26,7 +26,6 @@ from jaxlora.kernels import (
     nf4_matmul_wgmma,
     nf4_merge,
     nf4_merge16,
-    nf4_normed_float8,
     nf4_shards,
     reference,
     rms_norm,
@@ -104,14 +103,6 @@ def compute_capability() -> str | None:
     return getattr(device, "compute_capability", None)
 
 
-def core_count() -> int:
-    """SMs of the default device; 0 where it is no NVIDIA GPU."""
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    return getattr(device, "core_count", 0)
-
-
 def on_gpu_of(capability: str, function: Callable) -> Callable:
     """`on_gpu(function)`, for devices of one compute capability alone."""
 
@@ -141,11 +132,6 @@ def of_plain(product: Callable) -> Callable:
     return implementation
 
 
-def _normed_nf4(*args, **kwargs) -> Any:
-    """Of the default device."""
-    return nf4_normed_float8.normed_nf4(*args, sms=core_count(), **kwargs)
-
-
 _OPS: dict[str, dict[str, Callable]] = {
     "dequantize_nf4": {"triton": on_gpu(nf4.dequantize_nf4), "reference": reference.dequantize_nf4},
     "merge_nf4": {
@@ -160,7 +146,6 @@ _OPS: dict[str, dict[str, Callable]] = {
         "triton_tiles": on_gpu(of_plain(nf4_matmul_tiles.matmul_nf4)),
         "reference": reference.matmul_nf4,
     },
-    "normed_nf4": {"triton_float8": on_gpu_of("9.0", _normed_nf4), "reference": reference.normed_nf4},
     "matmul_dense": {"triton": on_gpu(dense_matmul.matmul_dense), "reference": reference.matmul_dense},
     "residual_norm": {
         "triton": on_gpu(norm.residual_norm),
@@ -275,28 +260,9 @@ def matmul_nf4(
     return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)
 
 
-def normed_nf4(
-    x: Float[Array, "m d_in"],
-    y: Float[Array, "m d_in"] | Parts,
-    norm: reference.InputNorm,
-    weights: Sequence[reference.NF4Fields],
-    *,
-    shapes: Sequence[tuple[int, int]],
-    act: str | None = None,
-    multiplier: float = 1.0,
-    implementation: Literal["triton_float8", "reference"] | None = None,
-) -> tuple[Any, list[Any]]:
-    """(x + multiplier * y, what NF4 weights make of its norm), which may be `Parts`. See `reference.normed_nf4`.
-
-    "triton_float8" takes 33 to `nf4_matmul_wgmma.MOST_TOKENS` tokens, on compute capability 9.0.
-    """
-    options = dict(shapes=shapes, act=act, multiplier=multiplier)
-    return dispatch("normed_nf4", _OPS["normed_nf4"], implementation, x, y, norm, weights, **options)
-
-
 def _in_parts(ys: list, dtype: Any) -> list:
     """Products [M, out], or float32 [P, M, out] of which the parts are to be added up, as what says so."""
-    return [Parts(y, dtype) if not isinstance(y, Parts) and len(y.shape) == 3 else y for y in ys]
+    return [Parts(y, dtype) if len(y.shape) == 3 else y for y in ys]
 
 
 def adds_residual(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]]) -> bool:

@@ -89,7 +89,7 @@ def matmul_nf4(
         return x.data, scales, jnp.asarray(nf4_lookup.float8_words()), jnp.asarray(reference.DYNAMIC_MAP)
 
     return nf4_matmul_wgmma.launch(
-        kernel(tokens, config.num_warps),
+        kernel(x.dtype, tokens, config.num_warps),
         inputs,
         x,
         weights,

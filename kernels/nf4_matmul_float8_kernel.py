@@ -3,6 +3,8 @@
 import functools
 from typing import no_type_check
 
+import numpy as np
+
 from jaxlora.kernels import reference
 from jaxlora.kernels.gated import activation_kernel
 from jaxlora.kernels.nf4_lookup import FLOAT8_UNIT
@@ -20,9 +22,6 @@ from jaxlora.kernels.nf4_stream import (
     x_kernels,
 )
 
-# Where in shared memory, from the table on: a number of each warp, and what x of each token is times.
-MAXIMA_AT = MAP + BARRIERS // 2
-OF_TOKENS_AT = MAP + 2 * BARRIERS
 # What shared memory has places for.
 STEPS_OF_X = 3
 STEPS_OF_CODES = 2
@@ -31,13 +30,8 @@ LEAST_BOUND = 2.0**-84  # what scales are divided by is no less, so that its inv
 
 def shared_bytes(tokens: int, num_warps: int) -> tuple[int, int]:
     """The shared memory of a program besides `dynamic_map` and the barriers: that of x, and all of it."""
-    of_x = STEPS_OF_X * step_bytes(tokens)
+    of_x = STEPS_OF_X * STEP * -(-tokens // 8) * 8 * reference.NF4_BLOCK
     return of_x, of_x + STEPS_OF_CODES * num_warps * ROWS_OF_WARP * STEP * reference.NF4_BLOCK // 2
-
-
-def step_bytes(tokens: int) -> int:
-    """Of x."""
-    return STEP * -(-tokens // 8) * 8 * reference.NF4_BLOCK
 
 
 def ptx_of_lookup() -> str:
@@ -100,10 +94,9 @@ def ptx_of_sums(tiles: int) -> str:
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def product_kernels(tokens: int, num_warps: int):
-    """(table_at, ring_at, asked_layer, begin, begin_with, asked_tables, put_tables, x_numbers, asked, multiplied,
-    stored): what a product is made of, in the order in which it is done. Built on first use, since the library imports
-    where Triton is not installed."""
+def kernel(dtype: np.dtype, tokens: int, num_warps: int):
+    """The Triton function; dtype: of results. Built on first use, since the library imports where Triton is not
+    installed."""
     import triton
     import triton.language as tl
 
@@ -116,17 +109,19 @@ def product_kernels(tokens: int, num_warps: int):
     same_totals = ["=r"] * (2 * tiles) + [str(i) for i in range(2 * tiles)]
     sums_operands = tl.constexpr(",".join([*same_totals, *["r"] * (2 * tiles + 2)]))
     totals_dtypes = tl.constexpr((tl.uint32,) * (2 * tiles))
-    MAXIMA, OF_TOKENS = tl.constexpr(MAXIMA_AT), tl.constexpr(OF_TOKENS_AT)
+    BARRIERS_AT = tl.constexpr(MAP)
+    MAXIMA_AT = tl.constexpr(MAP + BARRIERS // 2)  # a number of each warp
+    OF_TOKENS_AT = tl.constexpr(MAP + BARRIERS)  # what x of each token is times
     BLOCKS_OF_STEP = tl.constexpr(STEP)
     PLACES = tl.constexpr(STEPS_OF_X)
-    TOKEN_TILES = tl.constexpr(tiles)
-    STEP_BYTES = tl.constexpr(step_bytes(tokens))
+    step_bytes = STEP * tiles * 512  # of x
+    STEP_BYTES = tl.constexpr(step_bytes)
     ACROSS = tl.constexpr(8 * tiles << 16)  # of a descriptor: from 16 elements of k to the next 16
     of_x, of_all = shared_bytes(tokens, num_warps)
     CODES_AT = tl.constexpr(of_x)  # in the ring
-    table_at, ring_at, whole = memory_kernels(OF_TOKENS_AT + 4 * MOST_TOKENS, of_all)
+    table_at, ring_at, whole = memory_kernels(MAP + BARRIERS + 4 * MOST_TOKENS, of_all)
     asked_layer, in_stack, halves_at, next_line = weight_kernels()
-    begin, begin_with, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes(tokens), num_warps)
+    begin, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes, num_warps)
     put_map, asked_nested, asked_mean, asked_statistics, mapped, from_lane = scale_kernels(0)
     joined, turned = result_kernels()
     # Rows q and q + 4 of those of a half, of one weight and of the other or of even and odd rows.
@@ -258,57 +253,83 @@ def product_kernels(tokens: int, num_warps: int):
         return first.to(tl.float16, bitcast=True).to(tl.float32), second.to(tl.float16, bitcast=True).to(tl.float32)
 
     @triton.jit
-    def asked_tables(nf4, dynamic_map, x_scales, thread, THREADS: tl.constexpr, M: tl.constexpr, X_GROUP: tl.constexpr):
-        """Begin to load the table of NF4, `dynamic_map`, and what x of tokens is times where X_GROUP is 0."""
-        table_of_nf4, map_values, of_token = (), (), 1.0
+    def matmul_nf4_float8(
+        x,  # the data of `Ordered`
+        x_scales,  # float32: what that is times, [M], or with X_GROUP [COLUMNS / 64 / X_GROUP]
+        nf4,  # uint32 [4], `nf4_lookup.float8_words`
+        dynamic_map,  # float32 [256]
+        codes0,  # of the first weight: uint8 [stack, rows, COLUMNS / 2]
+        absmax0,  # uint8 [stack, rows, COLUMNS / 64]
+        nested_absmax0,  # float32 [stack, ceil(blocks / 256)]
+        mean0,  # float32 [stack]
+        index0,  # int32 []: which of the stack; unread unless STACKED
+        codes1,  # of the second, and so on; unread where there are fewer
+        absmax1,
+        nested_absmax1,
+        mean1,
+        index1,
+        codes2,
+        absmax2,
+        nested_absmax2,
+        mean2,
+        index2,
+        out0,  # [M, rows] in the results' dtype, or bfloat16 [SPLIT, M, rows], or the data of `Ordered`
+        out1,  # with ORDERED what the data is times: float32, a number of each tile
+        out2,
+        M: tl.constexpr,
+        ROWS0: tl.constexpr,
+        ROWS1: tl.constexpr,
+        ROWS2: tl.constexpr,
+        WEIGHTS: tl.constexpr,
+        COLUMNS: tl.constexpr,  # whole steps
+        STACKED: tl.constexpr,
+        WARPS: tl.constexpr,
+        SPLIT: tl.constexpr,
+        ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
+        ORDERED: tl.constexpr,  # whether out0 is `Ordered`, with ACT
+        X_GROUP: tl.constexpr,  # blocks that have a scale of x; 0 where tokens have
+    ):
+        THREADS: tl.constexpr = 32 * WARPS
+        ROWS: tl.constexpr = 16 * WARPS  # of a tile
+        BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
+        ROW_NESTED: tl.constexpr = 256 % BLOCKS == 0  # all blocks of a row have one nested absmax
+        STEPS: tl.constexpr = BLOCKS // BLOCKS_OF_STEP
+        FIRST: tl.constexpr = (ROWS0 + ROWS - 1) // ROWS  # tiles before those of the second weight
+        SECOND: tl.constexpr = FIRST + (ROWS1 + ROWS - 1) // ROWS
+        GATED: tl.constexpr = ACT != ""
+        TILES: tl.constexpr = (2 * ROWS0 + ROWS - 1) // ROWS if GATED else SECOND + (ROWS2 + ROWS - 1) // ROWS
+        TOKEN_TILES: tl.constexpr = (M + 7) // 8
+        EVEN: tl.constexpr = (ROWS0 | ROWS1 | ROWS2) % 2 == 0
+        WHOLE: tl.constexpr = TILES * ROWS == ROWS0 + ROWS1 + ROWS2
+
+        thread = tl.arange(0, THREADS)
+        warp, lane = thread // 32, thread % 32
+        group, t = lane // 4, lane % 4
+        # What all warps wait for comes first, before any of what is many times as much.
+        weights = ((codes0, absmax0, nested_absmax0, mean0, asked_layer(index0, STACKED), out0, ROWS0, 0),)
+        if WEIGHTS > 1:
+            layer = asked_layer(index1, STACKED)
+            weights = weights + ((codes1, absmax1, nested_absmax1, mean1, layer, out1, ROWS1, FIRST),)
+        if WEIGHTS > 2:
+            layer = asked_layer(index2, STACKED)
+            weights = weights + ((codes2, absmax2, nested_absmax2, mean2, layer, out2, ROWS2, SECOND),)
+        table_of_nf4, map_values = (), ()
         for i in tl.static_range(4):
             table_of_nf4 = table_of_nf4 + (tl.load(nf4 + (thread * 0 + i)),)
         for i in tl.static_range((256 + THREADS - 1) // THREADS):
             map_values = map_values + (tl.load(dynamic_map + (i * THREADS + thread) % 256),)
+        token = thread % 64
+        of_token = 1.0
         if X_GROUP == 0:
-            of_token = tl.load(x_scales + tl.minimum(thread % 64, M - 1))
-        return table_of_nf4, map_values, of_token
+            of_token = tl.load(x_scales + tl.minimum(token, M - 1))
+        part = 0 if SPLIT == 1 else tl.program_id(0) // TILES
+        start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
+        table, ring = table_at(thread), ring_at(thread)
+        barriers = table + BARRIERS_AT
+        x = x.to(tl.pointer_type(tl.uint32)) + start * (STEP_BYTES // 4)
+        begin(x, barriers, ring, thread)
 
-    @triton.jit
-    def put_tables(table, map_values, of_token, thread, THREADS: tl.constexpr, X_GROUP: tl.constexpr):
-        """Put the latter two into shared memory."""
-        put_map(table, map_values, thread, THREADS)
-        if X_GROUP == 0:
-            number = [table + (OF_TOKENS + 4 * (thread % 64)), of_token]
-            tl.inline_asm_elementwise(put_number_assembly, "=r,r,f", number, tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def x_numbers(x_scales, start, end, lane, t, BLOCKS: tl.constexpr, MOST_STEPS: tl.constexpr, X_GROUP: tl.constexpr):
-        """Begin to load what x of some columns is times: (some of all numbers of this part, the first step's, the
-        second's, where that is); ones where X_GROUP is 0."""
-        x_unit, of_x_now, of_x, of_x_at = 1.0, 1.0, 1.0, 0
-        if X_GROUP > 0:
-            MOST: tl.constexpr = BLOCKS_OF_STEP // X_GROUP * MOST_STEPS
-            LAST: tl.constexpr = (BLOCKS - 1) // X_GROUP
-            first_of_x = BLOCKS_OF_STEP // X_GROUP * start
-            last_of_x = BLOCKS_OF_STEP // X_GROUP * end - 1
-            for i in tl.static_range((MOST + 31) // 32):
-                value = tl.load(x_scales + tl.minimum(first_of_x + 32 * i + lane, last_of_x))
-                x_unit = tl.maximum(x_unit, value) if i > 0 else value
-            of_x_at = first_of_x + t // X_GROUP
-            of_x_now = tl.load(x_scales + of_x_at)
-            of_x_at += BLOCKS_OF_STEP // X_GROUP
-            of_x = tl.load(x_scales + tl.minimum(of_x_at, LAST))
-        return x_unit, of_x_now, of_x, of_x_at
-
-    @triton.jit
-    def asked(
-        weights, tile, start, end, ring, thread, WEIGHTS: tl.constexpr, BLOCKS: tl.constexpr, STACKED: tl.constexpr,
-        WARPS: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, WHOLE: tl.constexpr,
-    ):  # fmt: skip
-        """Begin to load what a tile multiplies by in its first two steps: (its rows: first, second, their number, where
-        its results are), (statistics of its rows), (where codes are, steps to be asked for, whether rows are there,
-        and the places of codes: of a lane's copies in one step and the other, and where it reads)."""
-        ROWS: tl.constexpr = 16 * WARPS
-        ROW_NESTED: tl.constexpr = 256 % BLOCKS == 0  # all blocks of a row have one nested absmax
-        warp, lane = thread // 32, thread % 32
-        group, t = lane // 4, lane % 4
-        upper, lower, first_row = halves_at(tile, weights, WEIGHTS, ROWS, GATED)
+        upper, lower, first_row = halves_at(tl.program_id(0) % TILES, weights, WEIGHTS, ROWS, GATED)
         row_count, out = upper[6], upper[5]
         first_of_warp = first_row + 8 * warp if GATED else first_row + 16 * warp
         first_row = first_of_warp + group if GATED else first_of_warp + 2 * group
@@ -329,6 +350,20 @@ def product_kernels(tokens: int, num_warps: int):
         below = asked_statistics(lower, lower_at, lower_nested, True, ROW_NESTED)
         upper_mean = asked_mean(upper, True)
         lower_mean = asked_mean(lower, True) if GATED else upper_mean
+        of_x, of_x_now, of_x_at, x_unit = 1.0, 1.0, 0, 1.0
+        if X_GROUP > 0:
+            # Numbers of this part, the largest of which is what the others are over.
+            MOST: tl.constexpr = (BLOCKS_OF_STEP // X_GROUP) * ((STEPS + SPLIT - 1) // SPLIT)
+            LAST: tl.constexpr = (BLOCKS - 1) // X_GROUP
+            first_of_x = BLOCKS_OF_STEP // X_GROUP * start
+            last_of_x = BLOCKS_OF_STEP // X_GROUP * end - 1
+            for i in tl.static_range((MOST + 31) // 32):
+                value = tl.load(x_scales + tl.minimum(first_of_x + 32 * i + lane, last_of_x))
+                x_unit = tl.maximum(x_unit, value) if i > 0 else value
+            of_x_at = first_of_x + t // X_GROUP
+            of_x_now = tl.load(x_scales + of_x_at)
+            of_x_at += BLOCKS_OF_STEP // X_GROUP
+            of_x = tl.load(x_scales + tl.minimum(of_x_at, LAST))
         upper_bound = bound_of(upper, upper_row, upper_mean, BLOCKS)
         lower_bound = bound_of(lower, lower_row, lower_mean, BLOCKS)
 
@@ -339,7 +374,7 @@ def product_kernels(tokens: int, num_warps: int):
         # bits of q ^ i say, so that 16 lanes, which read four rows at once, read other 8 of 128 bytes each.
         q, piece = lane // 8, lane % 8
         copied = ring + (CODES_AT + 2048 * warp + 128 * q + 16 * (piece ^ 2 * q))
-        codes_at, other_codes_at = whole(copied, lane), whole(copied + 2048 * WARPS, lane)
+        codes_at, other_codes_at = whole(copied, lane), whole(copied + 64 * THREADS, lane)
         place = ring + (CODES_AT + 2048 * warp + 128 * group + 32 * (group % 4) + 8 * t)
         # Of rows q and q + 4 the places differ by 4 rows or by 8, and then what is read for them.
         first_place = first_of_warp + q if GATED else first_of_warp + 2 * q
@@ -355,35 +390,18 @@ def product_kernels(tokens: int, num_warps: int):
         upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - 1
         ask(upper_codes, lower_codes, left, there, other_codes_at, FURTHER, WHOLE)
         upper_codes, lower_codes, left = upper_codes + 128, lower_codes + 128, left - 1
-        above_all = upper, upper_nested, upper_mean, upper_bound, upper_at, upper_last, above_now, above
-        below_all = lower, lower_nested, lower_mean, lower_bound, lower_at, lower_last, below_now, below
-        codes = upper_codes, lower_codes, left, there, codes_at, other_codes_at, place
-        return (first_row, second_row, row_count, out), above_all, below_all, codes
-
-    @triton.jit
-    def multiplied(
-        x, x_scales, of_x_numbers, above_all, below_all, codes, table_of_nf4, start, end, barriers, table, ring, thread,
-        BLOCKS: tl.constexpr, FEWEST_STEPS: tl.constexpr, X_GROUP: tl.constexpr, GATED: tl.constexpr,
-        ORDERED: tl.constexpr, WHOLE: tl.constexpr,
-    ):  # fmt: skip
-        """The totals of a tile, whose first two steps of codes were `asked` for, and of x the first; and what they are
-        over, of the upper rows and the lower."""
-        ROW_NESTED: tl.constexpr = 256 % BLOCKS == 0
-        FURTHER: tl.constexpr = (16 if ORDERED else 4 if GATED else 8) * (BLOCKS * 32)
-        lane = thread % 32
-        upper, upper_nested, upper_mean, upper_bound, upper_at, upper_last, above_now, above = above_all
-        lower, lower_nested, lower_mean, lower_bound, lower_at, lower_last, below_now, below = below_all
-        upper_codes, lower_codes, left, there, codes_at, other_codes_at, place = codes
-        x_unit, of_x_now, of_x, of_x_at = of_x_numbers
         # The second step of x is needed later than all these.
         x += STEP_BYTES // 4
-        copy(x, 1, 1, (start + 1 >= end) & (FEWEST_STEPS < 2), barriers, ring, thread)
+        copy(x, 1, 1, (start + 1 >= end) & (STEPS // SPLIT < 2), barriers, ring, thread)
         x += STEP_BYTES // 4
+        put_map(table, map_values, thread, THREADS)
+        if X_GROUP == 0:
+            number = [table + (OF_TOKENS_AT + 4 * token), of_token]
+            tl.inline_asm_elementwise(put_number_assembly, "=r,r,f", number, tl.int32, is_pure=False, pack=1)
         tl.inline_asm_elementwise(filled_assembly, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
         above_now, below_now = mapped(above_now, table, True), mapped(below_now, table, True)
         above_unit, below_unit = inverse_of(upper_bound), inverse_of(lower_bound)
         if X_GROUP > 0:
-            LAST: tl.constexpr = (BLOCKS - 1) // X_GROUP
             x_unit = largest_of_warp(x_unit.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
             above_unit, below_unit = above_unit * inverse_of(x_unit), below_unit * inverse_of(x_unit)
         above_scale = twice(scale_of(above_now, upper_mean) * of_x_now * above_unit)
@@ -394,7 +412,7 @@ def product_kernels(tokens: int, num_warps: int):
         words = elements(take(place, True), table_of_nf4)
         x_place, phase = start * 0, start * 0
         free_place, free_phase = x_place + (PLACES - 1), phase + 1  # of a place that was never used: done with
-        totals = (tl.zeros((thread.shape[0],), tl.uint32),) * (2 * TOKEN_TILES)
+        totals = (tl.zeros((THREADS,), tl.uint32),) * (2 * TOKEN_TILES)
         for step in range(start, end):
             arrived(x_place, phase, barriers, thread)
             x_of_step = x_at + (STEP_BYTES // 16) * x_place
@@ -432,19 +450,7 @@ def product_kernels(tokens: int, num_warps: int):
 
         # What the totals are over.
         above_last, below_last = upper_bound * (x_unit * UNIT_OF_TABLE), lower_bound * (x_unit * UNIT_OF_TABLE)
-        return totals, above_last, below_last
-
-    @triton.jit
-    def stored(
-        totals, above_last, below_last, rows, out, out_scales, tile, table, thread,
-        M: tl.constexpr, WARPS: tl.constexpr, X_GROUP: tl.constexpr, ACT: tl.constexpr, ORDERED: tl.constexpr,
-        EVEN: tl.constexpr,
-    ):  # fmt: skip
-        """Store what the totals of a tile make."""
-        GATED: tl.constexpr = ACT != ""
-        warp, lane = thread // 32, thread % 32
-        group, t = lane // 4, lane % 4
-        first_row, second_row, row_count = rows[0], rows[1], rows[2]
+        out += part * M * row_count
         here = first_row < row_count
         results, largest = (), thread.to(tl.float32) * 0.0
         for j in tl.static_range(TOKEN_TILES):
@@ -452,7 +458,7 @@ def product_kernels(tokens: int, num_warps: int):
             first, second = of_pair(totals[2 * j]), of_pair(totals[2 * j + 1])
             times = 1.0, 1.0
             if X_GROUP == 0:
-                two = table + (OF_TOKENS + 32 * j) + 8 * t
+                two = table + (OF_TOKENS_AT + 32 * j) + 8 * t
                 times = tl.inline_asm_elementwise(
                     get_two_assembly, "=f,=f,r", [two], dtype=(tl.float32, tl.float32), is_pure=False, pack=1
                 )
@@ -480,15 +486,15 @@ def product_kernels(tokens: int, num_warps: int):
             # The exponent of the largest of the program, e: what is stored is times 2^(2 - e), at most 8.
             bits = largest_of_warp(largest.to(tl.uint32, bitcast=True))
             tl.inline_asm_elementwise(
-                put_word_assembly, "=r,r,r", [table + MAXIMA + 4 * warp, bits], tl.int32, is_pure=False, pack=1
+                put_word_assembly, "=r,r,r", [table + MAXIMA_AT + 4 * warp, bits], tl.int32, is_pure=False, pack=1
             )
             bits = tl.inline_asm_elementwise(
-                get_word_assembly, "=r,r", [table + MAXIMA + 4 * (lane % WARPS)], tl.uint32, is_pure=False, pack=1
+                get_word_assembly, "=r,r", [table + MAXIMA_AT + 4 * (lane % WARPS)], tl.uint32, is_pure=False, pack=1
             )
             exponent = tl.maximum(largest_of_warp(bits) >> 23, 3)
             times, over = (256 - exponent) << 23, (exponent - 2) << 23
             times = times.to(tl.float32, bitcast=True)
-            of_tile = out_scales + (tile + thread * 0)
+            of_tile = out1 + (tl.program_id(0) % TILES + thread * 0)
             tl.store(of_tile, over.to(tl.float32, bitcast=True), mask=thread == 0)
             # A lane of the order has two rows of a token, and a warp half of 16 of all tokens.
             at = first_row // 16 * (128 * TOKEN_TILES) + group * 16 + first_row // 8 % 2 * 8 + 2 * t
@@ -500,104 +506,5 @@ def product_kernels(tokens: int, num_warps: int):
                     float8_assembly, "=r,r", [turned(word)], tl.uint32, is_pure=True, pack=1
                 )
                 tl.store((bytes_of + 128 * j).to(tl.pointer_type(tl.uint16)), pair.to(tl.uint16))
-
-    starts = table_at, ring_at, asked_layer, begin, begin_with, asked_tables, put_tables
-    return *starts, x_numbers, asked, multiplied, stored
-
-
-@functools.cache
-@no_type_check
-def kernel(tokens: int, num_warps: int):
-    """The Triton function of `nf4_matmul_float8`, built on first use."""
-    import triton
-    import triton.language as tl
-
-    products = product_kernels(tokens, num_warps)
-    table_at, ring_at, asked_layer, begin, _, asked_tables, put_tables, x_numbers, asked, multiplied, stored = products
-    BARRIERS_AT, BLOCKS_OF_STEP = tl.constexpr(MAP), tl.constexpr(STEP)
-    STEP_BYTES = tl.constexpr(step_bytes(tokens))
-
-    @triton.jit
-    def matmul_nf4_float8(
-        x,  # the data of `Ordered`
-        x_scales,  # float32: what that is times, [M], or with X_GROUP [COLUMNS / 64 / X_GROUP]
-        nf4,  # uint32 [4], `nf4_lookup.float8_words`
-        dynamic_map,  # float32 [256]
-        codes0,  # of the first weight: uint8 [stack, rows, COLUMNS / 2]
-        absmax0,  # uint8 [stack, rows, COLUMNS / 64]
-        nested_absmax0,  # float32 [stack, ceil(blocks / 256)]
-        mean0,  # float32 [stack]
-        index0,  # int32 []: which of the stack; unread unless STACKED
-        codes1,  # of the second, and so on; unread where there are fewer
-        absmax1,
-        nested_absmax1,
-        mean1,
-        index1,
-        codes2,
-        absmax2,
-        nested_absmax2,
-        mean2,
-        index2,
-        out0,  # [M, rows] in the results' dtype, or bfloat16 [SPLIT, M, rows], or the data of `Ordered`
-        out1,  # with ORDERED what the data is times: float32, a number of each tile; with COUNTS uint32, which become 0
-        out2,
-        M: tl.constexpr,
-        ROWS0: tl.constexpr,
-        ROWS1: tl.constexpr,
-        ROWS2: tl.constexpr,
-        WEIGHTS: tl.constexpr,
-        COLUMNS: tl.constexpr,  # whole steps
-        STACKED: tl.constexpr,
-        WARPS: tl.constexpr,
-        SPLIT: tl.constexpr,
-        COUNTS: tl.constexpr,  # of out1; 0 for none
-        ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
-        ORDERED: tl.constexpr,  # whether out0 is `Ordered`, with ACT
-        X_GROUP: tl.constexpr,  # blocks that have a scale of x; 0 where tokens have
-    ):
-        THREADS: tl.constexpr = 32 * WARPS
-        ROWS: tl.constexpr = 16 * WARPS  # of a tile
-        BLOCKS: tl.constexpr = COLUMNS // 64  # of a row
-        STEPS: tl.constexpr = BLOCKS // BLOCKS_OF_STEP
-        FIRST: tl.constexpr = (ROWS0 + ROWS - 1) // ROWS  # tiles before those of the second weight
-        SECOND: tl.constexpr = FIRST + (ROWS1 + ROWS - 1) // ROWS
-        GATED: tl.constexpr = ACT != ""
-        TILES: tl.constexpr = (2 * ROWS0 + ROWS - 1) // ROWS if GATED else SECOND + (ROWS2 + ROWS - 1) // ROWS
-        EVEN: tl.constexpr = (ROWS0 | ROWS1 | ROWS2) % 2 == 0
-        WHOLE: tl.constexpr = TILES * ROWS == ROWS0 + ROWS1 + ROWS2
-
-        thread = tl.arange(0, THREADS)
-        lane = thread % 32
-        # What all warps wait for comes first, before any of what is many times as much.
-        weights = ((codes0, absmax0, nested_absmax0, mean0, asked_layer(index0, STACKED), out0, ROWS0, 0),)
-        if WEIGHTS > 1:
-            layer = asked_layer(index1, STACKED)
-            weights = weights + ((codes1, absmax1, nested_absmax1, mean1, layer, out1, ROWS1, FIRST),)
-        if WEIGHTS > 2:
-            layer = asked_layer(index2, STACKED)
-            weights = weights + ((codes2, absmax2, nested_absmax2, mean2, layer, out2, ROWS2, SECOND),)
-        table_of_nf4, map_values, of_token = asked_tables(nf4, dynamic_map, x_scales, thread, THREADS, M, X_GROUP)
-        part = 0 if SPLIT == 1 else tl.program_id(0) // TILES
-        tile = tl.program_id(0) % TILES
-        start, end = part * STEPS // SPLIT, (part + 1) * STEPS // SPLIT
-        table, ring = table_at(thread), ring_at(thread)
-        barriers = table + BARRIERS_AT
-        x = x.to(tl.pointer_type(tl.uint32)) + start * (STEP_BYTES // 4)
-        begin(x, barriers, ring, thread)
-        of_x_numbers = x_numbers(x_scales, start, end, lane, lane % 4, BLOCKS, (STEPS + SPLIT - 1) // SPLIT, X_GROUP)
-        rows, above, below, codes = asked(
-            weights, tile, start, end, ring, thread, WEIGHTS, BLOCKS, STACKED, WARPS, GATED, ORDERED, WHOLE
-        )
-        put_tables(table, map_values, of_token, thread, THREADS, X_GROUP)
-        totals, above_last, below_last = multiplied(
-            x, x_scales, of_x_numbers, above, below, codes, table_of_nf4, start, end, barriers, table, ring, thread,
-            BLOCKS, STEPS // SPLIT, X_GROUP, GATED, ORDERED, WHOLE,
-        )  # fmt: skip
-        if COUNTS:
-            tl.store(out1 + thread, thread * 0, mask=(thread < COUNTS) & (tl.program_id(0) == 0))
-        out = rows[3] + part * M * rows[2]
-        stored(
-            totals, above_last, below_last, rows, out, out1, tile, table, thread, M, WARPS, X_GROUP, ACT, ORDERED, EVEN
-        )
 
     return matmul_nf4_float8

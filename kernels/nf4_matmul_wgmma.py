@@ -66,7 +66,7 @@ from jaxlora.kernels.nf4_matmul_wgmma_kernel import kernel
 from jaxlora.kernels.nf4_stream import MOST_TOKENS, ROWS_OF_WARP, STEP
 from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order, shape_of
 from jaxlora.kernels.ordered import STEP as STEP_OF_X
-from jaxlora.kernels.parts import COUNTS, Parts, summed
+from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.reference import InputNorm, NF4Fields, Residual
 
 MOST_TOKENS_OF_TWO_PROGRAMS = 32
@@ -170,9 +170,6 @@ def launch(
         out_shape = [jax.ShapeDtypeStruct(shape_of(tokens, rows[0], ordered == FLOAT8), ordered)]
     if ordered == FLOAT8:
         out_shape += [jax.ShapeDtypeStruct((tiles,), jnp.float32)]
-    leaves_counts = parts and split > 1 and len(outputs) == 1
-    if leaves_counts:
-        out_shape += [jax.ShapeDtypeStruct((COUNTS,), jnp.uint32)]
     call = functools.partial(
         triton_call,
         kernel=kernel,
@@ -186,7 +183,6 @@ def launch(
         STACKED=weights[0][4] is not None,
         WARPS=config.num_warps,
         SPLIT=split,
-        COUNTS=COUNTS if leaves_counts else 0,
         ACT=act or "",
         ORDERED=ordered is not None,
         **options,
@@ -198,10 +194,8 @@ def launch(
         if ordered is not None:
             of_columns = ys[1] if ordered == FLOAT8 else None
             return [Ordered(ys[0], (tokens, rows[0]), x.dtype, of_columns=of_columns)]
-        if leaves_counts:
-            return [Parts(ys[0], x.dtype, ys[1])]
-        ys = ys if split == 1 else [Parts(y, x.dtype) for y in ys]
-        return [y if parts else summed(y) for y in ys[: len(outputs)]]
+        ys = ys[: len(outputs)]
+        return ys if split == 1 or parts else [Parts(y, x.dtype).sum() for y in ys]
 
     some = [nf4_matmul.filled(*fields) for fields in weights]
     return run(x, [*some, *(some[0] for _ in padding)])
@@ -225,8 +219,8 @@ def matmul_nf4(
 
     Args:
       x: [M, in], or that in the order of the product.
-      parts: return products whose k is split as `Parts`, float32 [split, M, out], for what follows to add up, with
-        counts if there is one product; a product that is not split is [M, out] in x's dtype all the same.
+      parts: of products whose k is split, return the float32 sums of each part, [split, M, out], for what follows to
+        add up; a product that is not split is [M, out] in x's dtype all the same.
       ordered: anything but None: return what is gated as `Ordered` of x's dtype, where its elements are whole steps.
 
     Raises:

@@ -124,7 +124,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     CODES_AT = tl.constexpr(of_x)  # in the ring
     table_at, ring_at, whole = memory_kernels(PAIRS + MAP + BARRIERS, of_all)
     asked_layer, in_stack, halves_at, next_line = weight_kernels()
-    begin, _, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes, num_warps)
+    begin, copy, arrived, done = x_kernels(STEPS_OF_X, step_bytes, num_warps)
     put_map, asked_nested, asked_mean, asked_statistics, mapped, from_lane = scale_kernels(PAIRS)
     joined, turned = result_kernels()
     rows_bytes = 16 * 32 * num_warps  # of a unit of half of the rows
@@ -292,7 +292,6 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         STACKED: tl.constexpr,
         WARPS: tl.constexpr,
         SPLIT: tl.constexpr,
-        COUNTS: tl.constexpr,  # of out1, uint32, which become 0; 0 for none
         ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
         ORDERED: tl.constexpr,  # whether out0 is `Ordered`, with ACT
     ):
@@ -451,8 +450,6 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         # The scale that the totals are over, by what they would be multiplied by next.
         above_last = from_lane(above_sums * above_scale, 0) * UNIT_OF_TABLE
         below_last = from_lane(below_sums * below_scale, 0) * UNIT_OF_TABLE
-        if COUNTS:
-            tl.store(out1 + thread, thread * 0, mask=(thread < COUNTS) & (tl.program_id(0) == 0))
         out += part * M * row_count
         here = first_row < row_count
         for j in tl.static_range(TOKEN_TILES):

@@ -130,8 +130,7 @@ def weight_kernels():
 @functools.cache
 @no_type_check
 def x_kernels(places: int, step_bytes: int, num_warps: int):
-    """(begin, begin_with, copy, arrived, done) of steps of x of so many bytes, which shared memory has so many places
-    for."""
+    """(begin, copy, arrived, done) of steps of x of so many bytes, which shared memory has so many places for."""
     import triton
     import triton.language as tl
 
@@ -139,23 +138,17 @@ def x_kernels(places: int, step_bytes: int, num_warps: int):
     # Barriers of the places of x: those that say that it has come, and those that say that all warps are done with it.
     # One lane makes them and asks for the first step: addresses and numbers are then the same in all lanes, for which
     # an instruction takes them, and nothing is done by lanes one after another.
-    in_bulk = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    begin_assembly, begin_with_assembly = (
-        tl.constexpr(
-            "{ .reg .pred p; .reg .b32 bytes; setp.ne.b32 p, $4, 0;\n"
-            "@p bra END;\n"
-            + "".join(
-                f"mbarrier.init.shared::cta.b64 [$1+{8 * i}], {1 if i < places else num_warps};\n"
-                for i in range(2 * places)
-            )
-            + "fence.mbarrier_init.release.cluster;\n"
-            + (f"add.s32 bytes, $7, {step_bytes};\n" if with_more else "")
-            + f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {'bytes' if with_more else step_bytes};\n"
-            + (f"{in_bulk} [$5], [$6], $7, [$1];\n" if with_more else "")
-            + f"{in_bulk} [$2], [$3], {step_bytes}, [$1];\n"
-            "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
+    begin_assembly = tl.constexpr(
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0;\n"
+        "@p bra END;\n"
+        + "".join(
+            f"mbarrier.init.shared::cta.b64 [$1+{8 * i}], {1 if i < places else num_warps};\n"
+            for i in range(2 * places)
         )
-        for with_more in (False, True)
+        + "fence.mbarrier_init.release.cluster;\n"
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {step_bytes};\n"
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], {step_bytes}, [$1];\n"
+        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $1; }"
     )
     # One lane waits until the place is free and begins to copy; the other warps jump over it.
     copy_assembly = tl.constexpr(
@@ -184,18 +177,6 @@ def x_kernels(places: int, step_bytes: int, num_warps: int):
         """Make the barriers and begin to copy the first step of x."""
         tl.inline_asm_elementwise(
             begin_assembly, "=r,r,r,l,r", [barriers, ring, x, thread], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-    @triton.jit
-    def begin_with(x, barriers, ring, more, at, BYTES: tl.constexpr, thread):
-        """The same, and copy so many bytes more to where they belong, which are there when the first step is."""
-        tl.inline_asm_elementwise(
-            begin_with_assembly,
-            "=r,r,r,l,r,r,l,r",
-            [barriers, ring, x, thread, at, more, thread * 0 + BYTES],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
         )
 
     @triton.jit
@@ -234,7 +215,7 @@ def x_kernels(places: int, step_bytes: int, num_warps: int):
             pack=1,
         )
 
-    return begin, begin_with, copy, arrived, done
+    return begin, copy, arrived, done
 
 
 @functools.cache
@@ -331,46 +312,3 @@ def result_kernels():
         return tl.inline_asm_elementwise(turn_assembly, "=r,r", [word], dtype=tl.uint32, is_pure=False, pack=1)
 
     return joined, turned
-
-
-@functools.cache
-@no_type_check
-def grid_kernels():
-    """(arrive, wait) of programs that wait for what others of the launch have stored: all of them must be on the device
-    at once."""
-    import triton
-    import triton.language as tl
-
-    # What was stored is to be read in bulk, by the asynchronous proxy.
-    arrive_assembly = tl.constexpr(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0;\n"
-        "fence.proxy.async;\n"
-        "bar.sync 0;\n"
-        "@p bra END;\n"
-        "fence.acq_rel.gpu;\n"
-        "red.release.gpu.global.add.u32 [$1], 1;\n"
-        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $2; }"
-    )
-    wait_assembly = tl.constexpr(
-        "{ .reg .pred p; .reg .b32 count; setp.ne.b32 p, $2, 0;\n"
-        "@p bra END;\n"
-        "WAIT: ld.acquire.gpu.global.u32 count, [$1];\n"
-        "setp.lt.u32 p, count, $3;\n"
-        "@p bra WAIT;\n"
-        "fence.proxy.async;\n"
-        "END: bar.warp.sync 0xffffffff; mov.b32 $0, $2; }"
-    )
-
-    @triton.jit
-    def arrive(count, thread):
-        """Say that all warps of a program have stored what they store."""
-        tl.inline_asm_elementwise(arrive_assembly, "=r,l,r", [count, thread], dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def wait(count, needed, thread):
-        """Let the first lane wait until so many programs have arrived; all others wait for it at the next barrier."""
-        tl.inline_asm_elementwise(
-            wait_assembly, "=r,l,r,r", [count, thread, thread * 0 + needed], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-    return arrive, wait

@@ -20,19 +20,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-COUNTS = 2
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """parts: float32 or bfloat16 [P, *shape], whose sum over P is a product of that shape; dtype: what it is rounded
-    to; counts: None, or uint32 [COUNTS] of 0, for a kernel that adds up, by which its programs may wait for each other
-    (`nf4_normed_float8`)."""
+    to."""
 
     parts: Any
     dtype: Any = dataclasses.field(metadata=dict(static=True))
-    counts: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,7 +41,7 @@ class Parts:
 
     def reshape(self, *shape: int) -> Parts:
         """The same parts of a product of another shape."""
-        return dataclasses.replace(self, parts=self.parts.reshape(self.count, *shape))
+        return Parts(self.parts.reshape(self.count, *shape), self.dtype)
 
     def sum(self) -> Float[Array, "*shape"]:
         """The product. Sums written out are loops, which XLA joins for several products; a reduction is a kernel of its

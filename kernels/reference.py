@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels.gated import gated_reference
 from jaxlora.kernels.ordered import Ordered, plain
-from jaxlora.kernels.parts import Parts
 from jaxlora.kernels.residual_norm import residual_norm_reference
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,26 +404,6 @@ def matmul_nf4(
     if act is not None:
         ys = [gated_reference(*ys, act)]
     return ys if residual is None else [residual.x + residual.multiplier * ys[0]]
-
-
-def normed_nf4(
-    x: Float[Array, "m d_in"],
-    y: Float[Array, "m d_in"] | Parts,
-    norm: InputNorm,
-    weights: Sequence[NF4Fields],
-    *,
-    shapes: Sequence[tuple[int, int]],
-    act: str | None = None,
-    multiplier: float = 1.0,
-) -> tuple[Float[Array, "m d_in"], list[Float[Array, "m _"]]]:
-    """(total, results): total = x + multiplier * y, and the products of its norm with some NF4 weights; with `act` one,
-    down(act(gate) * up), of the weights (gate, up, down)."""
-    options = dict(eps=norm.eps, offset=norm.offset, multiplier=multiplier)
-    total, normed = residual_norm_reference(x, y, norm.weight, norm.index, **options)
-    if act is None:
-        return total, matmul_nf4(normed, weights, shapes=shapes)
-    inner = matmul_nf4(normed, weights[:2], shapes=shapes[:2], act=act)
-    return total, matmul_nf4(inner[0], weights[2:], shapes=shapes[2:])
 
 
 def _matmul_nf4(x: Array, weights: Sequence[NF4Fields], shapes: Sequence[tuple[int, int]]) -> list[Array]:

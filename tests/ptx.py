@@ -78,7 +78,6 @@ class Instruction:
     predicate: int | None = None
     is_negated: bool = False
     goal: Any = None
-    asks_again: bool = False  # until another block has written something
 
 
 class Scope:
@@ -324,8 +323,6 @@ class Program:
             self.value(made, args[0], kind, f"W.block.parameter({index}, np.uint{bits_of(kind)})")
         elif name in ("ld", "st"):
             self.access(made, words, args)
-        elif name == "red" and words[1:] == ["release", "gpu", "global", "add", "u32"]:
-            self.effect(made, f"W.add({self.address(args[0])}, {read(args[1], 'b32')}, M)")
         elif name == "cvt":
             self.cvt(made, words, args)
         elif name == "cvta":
@@ -402,7 +399,6 @@ class Program:
         if words[0] == "ld":
             made.targets = slots = tuple(self.target(part) for part in parts)
             self.effect(made, f"W.load({space!r}, {self.address(args[1])}, {slots}, {size}, {kind[0] == 's'}, M)")
-            made.asks_again = "acquire" in words
         else:
             of = ", ".join(self.read(part, f"b{8 * size}") for part in parts)
             self.effect(made, f"W.store({space!r}, {self.address(args[0])}, ({of},), {size}, M)")
@@ -975,14 +971,6 @@ class Warp:
         block.generic[at] = True
         self.owned(at, self.thread[lanes])
 
-    def add(self, address, value, mask) -> None:
-        """To numbers in global memory, one lane after another."""
-        memory = self.block.memory
-        for lane in np.arange(LANES)[self.active(mask)]:
-            at = address[lane : lane + 1]
-            former = np.ascontiguousarray(memory.read(at, 4, 4)).view(np.uint32)
-            memory.write(at, (former + value[lane]).view(np.uint8), 4)
-
     def load_matrix(self, address, count, turned, mask):
         self.whole(mask)
         out = []
@@ -1240,10 +1228,6 @@ class Warp:
                     self.put(made.targets[0], made.run(registers, self, here), here)
                 elif kind == "effect":
                     made.run(registers, self, here)
-                    if made.asks_again:  # others go on meanwhile
-                        self.next(mask)
-                        self.state = "ask"
-                        return
                 elif kind == "values":
                     for slot, value in zip(made.targets, made.run(registers, self, here), strict=True):
                         self.put(slot, value, here)
@@ -1363,10 +1347,9 @@ class Block:
         if warp.state == "meet":
             first = warp.number // 4 * 4
             return all(other.met >= warp.met for other in self.warps[first : first + 4])
-        return warp.state in ("ready", "ask")
+        return warp.state == "ready"
 
-    def run(self):
-        """Yields whenever a warp has asked for what another block is to write."""
+    def run(self) -> None:
         policy = self.policy
         while True:
             ready = [warp for warp in self.warps if self.can_go(warp)]
@@ -1404,8 +1387,6 @@ class Block:
                 except Wrong as error:
                     raise Wrong(f"block {self.at}, warp {warp.number}: {error}; {policy}") from error
             warp.go(int(self.random.integers(1, policy.turn + 1)))
-            if warp.state == "ask":
-                yield
         if self.bulks:
             raise Wrong(f"block {self.at} ends before {len(self.bulks)} bulk copies have come; {policy}")
 
@@ -1419,27 +1400,8 @@ class Counts:
 COUNTS = Counts()
 
 
-def run_together(blocks: list[Block], random: np.random.Generator) -> None:
-    """Until all are done, a block at a time until it asks for what others are to write."""
-    left, asked = {i: block.run() for i, block in enumerate(blocks)}, 0
-    while left:
-        i = int(random.choice([*left]))
-        before = sum(warp.executed for warp in blocks[i].warps)
-        if next(left[i], "done") == "done":
-            del left[i]
-        # To ask once more is a handful of instructions.
-        asked = asked + 1 if sum(warp.executed for warp in blocks[i].warps) < before + 8 else 0
-        if asked > 100 * len(blocks):
-            raise Wrong(f"blocks {[*left]} wait for each other")
-    COUNTS.blocks += len(blocks)
-    COUNTS.instructions += sum(warp.executed for block in blocks for warp in block.warps)
-
-
-def launch(
-    program: Program, arguments, outs, grid, num_warps, shared_bytes, seed, policy=None, aliases=()
-) -> list[np.ndarray]:
-    """The results of a kernel; arguments: numpy arrays; outs: (shape, dtype) of results, which follow them; aliases:
-    (number of an argument, of the result that is in its place)."""
+def launch(program: Program, arguments, outs, grid, num_warps, shared_bytes, seed, policy=None) -> list[np.ndarray]:
+    """The results of a kernel; arguments: numpy arrays; outs: (shape, dtype) of results, which follow them."""
     random = np.random.default_rng(seed)
     memory, parameters, results = Memory(), [], []
     for i, array in enumerate(arguments):
@@ -1449,20 +1411,15 @@ def launch(
         result = np.full(max(1, int(np.prod(shape))) * np.dtype(dtype).itemsize, 0xFF, np.uint8)
         results.append(result)
         parameters.append(memory.add(result, f"result {i}", True))
-    for argument, i in aliases:
-        results[i][:] = np.ascontiguousarray(arguments[argument]).reshape(-1).view(np.uint8)
-        memory.written[len(arguments) + i][:] = 1
-        parameters[argument] = parameters[len(arguments) + i]
     parameters += [0] * (len(program.parameters) - len(parameters))
     grid = (*grid, 1, 1)[:3]
     blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     with np.errstate(all="ignore"):
-        make = lambda at: Block(program, memory, parameters, at, grid, num_warps, shared_bytes, random, policy)
-        if any(made.asks_again for made in program.code):  # all are there at once
-            run_together([make(at) for at in blocks], random)
-        else:
-            for at in blocks:
-                run_together([make(at)], random)
+        for at in blocks:
+            block = Block(program, memory, parameters, at, grid, num_warps, shared_bytes, random, policy)
+            block.run()
+            COUNTS.blocks += 1
+            COUNTS.instructions += sum(warp.executed for warp in block.warps)
     launch.written = memory.written[-len(outs) :] if outs else []
     return [result.view(dtype).reshape(shape) for result, (shape, dtype) in zip(results, outs, strict=True)]
 
@@ -1475,12 +1432,12 @@ class _Found(Exception):
 
 
 @functools.cache
-def compiled(kernel, arrays, outs, options, aliases=()):
+def compiled(kernel, arrays, outs, options):
     """What jax-triton makes of a kernel for compute capability 9.0: (its program, bytes of shared memory).
 
     Args:
       arrays: (shape, dtype) of its arguments; outs: those of its results.
-      options: the other arguments of `triton_call`, as items; aliases: that of results in arguments' places.
+      options: the other arguments of `triton_call`, as items.
     """
     import jax
 
@@ -1496,8 +1453,7 @@ def compiled(kernel, arrays, outs, options, aliases=()):
         raise _Found
 
     out_shape = [jax.ShapeDtypeStruct(*out) for out in outs]
-    options = dict(options, kernel=kernel, out_shape=out_shape, input_output_aliases=dict(aliases))
-    call = lambda *arrays: jax_triton.triton_call(*arrays, **options)
+    call = lambda *arrays: jax_triton.triton_call(*arrays, kernel=kernel, out_shape=out_shape, **dict(options))
     with mock.patch.object(triton_lib, "compile_ttir_to_ptx_inplace", compile_ttir), contextlib.suppress(_Found):
         jax.jit(call).trace(*(jax.ShapeDtypeStruct(*array) for array in arrays)).lower(lowering_platforms=("cuda",))
     [one] = found
@@ -1519,21 +1475,22 @@ def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
     """In it the kernels of products and norms are run by the interpreter, one seed a launch."""
     import jax
 
-    from jaxlora.kernels import nf4_matmul_wgmma, nf4_normed_float8, residual_norm
+    from jaxlora.kernels import nf4_matmul_wgmma, residual_norm
 
     seeds = iter(range(seed, 1 << 30))
 
     def triton_call(*arrays, kernel, out_shape, grid, num_warps=4, input_output_aliases=None, **options):
         outs = out_shape if isinstance(out_shape, list | tuple) else [out_shape]
-        options, aliases = dict(options, grid=grid, num_warps=num_warps), tuple((input_output_aliases or {}).items())
+        assert not input_output_aliases
+        options = dict(options, grid=grid, num_warps=num_warps)
         of = tuple(tuple((a.shape, a.dtype) for a in each) for each in (arrays, outs))
-        program, shared = compiled(kernel, *of, tuple(sorted(options.items())), aliases)
+        program, shared = compiled(kernel, *of, tuple(sorted(options.items())))
         grid = grid if isinstance(grid, tuple) else (grid,)
 
         def host(*arrays):
             arrays = [np.asarray(a) for a in arrays]
             of = [(o.shape, np.dtype(o.dtype)) for o in outs]
-            results = launch(program, arrays, of, grid, num_warps, shared, next(seeds), policy, aliases)
+            results = launch(program, arrays, of, grid, num_warps, shared, next(seeds), policy)
             if check is not None:
                 check(launch.written)
             return tuple(results)
@@ -1545,6 +1502,5 @@ def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
         compiler(),
         mock.patch.object(nf4_matmul_wgmma, "triton_call", triton_call),
         mock.patch.object(residual_norm, "triton_call", triton_call),
-        mock.patch.object(nf4_normed_float8, "triton_call", triton_call),
     ):
         yield
