@@ -257,7 +257,10 @@ def linear_each(
     bases: list[Any] = [None] * len(linears)
     if all(linear.has_base_product(tokens) for linear in linears):
         parts = parts and norm is None and all(linear.is_product(tokens) and linear.bias is None for linear in linears)
-        bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=parts)
+        # Where x is rounded to float8, what parts lose in 16 bits is little beside that.
+        in_float8 = all(linear.matmul_dtype is not None for linear in linears)
+        of_parts: Any = jnp.dtype(jnp.bfloat16) if parts and in_float8 else parts
+        bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=of_parts)
         if parts:
             return bases
     read = plain(read)

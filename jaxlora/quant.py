@@ -429,15 +429,15 @@ def matmul_each(
     norm: InputNorm | None = None,
     act: str | None = None,
     residual: Residual | None = None,
-    parts: bool = False,
+    parts: Any = False,
     ordered: Any = None,
 ) -> list[Any]:
     """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks.
 
     Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
     * up, and adds one result to a residual stream. See `reference.matmul_nf4`. With `parts`, for those who add them up,
-    products alone may be `Parts`. x may be `Ordered` where they read it so (`reads_ordered`),
-    and with `ordered`, a dtype, what is gated.
+    products alone may be `Parts`, of that dtype if it is one. x may be `Ordered` where they read it so
+    (`reads_ordered`), and with `ordered`, a dtype, what is gated.
     """
     if norm is not None or act is not None or residual is not None:
         if all(isinstance(w, QuantizedArray) for w in weights):
@@ -448,7 +448,7 @@ def matmul_each(
         return cast(list, _matmul_quantized(parts, x, tuple(weights)))
     read = plain(x)
     if all(isinstance(w, StackedArray) for w in weights):
-        return _matmul_stacked(parts, read, tuple(weights))
+        return _matmul_stacked(bool(parts), read, tuple(weights))
     return [matmul(read, w) for w in weights]
 
 
@@ -531,7 +531,7 @@ def _matmul_stacked(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul_quantized(parts: bool, x: Float[Array, "*batch in"] | Ordered, weights: tuple) -> list[Any]:
+def _matmul_quantized(parts: Any, x: Float[Array, "*batch in"] | Ordered, weights: tuple) -> list[Any]:
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if _meet_few(weights):
         fields = [*map(fields_of, weights)]

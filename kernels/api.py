@@ -117,7 +117,7 @@ def on_gpu_of(capability: str, function: Callable) -> Callable:
 def undivided(product: Callable) -> Callable:
     """A product that never leaves parts, asked for them or not."""
 
-    def implementation(*args, parts: bool = False, **kwargs):
+    def implementation(*args, parts: Any = False, **kwargs):
         return product(*args, **kwargs)
 
     return implementation
@@ -243,7 +243,7 @@ def matmul_nf4(
     norm: reference.InputNorm | None = None,
     act: str | None = None,
     residual: reference.Residual | None = None,
-    parts: bool = False,
+    parts: Any = False,
     ordered: Any = None,
     implementation: Literal["triton", "triton_float8", "triton_wgmma", "triton_tiles", "reference"] | None = None,
 ) -> list[Any]:
@@ -252,16 +252,16 @@ def matmul_nf4(
 
     Made for few tokens: "triton" takes at most `nf4_matmul.MOST_TOKENS`, "triton_tiles" `nf4_matmul_tiles.MOST_TOKENS`,
     and the products alone; "triton_wgmma" as many, and `act`, on compute capability 9.0.
-    With `parts` products whose k they divide are `Parts`; with `ordered`, a dtype, a result of "triton_wgmma" with
-    `act` may be `Ordered`, in which that alone reads x without a launch before. "triton_float8" takes `Ordered` float8
-    alone, and with `ordered` float8 makes it.
+    With `parts` products whose k they divide are `Parts`, of that dtype if it is one; with `ordered`, a dtype, a result
+    of "triton_wgmma" with `act` may be `Ordered`, in which that alone reads x without a launch before. "triton_float8"
+    takes `Ordered` float8 alone, and with `ordered` float8 makes it.
     """
     options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts, ordered=ordered)
     return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)
 
 
 def _in_parts(ys: list, dtype: Any) -> list:
-    """Products [M, out], or float32 [P, M, out] of which the parts are to be added up, as what says so."""
+    """Products [M, out], or [P, M, out] of which the parts are to be added up, as what says so."""
     return [Parts(y, dtype) if len(y.shape) == 3 else y for y in ys]
 
 

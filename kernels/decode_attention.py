@@ -112,6 +112,17 @@ def _kernel():
     import triton
     import triton.language as tl
 
+    fetch_assembly = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }")
+
+    @triton.jit
+    def fetch(row, places, written, K: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr):
+        """Ask for a tile of keys or values to be put into L2, by lines of 128 bytes."""
+        number = tl.arange(0, TILE * LINES)
+        place, column = places + number // LINES, number % LINES * 64
+        pointer = (row + place.to(tl.int64) * (K * H) + column).to(tl.int64)
+        is_there = ((place < written) & (column < H)).to(tl.int32)
+        tl.inline_asm_elementwise(fetch_assembly, "=r,l,r", [pointer, is_there], dtype=tl.int32, is_pure=False, pack=1)
+
     @triton.jit
     def asked(place, inside, PARTS: tl.constexpr, STRIDE: tl.constexpr):
         """Numbers of q, k or v, or those of each of their parts."""
@@ -202,6 +213,8 @@ def _kernel():
         ROWS: tl.constexpr,  # query heads of a key head, and at least what a product wants
         WIDTH: tl.constexpr,  # H, up to a power of two
         PADDED: tl.constexpr,  # rows, up to a multiple of 8, of `Ordered`; 0 where out is not that
+        FETCHES: tl.constexpr,  # whether the first places are fetched into L2
+        LINES: tl.constexpr,  # of 128 bytes, of a head, up to a power of two
     ):
         GROUP: tl.constexpr = N // K
         b, head = tl.program_id(0) // K, tl.program_id(0) % K
@@ -213,6 +226,19 @@ def _kernel():
         segment = tl.load(segments + tl.minimum(here, S - 1))
         start = (tl.load(layer).to(tl.int64) * B + b) * (S * K * H) + head * H
         row, column, place = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, TILE)
+        written = tl.minimum(here, S)
+        first = 0
+        if WINDOW:
+            first = tl.maximum(here - (WINDOW - 1), 0) // TILE
+        tiles = tl.maximum((written + TILE - 1) // TILE - first, 0)
+        each = (tiles + SPLIT - 1) // SPLIT
+        low = first + part * each
+        high = tl.minimum(low + each, first + tiles)
+        if FETCHES:
+            # The first places come while q, k and v are put together.
+            end = tl.minimum(written, high * TILE)
+            fetch(keys + start, low * TILE, end, K, H, TILE, LINES)
+            fetch(values + start, low * TILE, end, K, H, TILE, LINES)
         is_head, is_column = row < GROUP, column < H
         heads = b * N + head * GROUP + row
         at = heads[:, None] * H + column[None, :]
@@ -246,14 +272,6 @@ def _kernel():
         result = tl.where(is_own, tl.zeros((ROWS, WIDTH), tl.float32) + own_value.to(tl.float32)[None, :], 0.0)
 
         # Those before it.
-        written = tl.minimum(here, S)
-        first = 0
-        if WINDOW:
-            first = tl.maximum(here - (WINDOW - 1), 0) // TILE
-        tiles = tl.maximum((written + TILE - 1) // TILE - first, 0)
-        each = (tiles + SPLIT - 1) // SPLIT
-        low = first + part * each
-        high = tl.minimum(low + each, first + tiles)
         for tile in range(low, high):
             s = tile * TILE + place
             is_seen = tl.load(segments + s, mask=s < written, other=0) == segment
@@ -420,4 +438,5 @@ def constants(
         B=batch, N=heads, S=places, K=kv, H=width, ONE_OFFSET=one_offset, PAIRS=pairs, INTERLEAVED=interleaved,
         SCALE=scale * 1.4426950408889634, SOFTCAP=softcap or 0.0, WINDOW=window or 0, SPLIT=split, TILE=tile,
         PARTS=parts, ROWS=at_least_16(heads // kv), WIDTH=at_least_16(width), PADDED=padded,
+        FETCHES=parts > 0, LINES=1 << (-(-width // 64) - 1).bit_length(),
     )  # fmt: skip

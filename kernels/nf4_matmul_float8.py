@@ -55,7 +55,7 @@ def matmul_nf4(
     norm: InputNorm | None = None,
     act: str | None = None,
     residual: Residual | None = None,
-    parts: bool = False,
+    parts: Any = False,
     ordered: Any = None,
     config: Config | None = None,
 ) -> list[Any]:

@@ -29,7 +29,7 @@ result next adds them up, where it can (`parts`), and else XLA. No atomics: a re
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -450,7 +450,7 @@ def matmul_nf4(
     norm: InputNorm | None = None,
     act: str | None = None,
     residual: Residual | None = None,
-    parts: bool = False,
+    parts: Any = False,
     config: Config | None = None,
 ) -> list[jax.Array]:
     """`reference.matmul_nf4` as a Triton kernel: the same arguments; the results are nearer to the exact ones.

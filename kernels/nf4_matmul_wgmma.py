@@ -142,7 +142,7 @@ def launch(
     config: Config,
     *,
     act: str | None,
-    parts: bool,
+    parts: Any,
     ordered: Any,
     of_parts: Any = jnp.float32,
     **options: Any,
@@ -209,7 +209,7 @@ def matmul_nf4(
     norm: InputNorm | None = None,
     act: str | None = None,
     residual: Residual | None = None,
-    parts: bool = False,
+    parts: Any = False,
     ordered: Any = None,
     config: Config | None = None,
 ) -> list[Any]:
@@ -219,8 +219,8 @@ def matmul_nf4(
 
     Args:
       x: [M, in], or that in the order of the product.
-      parts: of products whose k is split, return the float32 sums of each part, [split, M, out], for what follows to
-        add up; a product that is not split is [M, out] in x's dtype all the same.
+      parts: of products whose k is split, return the sums of each part, [split, M, out], for what follows to add up, in
+        float32, or in the dtype that this is; a product that is not split is [M, out] in x's dtype all the same.
       ordered: anything but None: return what is gated as `Ordered` of x's dtype, where its elements are whole steps.
 
     Raises:
@@ -242,6 +242,7 @@ def matmul_nf4(
         config,
         act=act,
         parts=parts,
+        of_parts=jnp.float32 if isinstance(parts, bool) else parts,
         ordered=None if ordered is None else x.dtype,
         NESTED=weights[0][2] is not None,
     )

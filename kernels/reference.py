@@ -382,7 +382,7 @@ def matmul_nf4(
     norm: InputNorm | None = None,
     act: str | None = None,
     residual: Residual | None = None,
-    parts: bool = False,
+    parts: Any = False,
     ordered: Any = None,
 ) -> list[Float[Array, "m _"]]:
     """x W^T for each of some NF4 weights: in x's dtype, the weights too, with sums in float32.
@@ -394,7 +394,7 @@ def matmul_nf4(
       act: a key of `gated.ACTIVATIONS`: the result is one, act(x W0^T) * x W1^T, for two weights; None for none.
       residual: what the result, of one weight or with `act`, is added to; None for nothing.
       parts: whether a product may be float32 [P, M, out], parts that are to be added up (`parts.Parts`), which a kernel
-        leaves that divides k. There are none here.
+        leaves that divides k; or the dtype of which they may be. There are none here.
       ordered: of which dtype a result with `act` may be `Ordered`, as a kernel makes it. Here it is not.
     """
     x = plain(x)

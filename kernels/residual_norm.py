@@ -8,8 +8,8 @@ holds it in registers. A stack of gains is read by index. What XLA does in two o
 for few tokens launching them is what it costs.
 
 y may be a product that is not added up yet (`parts.Parts`): the program adds up its row of the parts first. For 64
-tokens of 4096 features, 8 parts are 8 MB out of L2, 128 KB a program, which an SM reads in some 2000 cycles if some 40
-KB are on their way. ptxas asks for 5 parts before it adds, which with 1024 threads is 80 KB.
+tokens of 4096 features, 8 parts in float32 are 8 MB out of L2, 128 KB a program, which an SM reads in some 2000 cycles
+if some 40 KB are on their way. ptxas asks for 5 parts before it adds, which with 1024 threads is 80 KB.
 
 The norm may be `Ordered` for the product that reads it: each 64 of its elements change places within the program, and
 are stored 16 bytes at a time. In float8 a token has a scale.
