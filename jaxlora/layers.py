@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora import fp8, quant, remat, sharding
 from jaxlora.config import QuantConfig
 from jaxlora.kernels import api as kernels
+from jaxlora.kernels.ahead import Ahead
 from jaxlora.kernels.dense_matmul import MOST_TOKENS
 from jaxlora.kernels.dropout import dropout
 from jaxlora.kernels.fake_quant import fake_quantize_input, fake_quantize_weight
@@ -129,10 +131,12 @@ class Linear(Adapted):
         x: Float[Array, "*batch d_in"] | Ordered,
         multiplier: float,
         key: Any = None,
+        ahead: Sequence[Ahead] = (),
     ) -> Float[Array, "*batch d_out"] | Unsummed:
-        """stream + multiplier * self(x), where a kernel adds while it multiplies (`adds_residual`); else `Unsummed`."""
+        """stream + multiplier * self(x), where a kernel adds while it multiplies (`adds_residual`); else `Unsummed`,
+        and the product may fetch what is `ahead`."""
         if not self.adds_residual(x):
-            [y] = linear_each([self], x, [key], parts=True)
+            [y] = linear_each([self], x, [key], parts=True, ahead=ahead)
             return Unsummed(stream, y)
         return quant.matmul_each(x, [self.weight.get_value()], residual=Residual(stream, multiplier))[0]
 
@@ -246,12 +250,16 @@ class Linear(Adapted):
 
 
 def linear_each(
-    linears: list, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, keys: list, parts: bool = False
+    linears: list,
+    x: Float[Array, "*batch d_in"] | Ordered | Unnormed,
+    keys: list,
+    parts: bool = False,
+    ahead: Sequence[Ahead] = (),
 ) -> list[Any]:
     """[linear(x, key), ...]: what reads the same x. Few tokens meet their weights in one launch, see
     `quant.matmul_each`, and are normed in it if they are `Unnormed`; many tokens are read by the gradients of all their
     adapters together. With `parts`, for those who add them up, results that are products and nothing else may be
-    `Parts`."""
+    `Parts`. Products of few tokens may fetch what is `ahead`."""
     read, norm = read_by(linears, x)
     tokens = math.prod(read.shape[:-1])
     bases: list[Any] = [None] * len(linears)
@@ -260,7 +268,8 @@ def linear_each(
         # Where x is rounded to float8, what parts lose in 16 bits is little beside that.
         in_float8 = all(linear.matmul_dtype is not None for linear in linears)
         of_parts: Any = jnp.dtype(jnp.bfloat16) if parts and in_float8 else parts
-        bases = quant.matmul_each(read, [linear.current_weight() for linear in linears], norm=norm, parts=of_parts)
+        weights = [linear.current_weight() for linear in linears]
+        bases = quant.matmul_each(read, weights, norm=norm, parts=of_parts, ahead=ahead)
         if parts:
             return bases
     read = plain(read)
@@ -274,16 +283,21 @@ def linear_each(
 
 
 def gated_linear(
-    gate: Linear, up: Linear, x: Float[Array, "*batch d_in"] | Ordered | Unnormed, act: str, keys: list, ordered: Any
+    gate: Linear,
+    up: Linear,
+    x: Float[Array, "*batch d_in"] | Ordered | Unnormed,
+    act: str,
+    keys: list,
+    ordered: Any,
+    ahead: Sequence[Ahead] = (),
 ) -> Any:
     """act(gate(x)) * up(x). Few tokens take one launch for all of it, the norm too if they are `Unnormed`, where there
-    is a kernel. With `ordered`, a dtype, it may be `Ordered`."""
+    is a kernel, which may fetch what is `ahead`. With `ordered`, a dtype, it may be `Ordered`."""
     tokens = math.prod(x.shape[:-1])
     if gate.bias is up.bias is None and gate.is_product(tokens) and up.is_product(tokens):
         read, norm = read_by([gate, up], x)
-        return quant.matmul_each(
-            read, [gate.weight.get_value(), up.weight.get_value()], norm=norm, act=act, ordered=ordered
-        )[0]
+        weights = [gate.weight.get_value(), up.weight.get_value()]
+        return quant.matmul_each(read, weights, norm=norm, act=act, ordered=ordered, ahead=ahead)[0]
     left, right = linear_each([gate, up], x, keys)
     return kernels.gated(left, right, act)
 
@@ -340,6 +354,19 @@ def read_ordered(linears: list, x: Float[Array, "*batch d"], float8: bool = True
     read = jax.ShapeDtypeStruct((tokens, linears[0].in_features), x.dtype)
     float8 = float8 and all(linear.matmul_dtype is not None for linear in linears)
     return quant.reads_ordered(read, [linear.weight.get_value() for linear in linears], float8)
+
+
+def begins_with(linears: list, tokens: int, is_gated: bool = False, is_following: bool = False) -> list[Ahead]:
+    """What products of so many tokens with linears that read the same, or a gate of two, first read, for who is before
+    them to fetch; or, of linears that are of stacks, what those after them read."""
+    if not all(linear.is_product(tokens) for linear in linears):
+        return []
+    weights = [linear.weight.get_value() for linear in linears]
+    if is_following:
+        if not all(isinstance(w, quant.QuantizedArray) and w.index is not None for w in weights):
+            return []
+        weights = [w.following() for w in weights]
+    return quant.begins_with(tokens, weights, is_gated)
 
 
 class PlainLinear(nnx.Module):

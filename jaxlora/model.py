@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, cast
@@ -41,6 +42,7 @@ from jaxlora.layers import (
     PlainLinear,
     TokenwiseModule,
     Unsummed,
+    begins_with,
     gated_linear,
     linear_each,
     of_gate,
@@ -111,15 +113,20 @@ class MLP(TokenwiseModule):
             return self.multiplier * self.down_proj(self._inner(x, keys), keys[2])
         return self.multiplier * of_gate(self.down_proj, *self._gate_and_up(x, keys), self.hidden_act, keys[2])
 
-    def onto(self, stream, x, multiplier: float, keys: list):
+    def onto(self, stream, x, multiplier: float, keys: list, ahead: list):
         """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`, or `Ordered`;
-        `multiplier` of the MLP is not of this."""
-        if self.gated and self.fused is None and self.gate_multiplier == 1.0:
-            ordered = read_ordered([self.down_proj], stream)
-            h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2], ordered)
+        `multiplier` of the MLP is not of this. The last product may fetch what is `ahead`."""
+        if self.gates_in_launch:
+            ordered, down = read_ordered([self.down_proj], stream), begins_with([self.down_proj], _tokens(stream))
+            h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2], ordered, down)
         else:
             h = self._inner(x, keys)
-        return self.down_proj.onto(stream, h, multiplier, keys[2])
+        return self.down_proj.onto(stream, h, multiplier, keys[2], ahead)
+
+    @property
+    def gates_in_launch(self) -> bool:
+        """Whether one launch may make the gated product of few tokens."""
+        return self.gated and self.fused is None and self.gate_multiplier == 1.0
 
     @property
     def projections(self) -> list:
@@ -153,7 +160,7 @@ class DecoderLayer(nnx.Module):
     reads what the layer has made so far.
     """
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, make: _Make):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, make: _Make, follows_itself: bool):
         def norm(wanted: bool):
             return make.norm((config.hidden_size,), ("embed",)) if wanted else Identity()
 
@@ -166,6 +173,7 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, layer, make) if linear is None else None
         self.linear_attn = None if linear is None else GatedDeltaNet(config, linear, make.linear, make.zeros)
         self.mamba = None if mamba is None else Mamba(config, mamba, make.linear, make.plain_linear, make.zeros)
+        self.follows_itself = follows_itself  # in a stack: the next layer is the next of each weight's
         self.post_self_attn_layernorm = norm(config.post_norm)
         self.post_attention_layernorm = norm(config.pre_norm and not self.shared_norm)  # it stands before the MLP
         inner, beside = config.shared_expert_intermediate_size, layer.sparse and config.experts_beside_mlp
@@ -205,7 +213,7 @@ class DecoderLayer(nnx.Module):
 
         def onto(norm, mlp, x):
             stream, normed = summed_and_unnormed(Unsummed(x, x), norm, self.multiplier, mlp.projections)
-            return mlp.onto(stream, normed, self.multiplier, [None] * 3)
+            return mlp.onto(stream, normed, self.multiplier, [None] * 3, [])
 
         return cast(Any, jax.eval_shape(onto, self.post_attention_layernorm, self.mlp, x)).y
 
@@ -249,9 +257,12 @@ class DecoderLayer(nnx.Module):
         x, normed = summed_and_unnormed(x, self.input_layernorm, self.multiplier, attention.projections)
         ordered = read_ordered([attention.o_proj], x, float8=False)
         mixed, of_attention, stored = attention.mixed(normed, context, keys[:4], (*cache[:2], cache[-1]), ordered)
-        x = attention.o_proj.onto(x, mixed, self.multiplier, keys[3])
+        tokens = _tokens(x)
+        ahead = begins_with(self.mlp.projections, tokens, self.mlp.gates_in_launch)
+        x = attention.o_proj.onto(x, mixed, self.multiplier, keys[3], ahead)
         x, normed = summed_and_unnormed(x, self.post_attention_layernorm, self.multiplier, self.mlp.projections)
-        x = self.mlp.onto(x, normed, self.multiplier, keys[4:])
+        ahead = begins_with(attention.projections, tokens, is_following=True) if self.follows_itself else []
+        x = self.mlp.onto(x, normed, self.multiplier, keys[4:], ahead)
         return x, (*cast(tuple, of_attention)[:2], *cache[2:4]), Aside(None, stored)
 
     def _of_layer(self, x, per_layer_input, key):
@@ -285,7 +296,7 @@ class Run(nnx.Module):
     def __init__(self, config: ModelConfig, period: tuple[LayerConfig, ...], start: int, repeats: int, make: _Make):
         self.start, self.repeats = start, repeats
         make = dataclasses.replace(make, stack=repeats)
-        self.period = nnx.List([DecoderLayer(config, layer, make) for layer in period])
+        self.period = nnx.List([DecoderLayer(config, layer, make, len(period) == 1) for layer in period])
 
     def layers_of(self, place: int) -> tuple[int, ...]:
         """The model's layer indices that `period[place]` holds, in the order of its leading axis."""
@@ -382,6 +393,10 @@ class Run(nnx.Module):
                 context = dataclasses.replace(context, stored_kv=context.stored_kv | aside.stored_kv)
             loads.append(aside.load)
         return x, cache, Aside(_total_load(loads), stored)
+
+
+def _tokens(x: Any) -> int:
+    return math.prod(x.shape[:-1])
 
 
 def _by_rows(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxlora.config import QuantScheme
 from jaxlora.kernels import api, nf4_matmul, nf4_matmul_tiles, reference
+from jaxlora.kernels.ahead import Ahead
 from jaxlora.kernels.lora import lora_delta, lora_gradients
 from jaxlora.kernels.ordered import Ordered, in_order, plain
 from jaxlora.kernels.parts import cotangent
@@ -114,6 +115,10 @@ class QuantizedArray:
     def at(self, index: Any) -> "QuantizedArray":
         """One matrix of a stack [n, out, in], or those of a layer of [n, m, out, in], without copying them."""
         return dataclasses.replace(self, index=index)
+
+    def following(self) -> "QuantizedArray":
+        """The next of the stack; the last where this is."""
+        return self.at(jnp.minimum(self.index + 1, self.codes.shape[0] - 1))
 
     def taken(self) -> "QuantizedArray":
         """The same without an index: that matrix alone, or those of that layer, copied out of the stack."""
@@ -407,7 +412,7 @@ def matmul(
             return matmul_merged(x, [w], [adapter])[0]
         return scaled(matmul(x, w) + lora_delta(x, *adapter[:3]), adapter.gain)
     if isinstance(w, QuantizedArray):
-        return cast(list, _matmul_quantized(False, x, (w,)))[0]
+        return cast(list, _matmul_quantized(False, x, (w,), []))[0]
     if isinstance(w, StackedArray):
         return _matmul_stacked(False, x, (w,))[0]
     return _contract(x, w.astype(x.dtype), 1)
@@ -431,21 +436,23 @@ def matmul_each(
     residual: Residual | None = None,
     parts: Any = False,
     ordered: Any = None,
+    ahead: Sequence[Ahead] = (),
 ) -> list[Any]:
     """`matmul(x, w)` for each of some weights, which few tokens multiply in one launch if all are NF4, or of stacks.
 
     Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
     * up, and adds one result to a residual stream. See `reference.matmul_nf4`. With `parts`, for those who add them up,
     products alone may be `Parts`, of that dtype if it is one. x may be `Ordered` where they read it so
-    (`reads_ordered`), and with `ordered`, a dtype, what is gated.
+    (`reads_ordered`), and with `ordered`, a dtype, what is gated. A kernel may fetch what is `ahead` for
+    the product after it (`begins_with`).
     """
     if norm is not None or act is not None or residual is not None:
         if all(isinstance(w, QuantizedArray) for w in weights):
-            return _matmul_around(act, ordered, x, tuple(weights), norm, residual)
+            return _matmul_around(act, ordered, x, tuple(weights), norm, residual, [*ahead])
         return _around(act, matmul_each(x if norm is None else _normed(x, norm), weights), residual)
     is_few = x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) <= nf4_matmul_tiles.MOST_TOKENS
     if is_few and all(isinstance(w, QuantizedArray) for w in weights):
-        return cast(list, _matmul_quantized(parts, x, tuple(weights)))
+        return cast(list, _matmul_quantized(parts, x, tuple(weights), [*ahead]))
     read = plain(x)
     if all(isinstance(w, StackedArray) for w in weights):
         return _matmul_stacked(bool(parts), read, tuple(weights))
@@ -465,6 +472,13 @@ def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any], float8: bool 
     return api.reads_ordered(x, [*map(fields_of, weights)], shapes=[w.shape for w in weights], float8=float8)
 
 
+def begins_with(tokens: int, weights: Sequence[Any], is_gated: bool = False) -> list[Ahead]:
+    """What a kernel that multiplies so many tokens by some weights, or gates, reads first of them (`matmul_each`)."""
+    if not _meet_few(weights):
+        return []
+    return api.begins_with(tokens, [*map(fields_of, weights)], shapes=[w.shape for w in weights], is_gated=is_gated)
+
+
 def _meet_few(weights: Sequence[Any]) -> bool:
     """Whether few tokens may be multiplied by these in a kernel. On a mesh it would gather the stacks of all layers."""
     return all(isinstance(w, QuantizedArray) and w.scheme == "nf4" and w.divided is None for w in weights)
@@ -476,12 +490,18 @@ def fields_of(w: QuantizedArray) -> NF4Fields:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul_around(
-    act: str | None, ordered: Any, x, weights: tuple, norm: InputNorm | None, residual: Residual | None
+    act: str | None,
+    ordered: Any,
+    x,
+    weights: tuple,
+    norm: InputNorm | None,
+    residual: Residual | None,
+    ahead: list[Ahead],
 ) -> list[Any]:
     """`matmul_each` of quantised weights with what stands around the products."""
     if _meet_few(weights):
         flat = lambda array: array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
-        options: dict[str, Any] = dict(norm=norm, act=act, ordered=ordered)
+        options: dict[str, Any] = dict(norm=norm, act=act, ordered=ordered, ahead=ahead)
         options["residual"] = residual and dataclasses.replace(residual, x=flat(residual.x))
         fields, shapes = [*map(fields_of, weights)], [w.shape for w in weights]
         is_few = math.prod(x.shape[:-1]) <= nf4_matmul.MOST_TOKENS
@@ -493,8 +513,8 @@ def _matmul_around(
             except NotImplementedError:  # more tokens than it norms or is for, no GPU, float32
                 pass
     if norm is not None:
-        return _matmul_around(act, ordered, _normed(x, norm), weights, None, residual)
-    return _around(act, matmul_each(x, weights), residual)
+        return _matmul_around(act, ordered, _normed(x, norm), weights, None, residual, ahead)
+    return _around(act, matmul_each(x, weights, ahead=ahead), residual)
 
 
 def _normed(x, norm: InputNorm):
@@ -507,7 +527,7 @@ def _around(act: str | None, ys: list, residual: Residual | None) -> list:
 
 
 def _matmul_around_backward(act, ordered, saved, dys):
-    x, weights, norm, residual = saved
+    x, weights, norm, residual, _ = saved
     with_array = lambda part, name, array: part and dataclasses.replace(part, **{name: array})
 
     def step_by_step(x, gain, stream):
@@ -517,7 +537,7 @@ def _matmul_around_backward(act, ordered, saved, dys):
     _, pullback = jax.vjp(step_by_step, x, norm and norm.weight, residual and residual.x)
     dx, dgain, dstream = pullback([*map(plain, dys)])
     dnorm = norm and dataclasses.replace(norm, weight=dgain, index=None)  # None: a zero, for what is constant
-    return dx, None, dnorm, with_array(residual, "x", dstream)
+    return dx, None, dnorm, with_array(residual, "x", dstream), None
 
 
 _matmul_around.defvjp(lambda act, ordered, *args: (_matmul_around(act, ordered, *args), args), _matmul_around_backward)
@@ -531,14 +551,17 @@ def _matmul_stacked(parts: bool, x: Float[Array, "*batch in"], weights: tuple) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul_quantized(parts: Any, x: Float[Array, "*batch in"] | Ordered, weights: tuple) -> list[Any]:
+def _matmul_quantized(
+    parts: Any, x: Float[Array, "*batch in"] | Ordered, weights: tuple, ahead: list[Ahead]
+) -> list[Any]:
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if _meet_few(weights):
         fields = [*map(fields_of, weights)]
         is_few = rows.shape[0] <= nf4_matmul.MOST_TOKENS
         for name in ("triton",) if is_few else ("triton_float8", "triton_wgmma", "triton_tiles"):
             try:
-                ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], parts=parts, implementation=name)
+                options: dict[str, Any] = dict(parts=parts, ahead=ahead, implementation=name)
+                ys = api.matmul_nf4(rows, fields, shapes=[w.shape for w in weights], **options)
                 return [y.reshape(*x.shape[:-1], -1) for y in ys]
             except NotImplementedError:  # more tokens than it is for, no such GPU, float32: as for any scheme
                 pass
@@ -546,8 +569,8 @@ def _matmul_quantized(parts: Any, x: Float[Array, "*batch in"] | Ordered, weight
     return [_contract(read, dequantize(w, x.dtype), 1) for w in weights]
 
 
-def _matmul_forward(parts, x, weights):
-    return _matmul_quantized(parts, x, weights), (weights, x if isinstance(x, Ordered) else None)
+def _matmul_forward(parts, x, weights, ahead):
+    return _matmul_quantized(parts, x, weights, ahead), (weights, x if isinstance(x, Ordered) else None)
 
 
 def _matmul_backward(parts, saved, dys):
@@ -555,7 +578,7 @@ def _matmul_backward(parts, saved, dys):
     each = zip(weights, map(cotangent, dys), strict=True)
     terms = [_contract(dy, dequantize(w, dy.dtype), 0) for w, dy in each]
     dx = sum(terms[1:], terms[0])
-    return dx if x is None else in_order(dx), None  # None: a zero for every field of the weights
+    return dx if x is None else in_order(dx), None, None  # None: a zero for every field of the weights
 
 
 _matmul_quantized.defvjp(_matmul_forward, _matmul_backward)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels import decode_attention as decoding
@@ -33,6 +34,7 @@ from jaxlora.kernels import (
 from jaxlora.kernels import dropped_product as dropping
 from jaxlora.kernels import gated as gating
 from jaxlora.kernels import residual_norm as norm
+from jaxlora.kernels.ahead import Ahead
 from jaxlora.kernels.attention import attention_chunked, attention_cudnn, attention_reference
 from jaxlora.kernels.ordered import FLOAT8, STEP, Ordered, plain
 from jaxlora.kernels.parts import Parts
@@ -114,6 +116,15 @@ def on_gpu_of(capability: str, function: Callable) -> Callable:
     return on_gpu(implementation)
 
 
+def unhurried(product: Callable) -> Callable:
+    """A product that fetches nothing for the kernel after it."""
+
+    def implementation(*args, ahead: Sequence[Ahead] = (), **kwargs):
+        return product(*args, **kwargs)
+
+    return implementation
+
+
 def undivided(product: Callable) -> Callable:
     """A product that never leaves parts, asked for them or not."""
 
@@ -140,11 +151,11 @@ _OPS: dict[str, dict[str, Callable]] = {
         "reference": reference.merge_nf4,
     },
     "matmul_nf4": {
-        "triton": on_gpu(of_plain(undivided(nf4_matmul.matmul_nf4))),
+        "triton": on_gpu(of_plain(undivided(unhurried(nf4_matmul.matmul_nf4)))),
         "triton_float8": on_gpu_of("9.0", nf4_matmul_float8.matmul_nf4),
         "triton_wgmma": on_gpu_of("9.0", nf4_matmul_wgmma.matmul_nf4),
-        "triton_tiles": on_gpu(of_plain(nf4_matmul_tiles.matmul_nf4)),
-        "reference": reference.matmul_nf4,
+        "triton_tiles": on_gpu(of_plain(unhurried(nf4_matmul_tiles.matmul_nf4))),
+        "reference": unhurried(reference.matmul_nf4),
     },
     "matmul_dense": {"triton": on_gpu(dense_matmul.matmul_dense), "reference": reference.matmul_dense},
     "residual_norm": {
@@ -245,6 +256,7 @@ def matmul_nf4(
     residual: reference.Residual | None = None,
     parts: Any = False,
     ordered: Any = None,
+    ahead: Sequence[Ahead] = (),
     implementation: Literal["triton", "triton_float8", "triton_wgmma", "triton_tiles", "reference"] | None = None,
 ) -> list[Any]:
     """x [M, in] times each of some NF4 weights [out, in], perhaps ones of stacks, and what stands around the products:
@@ -254,9 +266,9 @@ def matmul_nf4(
     and the products alone; "triton_wgmma" as many, and `act`, on compute capability 9.0.
     With `parts` products whose k they divide are `Parts`, of that dtype if it is one; with `ordered`, a dtype, a result
     of "triton_wgmma" with `act` may be `Ordered`, in which that alone reads x without a launch before. "triton_float8"
-    takes `Ordered` float8 alone, and with `ordered` float8 makes it.
+    takes `Ordered` float8 alone, and with `ordered` float8 makes it. These two fetch what is `ahead` (`begins_with`).
     """
-    options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts, ordered=ordered)
+    options = dict(shapes=shapes, norm=norm, act=act, residual=residual, parts=parts, ordered=ordered, ahead=ahead)
     return _in_parts(dispatch("matmul_nf4", _OPS["matmul_nf4"], implementation, x, weights, **options), x.dtype)
 
 
@@ -289,6 +301,17 @@ def reads_ordered(
     except NotImplementedError:
         return None
     return FLOAT8 if float8 and nf4_matmul_float8.takes(weights, columns) else x.dtype
+
+
+def begins_with(
+    tokens: int, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]], is_gated: bool = False
+) -> list[Ahead]:
+    """What `matmul_nf4` of so many tokens first reads of weights, for the product before it to fetch; nothing where
+    neither "triton_float8" nor "triton_wgmma" multiplies."""
+    x = jax.ShapeDtypeStruct((tokens, shapes[0][1]), jnp.bfloat16)
+    if reads_ordered(x, weights, shapes=shapes) is None:
+        return []
+    return nf4_matmul_wgmma.begins_with(tokens, weights, shapes, is_gated=is_gated)
 
 
 def matmul_dense(

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.kernels import nf4_lookup, nf4_matmul_wgmma, reference
+from jaxlora.kernels.ahead import Ahead
 from jaxlora.kernels.nf4_matmul_float8_kernel import kernel
 from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.nf4_stream import ROWS_OF_WARP
@@ -57,6 +58,7 @@ def matmul_nf4(
     residual: Residual | None = None,
     parts: Any = False,
     ordered: Any = None,
+    ahead: Sequence[Ahead] = (),
     config: Config | None = None,
 ) -> list[Any]:
     """`nf4_matmul_wgmma.matmul_nf4` of float8 x: the same arguments and results, in the dtype that x says.
@@ -99,5 +101,6 @@ def matmul_nf4(
         parts=parts,
         ordered=FLOAT8 if ordered == FLOAT8 else None,
         of_parts=jnp.bfloat16,
+        ahead=ahead,
         X_GROUP=0 if x.of_columns is None else columns // x.of_columns.size // NF4_BLOCK,
     )

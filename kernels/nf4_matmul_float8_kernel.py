@@ -5,7 +5,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from jaxlora.kernels import reference
+from jaxlora.kernels import ahead, reference
 from jaxlora.kernels.gated import activation_kernel
 from jaxlora.kernels.nf4_lookup import FLOAT8_UNIT
 from jaxlora.kernels.nf4_stream import (
@@ -100,7 +100,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     import triton
     import triton.language as tl
 
-    activation = activation_kernel()
+    activation, fetch = activation_kernel(), ahead.kernel()
     tiles = -(-tokens // 8)
     lookup_assembly = tl.constexpr(ptx_of_lookup())
     lookup_operands = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
@@ -273,6 +273,18 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         nested_absmax2,
         mean2,
         index2,
+        ahead0,  # what is fetched for the kernel after this one: see `ahead`
+        of_ahead0,
+        ahead1,
+        of_ahead1,
+        ahead2,
+        of_ahead2,
+        ahead3,
+        of_ahead3,
+        ahead4,
+        of_ahead4,
+        ahead5,
+        of_ahead5,
         out0,  # [M, rows] in the results' dtype, or bfloat16 [SPLIT, M, rows], or the data of `Ordered`
         out1,  # with ORDERED what the data is times: float32, a number of each tile
         out2,
@@ -285,6 +297,12 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         STACKED: tl.constexpr,
         WARPS: tl.constexpr,
         SPLIT: tl.constexpr,
+        AHEAD0: tl.constexpr,
+        AHEAD1: tl.constexpr,
+        AHEAD2: tl.constexpr,
+        AHEAD3: tl.constexpr,
+        AHEAD4: tl.constexpr,
+        AHEAD5: tl.constexpr,
         ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
         ORDERED: tl.constexpr,  # whether out0 is `Ordered`, with ACT
         X_GROUP: tl.constexpr,  # blocks that have a scale of x; 0 where tokens have
@@ -448,6 +466,12 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
             phase = tl.where(x_place == PLACES, 1 - phase, phase)
             x_place = tl.where(x_place == PLACES, 0, x_place)
 
+        fetch(ahead0, of_ahead0, thread, THREADS, SPLIT * TILES, AHEAD0)
+        fetch(ahead1, of_ahead1, thread, THREADS, SPLIT * TILES, AHEAD1)
+        fetch(ahead2, of_ahead2, thread, THREADS, SPLIT * TILES, AHEAD2)
+        fetch(ahead3, of_ahead3, thread, THREADS, SPLIT * TILES, AHEAD3)
+        fetch(ahead4, of_ahead4, thread, THREADS, SPLIT * TILES, AHEAD4)
+        fetch(ahead5, of_ahead5, thread, THREADS, SPLIT * TILES, AHEAD5)
         # What the totals are over.
         above_last, below_last = upper_bound * (x_unit * UNIT_OF_TABLE), lower_bound * (x_unit * UNIT_OF_TABLE)
         out += part * M * row_count

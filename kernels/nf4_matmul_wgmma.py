@@ -59,6 +59,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.kernels import nf4_lookup, nf4_matmul, reference
+from jaxlora.kernels.ahead import Ahead, arguments, of_product
 from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
 from jaxlora.kernels.nf4_matmul import MOST_WEIGHTS
@@ -110,6 +111,18 @@ def heuristics(tokens: int, rows: Sequence[int], columns: int, is_gated: bool = 
     return Config(num_warps=num_warps, split=1 if is_gated else min(range(1, min(steps, 16) + 1), key=cost))
 
 
+def begins_with(
+    tokens: int, weights: Sequence[NF4Fields], shapes: Sequence[tuple[int, int]], *, is_gated: bool = False
+) -> list[Ahead]:
+    """What the kernel first reads of weights, for who is before it to fetch; nothing where it is not fetched by lines:
+    where rows are not whole steps, or weights not of stacks and quantised twice."""
+    rows, columns = [rows for rows, _ in shapes], shapes[0][1]
+    is_stacked = all(w.index is not None and w.nested_absmax is not None for w in weights)
+    if columns % STEP_OF_X or not is_stacked or any(n * columns // reference.NF4_BLOCK % 128 for n in rows):
+        return []
+    return of_product(weights, heuristics(tokens, rows, columns, is_gated).split)
+
+
 def tiles_of(rows: Sequence[int], num_warps: int) -> int:
     """Tiles of weights of so many rows each."""
     return sum(-(-n // (ROWS_OF_WARP * num_warps)) for n in rows)
@@ -145,6 +158,7 @@ def launch(
     parts: Any,
     ordered: Any,
     of_parts: Any = jnp.float32,
+    ahead: Sequence[Ahead] = (),
     **options: Any,
 ) -> list[Any]:
     """What a kernel of this layout makes of x and weights: the results of `matmul_nf4`.
@@ -154,6 +168,7 @@ def launch(
       inputs: its first arguments, those before the weights, of x.
       ordered: the dtype of a gated result as `Ordered`, or None.
       of_parts: the dtype of sums of parts.
+      ahead: what to fetch for the kernel after this one.
       **options: its compile-time arguments besides those that all have.
     """
     tokens, columns = x.shape
@@ -185,12 +200,13 @@ def launch(
         SPLIT=split,
         ACT=act or "",
         ORDERED=ordered is not None,
+        **arguments(ahead)[1],
         **options,
     )
 
     @jax.custom_batching.sequential_vmap
-    def run(x, weights):
-        ys = call(*inputs(x), *(field for fields in weights for field in fields))
+    def run(x, weights, ahead):
+        ys = call(*inputs(x), *(field for fields in weights for field in fields), *arguments(ahead)[0])
         if ordered is not None:
             of_columns = ys[1] if ordered == FLOAT8 else None
             return [Ordered(ys[0], (tokens, rows[0]), x.dtype, of_columns=of_columns)]
@@ -198,7 +214,7 @@ def launch(
         return ys if split == 1 or parts else [Parts(y, x.dtype).sum() for y in ys]
 
     some = [nf4_matmul.filled(*fields) for fields in weights]
-    return run(x, [*some, *(some[0] for _ in padding)])
+    return run(x, [*some, *(some[0] for _ in padding)], [*ahead])
 
 
 def matmul_nf4(
@@ -211,6 +227,7 @@ def matmul_nf4(
     residual: Residual | None = None,
     parts: Any = False,
     ordered: Any = None,
+    ahead: Sequence[Ahead] = (),
     config: Config | None = None,
 ) -> list[Any]:
     """`reference.matmul_nf4` as a Triton kernel: the same arguments.
@@ -222,6 +239,7 @@ def matmul_nf4(
       parts: of products whose k is split, return the sums of each part, [split, M, out], for what follows to add up, in
         float32, or in the dtype that this is; a product that is not split is [M, out] in x's dtype all the same.
       ordered: anything but None: return what is gated as `Ordered` of x's dtype, where its elements are whole steps.
+      ahead: what to fetch for the kernel after this one (`begins_with`).
 
     Raises:
       NotImplementedError: as `nf4_matmul.matmul_nf4`, but x may have `MOST_TOKENS` rows; or there is a norm or a
@@ -244,5 +262,6 @@ def matmul_nf4(
         parts=parts,
         of_parts=jnp.float32 if isinstance(parts, bool) else parts,
         ordered=None if ordered is None else x.dtype,
+        ahead=ahead,
         NESTED=weights[0][2] is not None,
     )

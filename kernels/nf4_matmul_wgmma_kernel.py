@@ -6,7 +6,7 @@ from typing import no_type_check
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.kernels import nf4_lookup, reference
+from jaxlora.kernels import ahead, nf4_lookup, reference
 from jaxlora.kernels.gated import activation_kernel
 from jaxlora.kernels.nf4_lookup import FACTORS, PAIRS
 from jaxlora.kernels.nf4_stream import (
@@ -96,7 +96,7 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
     import triton.language as tl
 
     narrow = tl.constexpr(tl.bfloat16 if dtype == jnp.bfloat16 else tl.float16)
-    activation = activation_kernel()
+    activation, fetch = activation_kernel(), ahead.kernel()
     asked_table, put_table = nf4_lookup.fill_kernels()
     EACH = tl.constexpr(is_each_rescaled(dtype, tokens))
     lookup_assembly, scaled_assembly = (tl.constexpr(ptx_of_lookup(dtype, is_scaled)) for is_scaled in (False, True))
@@ -279,6 +279,18 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         nested_absmax2,
         mean2,
         index2,
+        ahead0,  # what is fetched for the kernel after this one: see `ahead`
+        of_ahead0,
+        ahead1,
+        of_ahead1,
+        ahead2,
+        of_ahead2,
+        ahead3,
+        of_ahead3,
+        ahead4,
+        of_ahead4,
+        ahead5,
+        of_ahead5,
         out0,  # [M, rows] in x's dtype, or float32 [SPLIT, M, rows], or the data of `Ordered`
         out1,
         out2,
@@ -292,6 +304,12 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
         STACKED: tl.constexpr,
         WARPS: tl.constexpr,
         SPLIT: tl.constexpr,
+        AHEAD0: tl.constexpr,
+        AHEAD1: tl.constexpr,
+        AHEAD2: tl.constexpr,
+        AHEAD3: tl.constexpr,
+        AHEAD4: tl.constexpr,
+        AHEAD5: tl.constexpr,
         ACT: tl.constexpr,  # "", or out0 is ACT(x W0^T) * x W1^T
         ORDERED: tl.constexpr,  # whether out0 is `Ordered`, with ACT
     ):
@@ -447,6 +465,12 @@ def kernel(dtype: np.dtype, tokens: int, num_warps: int):
             place = tl.where(place == PLACES, 0, place)
 
         totals = finished(totals)
+        fetch(ahead0, of_ahead0, thread, THREADS, SPLIT * TILES, AHEAD0)
+        fetch(ahead1, of_ahead1, thread, THREADS, SPLIT * TILES, AHEAD1)
+        fetch(ahead2, of_ahead2, thread, THREADS, SPLIT * TILES, AHEAD2)
+        fetch(ahead3, of_ahead3, thread, THREADS, SPLIT * TILES, AHEAD3)
+        fetch(ahead4, of_ahead4, thread, THREADS, SPLIT * TILES, AHEAD4)
+        fetch(ahead5, of_ahead5, thread, THREADS, SPLIT * TILES, AHEAD5)
         # The scale that the totals are over, by what they would be multiplied by next.
         above_last = from_lane(above_sums * above_scale, 0) * UNIT_OF_TABLE
         below_last = from_lane(below_sums * below_scale, 0) * UNIT_OF_TABLE

@@ -314,7 +314,9 @@ class Program:
             self.effect(made, f"W.synced(M, {read(args[0], 'b32')})")
         elif op == "fence.proxy.async" or op.startswith("fence.proxy.async"):
             self.effect(made, "W.proxy_fence()")
-        elif name in ("fence", "membar", "griddepcontrol", "createpolicy", "prefetch"):
+        elif op == "prefetch.global.L2":
+            self.effect(made, f"W.fetch({self.address(args[0])}, M)")
+        elif name in ("fence", "membar", "griddepcontrol", "createpolicy"):
             made.kind, made.run = "effect", lambda R, W, M: None
         elif name == "mov":
             self.mov(made, kind, args)
@@ -730,6 +732,7 @@ class Memory:
         self.bases: list[int] = []
         self.arrays: list[tuple[np.ndarray, str, bool]] = []
         self.written: list[np.ndarray] = []
+        self.fetched: list[tuple[str, int]] = []  # lines of 128 bytes into L2: of which array, and where
 
     def add(self, data: np.ndarray, name: str, writable: bool) -> int:
         last = self.bases[-1] + -(-self.arrays[-1][0].size // 256) * 256 if self.bases else GLOBAL_BASE
@@ -970,6 +973,13 @@ class Warp:
         block.shared[at] = data
         block.generic[at] = True
         self.owned(at, self.thread[lanes])
+
+    def fetch(self, address, mask) -> None:
+        memory = self.block.memory
+        address = address[self.active(mask)]
+        for lanes in memory.groups(address):
+            number, offset = memory.places(address[lanes], 128, 128, "a fetch")
+            memory.fetched += [(memory.arrays[number][1], int(at)) for at in offset]
 
     def load_matrix(self, address, count, turned, mask):
         self.whole(mask)
@@ -1420,6 +1430,7 @@ def launch(program: Program, arguments, outs, grid, num_warps, shared_bytes, see
             block.run()
             COUNTS.blocks += 1
             COUNTS.instructions += sum(warp.executed for warp in block.warps)
+    launch.fetched = memory.fetched
     launch.written = memory.written[-len(outs) :] if outs else []
     return [result.view(dtype).reshape(shape) for result, (shape, dtype) in zip(results, outs, strict=True)]
 
@@ -1492,7 +1503,7 @@ def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
             of = [(o.shape, np.dtype(o.dtype)) for o in outs]
             results = launch(program, arrays, of, grid, num_warps, shared, next(seeds), policy)
             if check is not None:
-                check(launch.written)
+                check(launch)
             return tuple(results)
 
         results = jax.pure_callback(host, tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outs), *arrays)

@@ -1,5 +1,7 @@
 """Kernels of inline PTX, run by an interpreter on the CPU (`ptx`) where jax-triton can compile them."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from test_nf4_matmul import LIMITS, fields_of, operands, relative_error
 from jaxlora import quant
 from jaxlora.config import ModelConfig, QuantConfig, RopeConfig
 from jaxlora.kernels import api, graph_call, nf4_matmul_float8, nf4_matmul_wgmma
+from jaxlora.kernels.ahead import of_product
 from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order
 from jaxlora.kernels.residual_norm import residual_norm
@@ -75,6 +78,29 @@ def test_from_a_norm_to_a_gate(key, num_warps):
     gate, up = (np.asarray(exact(normed), np.float64) @ weight_of(w).T for w in weights)
     wanted = np.asarray(jax.nn.silu(gate)) * up
     assert 0.01 < np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 0.03
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_lines_that_are_fetched(key, split):
+    """Each once: those of scales, and where a part of a row's codes begins."""
+    x, q = operands(key, 9, (128, 1024), jnp.bfloat16, True, True)
+    _, other = operands(key, 9, (192, 1024), jnp.bfloat16, True, True)
+    read, found = in_order(x, is_float8=True), []
+
+    def check(launched):
+        found.append(collections.Counter(launched.fetched))
+
+    with ptx.emulated(check=check):
+        [y] = nf4_matmul_float8.matmul_nf4(
+            read, [fields_of(q)], shapes=[q.shape], ahead=of_product([fields_of(other)], split)
+        )
+        assert error_of(np.asarray(y), exact(read), q) < 3e-3
+    scales, codes = np.arange(2 * 192 * 16, 3 * 192 * 16, 128), 2 * 192 * 512
+    starts = [codes + 512 * row + 128 * (i * 4 // split) for row in range(192) for i in range(split)]
+    [lines] = found
+    assert set(lines.values()) == {1}
+    assert sorted(at for _, at in lines) == sorted([*map(int, scales), *starts])
+    assert len({name for name, _ in lines}) == 2
 
 
 def test_the_product_in_16_bits(key):
@@ -141,6 +167,25 @@ def test_which_kernels_a_step_of_generation_is(monkeypatch, matmul_dtype, produc
     with ptx.compiler():
         hidden, _ = jax.eval_shape(step, model, token, cache)
     assert hidden.shape == (64, 1, 4096)
+    # What the next product begins with: scales and a step of each part of a row.
+    fetched = [[options.get(f"AHEAD{i}") for i in range(6)] for name, options in launched]
+    of = lambda rows, columns, split: [
+        (1, rows * columns // 64 // 128, rows * columns // 64 // 128),
+        (rows, columns // 256, split),
+    ]
+    none = [(0, 0, 0)]
+    up, down = of(14336, 4096, 1), of(4096, 14336, 8)
+    following = of(4096, 4096, 4) + 2 * of(1024, 4096, 4)
+    assert fetched[-8:] == [
+        [None] * 6,
+        none * 6,
+        [None] * 6,
+        up * 2 + none * 2,
+        [None] * 6,
+        down + none * 4,
+        following,
+        [None] * 6,
+    ]
     names = [name for name, options in launched]
     layer = ["residual_norm", product, "decode_attention", "matmul_nf4_wgmma", "residual_norm", product, product]
     assert names[-len(layer) - 1 :] == [*layer, "residual_norm"]
