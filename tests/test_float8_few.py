@@ -278,6 +278,19 @@ def test_the_parts_are_those_of_the_sum(key):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_float8", [True, False])
+def test_what_is_fetched_changes_nothing(key, is_float8):
+    skip_elsewhere()
+    x, q = operands(key, 64, (1024, 4096), jnp.bfloat16, is_stacked=True)
+    read = in_order(x, is_float8=is_float8)
+    weights = [operands(key, 9, (rows, 4096), jnp.bfloat16, is_stacked=True)[1] for rows in (1024, 256)]
+    ahead = quant.begins_with(64, weights)
+    assert [each.constants[2] for each in ahead] == [512, 16, 128, 16]  # lines of scales, and parts of rows
+    run = jax.jit(lambda x, q, ahead: quant.matmul_each(x, [q], ahead=ahead)[0])
+    np.testing.assert_array_equal(run(read, q, ahead), run(read, q, []))
+
+
+@pytest.mark.gpu
 def test_a_row_does_not_depend_on_others(key):
     skip_elsewhere()
     x, q = operands(key, 16, (512, 1024), jnp.bfloat16, is_stacked=True)
