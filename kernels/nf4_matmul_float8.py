@@ -24,7 +24,7 @@ shared memory is left to x and codes.
 The layout is that of `nf4_matmul_wgmma`, but for the order of x (`ordered`) and the stream of codes: a step of a row is
 a line of 128 bytes, which 8 lanes copy at once, two steps ahead. By halves of lines, as there, the memory was what a
 program waited for: gate and up of an 8B took 33.1 us on an H100, and took 27.8 by lines. (In bfloat16 they made no
-difference.) That was a form before this one, which was interpreted (`tests/ptx.py`) and not run on a card.
+difference.) Where k is split, parts are in bfloat16.
 """
 
 import dataclasses
