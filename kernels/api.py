@@ -116,20 +116,11 @@ def on_gpu_of(capability: str, function: Callable) -> Callable:
     return on_gpu(implementation)
 
 
-def unhurried(product: Callable) -> Callable:
-    """A product that fetches nothing for the kernel after it."""
+def without(option: str, product: Callable) -> Callable:
+    """A product that does not do what an option of the op lets it: to fetch what is `ahead`, or to return `parts`."""
 
-    def implementation(*args, ahead: Sequence[Ahead] = (), **kwargs):
-        return product(*args, **kwargs)
-
-    return implementation
-
-
-def undivided(product: Callable) -> Callable:
-    """A product that never leaves parts, asked for them or not."""
-
-    def implementation(*args, parts: Any = False, **kwargs):
-        return product(*args, **kwargs)
+    def implementation(*args, **kwargs):
+        return product(*args, **{name: value for name, value in kwargs.items() if name != option})
 
     return implementation
 
@@ -151,11 +142,11 @@ _OPS: dict[str, dict[str, Callable]] = {
         "reference": reference.merge_nf4,
     },
     "matmul_nf4": {
-        "triton": on_gpu(of_plain(undivided(unhurried(nf4_matmul.matmul_nf4)))),
+        "triton": on_gpu(of_plain(without("parts", without("ahead", nf4_matmul.matmul_nf4)))),
         "triton_float8": on_gpu_of("9.0", nf4_matmul_float8.matmul_nf4),
         "triton_wgmma": on_gpu_of("9.0", nf4_matmul_wgmma.matmul_nf4),
-        "triton_tiles": on_gpu(of_plain(unhurried(nf4_matmul_tiles.matmul_nf4))),
-        "reference": unhurried(reference.matmul_nf4),
+        "triton_tiles": on_gpu(of_plain(without("ahead", nf4_matmul_tiles.matmul_nf4))),
+        "reference": without("ahead", reference.matmul_nf4),
     },
     "matmul_dense": {"triton": on_gpu(dense_matmul.matmul_dense), "reference": reference.matmul_dense},
     "residual_norm": {
