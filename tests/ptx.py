@@ -1503,6 +1503,7 @@ def emulated(seed: int = 0, policy: Policy | None = None, check: Any = None):
             of = [(o.shape, np.dtype(o.dtype)) for o in outs]
             results = launch(program, arrays, of, grid, num_warps, shared, next(seeds), policy)
             if check is not None:
+                launch.name = kernel.fn.__name__
                 check(launch)
             return tuple(results)
 

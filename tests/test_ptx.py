@@ -19,7 +19,7 @@ from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order
 from jaxlora.kernels.residual_norm import residual_norm
 from jaxlora.layers import Linear
-from jaxlora.lora import named_nodes
+from jaxlora.lora import multiply_in, named_nodes
 from jaxlora.model import CausalLM
 
 
@@ -137,6 +137,38 @@ END: bar.warp.sync 0xffffffff; """
     run(bulk + wait + "ld.shared.b32 %r5, [%r4];")
     with pytest.raises(ptx.Wrong, match="not there yet"):
         run(bulk + "ld.shared.b32 %r5, [%r4];" + wait)
+
+
+@pytest.mark.parametrize("matmul_dtype, least, most", [(None, 0.0, 1e-2), ("fp8", 1e-2, 4e-2)])
+def test_a_step_of_generation(monkeypatch, key, matmul_dtype, least, most):
+    """Of a model with two layers, whose products and norms are the kernels: what their references make of it."""
+    config = ModelConfig(
+        model_type="llama", vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=64, rope=RopeConfig(),
+        layer_types=("full_attention",) * 2,
+    )  # fmt: skip
+    model = CausalLM(config, dtype=jnp.bfloat16, quant_config=QuantConfig(), rngs=nnx.Rngs(0))
+    ids = jax.random.randint(key, (10, 5), 0, 64)
+    places = jnp.broadcast_to(jnp.arange(5), ids.shape)
+    _, cache = model.hidden_states(ids, places, cache=model.init_cache(10, 64))
+    token = ids[:, :1]
+    step = jax.jit(lambda model, token, cache: model.hidden_states(token, jnp.full_like(token, 5), cache=cache)[0])
+    wanted = np.asarray(step(model, token, cache), np.float32)
+    if matmul_dtype:
+        multiply_in(model, matmul_dtype)
+    names = []
+    attend = {"reference": api._OPS["decode_attention"]["reference"]}  # whose kernel is no inline PTX
+    monkeypatch.setitem(api._OPS, "decode_attention", attend)
+    monkeypatch.setattr(api, "is_on_gpu", lambda: True)
+    monkeypatch.setattr(api, "compute_capability", lambda: "9.0")
+    step = jax.jit(lambda model, token, cache: model.hidden_states(token, jnp.full_like(token, 5), cache=cache)[0])
+    with ptx.emulated(check=lambda launched: names.append(launched.name)):
+        got = np.asarray(step(model, token, cache), np.float32)
+    products = 4 if matmul_dtype is None else 1
+    of_float8 = ["matmul_nf4_float8"] * (2 * (4 - products))
+    assert sorted(names) == sorted([*of_float8, *["matmul_nf4_wgmma"] * (2 * products), *["residual_norm"] * 5])
+    error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+    assert least < error < most
 
 
 @pytest.mark.parametrize("matmul_dtype, product", [(None, "matmul_nf4_wgmma"), ("fp8", "matmul_nf4_float8")])
