@@ -300,7 +300,7 @@ def begins_with(
     """What `matmul_nf4` of so many tokens first reads of weights, for the product before it to fetch; nothing where
     neither "triton_float8" nor "triton_wgmma" multiplies."""
     x = jax.ShapeDtypeStruct((tokens, shapes[0][1]), jnp.bfloat16)
-    if reads_ordered(x, weights, shapes=shapes) is None:
+    if reads_ordered(x, weights, shapes=shapes, float8=True) is None:
         return []
     return nf4_matmul_wgmma.begins_with(tokens, weights, shapes, is_gated=is_gated)
 

@@ -96,7 +96,7 @@ def asked(monkeypatch):
         total, out = residual_norm.residual_norm_reference(x, y, weight, index, **options)
         return total, made("norm", out, ordered)
 
-    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False, ordered=None):
+    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False, ordered=None, ahead=()):
         if norm is not None or residual is not None:
             raise NotImplementedError("the kernel neither norms nor adds")
         [y, *more] = reference.matmul_nf4(x, weights, shapes=shapes, act=act)

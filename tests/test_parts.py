@@ -87,7 +87,7 @@ def asked(monkeypatch):
             record.of.add(tuple(map(tuple, shapes)))
         return parts and record.allowed
 
-    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False, ordered=None):
+    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False, ordered=None, ahead=()):
         if norm is not None or act is not None or residual is not None:
             raise NotImplementedError("the kernel multiplies and nothing else")
         each = zip(weights, shapes, strict=True)
@@ -166,7 +166,7 @@ def test_the_gate_is_made_by_the_products_where_a_kernel_does(name, gates, tmp_p
     wanted, _ = model.hidden_states(*arguments, cache=cache)
     of = set()
 
-    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False, ordered=None):
+    def matmul_nf4(x, weights, *, shapes, norm=None, act=None, residual=None, parts=False, ordered=None, ahead=()):
         if norm is not None or residual is not None:
             raise NotImplementedError("the kernel neither norms nor adds")
         of.add((act, tuple(map(tuple, shapes))))
