@@ -63,12 +63,32 @@ def arguments(ahead: Sequence[Ahead]) -> tuple[list[jax.Array], dict[str, Any]]:
 
 @functools.cache
 @no_type_check  # a type checker's wrapper around the function would hide its source from Triton
-def kernel():
-    """The Triton function. Built on first use, since the library imports where Triton is not installed."""
+def line_kernel():
+    """The Triton function that fetches lines. Built on first use, since the library imports where Triton is not
+    installed."""
     import triton
     import triton.language as tl
 
     fetch_assembly = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }")
+
+    @triton.jit
+    def fetch_line(address, is_there):
+        """Ask for the line of 128 bytes at an address, int64, to be put into L2, where it is there."""
+        tl.inline_asm_elementwise(
+            fetch_assembly, "=r,l,r", [address, is_there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    return fetch_line
+
+
+@functools.cache
+@no_type_check
+def kernel():
+    """The Triton function that fetches `Ahead`, built on first use."""
+    import triton
+    import triton.language as tl
+
+    fetch_line = line_kernel()
 
     @triton.jit
     def fetch(array, index, thread, THREADS: tl.constexpr, PROGRAMS: tl.constexpr, OF: tl.constexpr):
@@ -82,9 +102,6 @@ def kernel():
                 number = (i * PROGRAMS + tl.program_id(0)) * THREADS + thread
                 line = number // ROWS * LINES // COUNT
                 place = first + (number % ROWS * LINES + line).to(tl.int64) * 128
-                tl.inline_asm_elementwise(
-                    fetch_assembly, "=r,l,r", [place, (number < ROWS * COUNT).to(tl.int32)],
-                    dtype=tl.int32, is_pure=False, pack=1,
-                )  # fmt: skip
+                fetch_line(place, number < ROWS * COUNT)
 
     return fetch

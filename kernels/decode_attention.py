@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlora.kernels import decode_attention_warps as by_warps
+from jaxlora.kernels.ahead import line_kernel
 from jaxlora.kernels.attention import attention_reference
 from jaxlora.kernels.graph_call import triton_call
 from jaxlora.kernels.h100 import SMS
@@ -112,7 +113,7 @@ def _kernel():
     import triton
     import triton.language as tl
 
-    fetch_assembly = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }")
+    fetch_line = line_kernel()
 
     @triton.jit
     def fetch(row, places, written, K: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr):
@@ -120,8 +121,7 @@ def _kernel():
         number = tl.arange(0, TILE * LINES)
         place, column = places + number // LINES, number % LINES * 64
         pointer = (row + place.to(tl.int64) * (K * H) + column).to(tl.int64)
-        is_there = ((place < written) & (column < H)).to(tl.int32)
-        tl.inline_asm_elementwise(fetch_assembly, "=r,l,r", [pointer, is_there], dtype=tl.int32, is_pure=False, pack=1)
+        fetch_line(pointer, (place < written) & (column < H))
 
     @triton.jit
     def asked(place, inside, PARTS: tl.constexpr, STRIDE: tl.constexpr):

@@ -42,7 +42,8 @@ What a block of 256 rows and 64 tokens costs an SM: 512 cycles of tensor cores; 
 H100 took 817 when they were 104, by Nsight Compute: shared memory was busy for at most 86% of them, and the ports of
 registers, which tensor cores and other instructions share, for 80% by count (`benchmarks/wgmma_beside.py`).
 
-Where tiles are fewer than SMs, k is split among programs, each of which writes its sums in float32 (`parts`).
+Where tiles are fewer than SMs, k is split among programs, each of which writes its sums (`parts`): in float32, or in
+the dtype that who adds them up asks for.
 
 The end. Rows g and g + 8 of a warp are rows 2 g and 2 g + 1 of its 16 of the weight, which a lane stores at once: a
 warp stores 16 rows of a token, which lie together. Of a gate they are both row g, of one weight and of the other. Its

@@ -190,8 +190,9 @@ def test_triton_adds_up_parts(key, dtype, batch, heads, kv, dim, places, offset,
     *_, keys, values, layer = operands(key, batch, heads, kv, dim, places, dtype)
     keys_of = jax.random.split(jax.random.key(7), 3)
     shapes = [(count, batch, n, dim) for n in (heads, kv, kv)]
-    parts = [Parts(jax.random.normal(k, shape), jnp.dtype(dtype)) for k, shape in zip(keys_of, shapes, strict=True)]
-    sums = [jnp.asarray(functools.reduce(np.add, np.asarray(each.parts)).astype(dtype)) for each in parts]
+    normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16 if count == 5 else jnp.float32)
+    parts = [Parts(normal(k, shape), jnp.dtype(dtype)) for k, shape in zip(keys_of, shapes, strict=True)]
+    sums = [jnp.asarray(functools.reduce(np.add, np.asarray(each.parts, np.float32)).astype(dtype)) for each in parts]
     turns = dict(rotary=rotary_of(batch, pairs) if pairs else None, interleaved=interleaved)
     is_past = jnp.arange(places) <= jnp.broadcast_to(jnp.asarray(offset), (batch,))[:, None]
     options = dict(scale=dim**-0.5, offset=jnp.asarray(offset), segments=is_past.astype(jnp.int32), **turns)

@@ -17,6 +17,7 @@ from jaxlora.kernels import api, graph_call, nf4_matmul_float8, nf4_matmul_wgmma
 from jaxlora.kernels.ahead import of_product
 from jaxlora.kernels.nf4_matmul_wgmma import Config
 from jaxlora.kernels.ordered import FLOAT8, Ordered, in_order
+from jaxlora.kernels.parts import Parts, summed
 from jaxlora.kernels.residual_norm import residual_norm
 from jaxlora.layers import Linear
 from jaxlora.lora import multiply_in, named_nodes
@@ -63,12 +64,14 @@ def test_several_weights(key):
 def test_from_a_norm_to_a_gate(key, num_warps):
     keys = jax.random.split(key, 4)
     x, y = (jax.random.normal(each, (13, 512)).astype(jnp.bfloat16) for each in keys[:2])
+    y = y if num_warps == 4 else Parts(jax.random.normal(keys[1], (3, 13, 512), jnp.bfloat16), y.dtype)
     gain = jnp.ones((512,), jnp.bfloat16)
     weights = [quant.quantize(0.03 * jax.random.normal(each, (256, 512)).astype(x.dtype)) for each in keys[2:]]
     config = Config(num_warps=num_warps)
     with ptx.emulated():
-        _, plain = residual_norm(x, y, gain, None, eps=1e-5)
+        total, plain = residual_norm(x, y, gain, None, eps=1e-5)
         plain = np.asarray(plain, np.float32)
+        np.testing.assert_array_equal(total, x + summed(y))
         _, normed = residual_norm(x, y, gain, None, eps=1e-5, ordered=FLOAT8)
         np.testing.assert_array_equal(exact(normed), rounded(plain))
         [gated] = nf4_matmul_float8.matmul_nf4(
