@@ -32,7 +32,9 @@ class Context:
     `mamba.segment_runs`, where there are mixers. with_load: whether layers with experts return their
     `moe.RouterLoad`. stored_kv: the keys and values [B, T or S, K, H] of layers that later ones attend to, by their
     index. host_bytes: of pinned memory for what is offloaded of a layer, None for no bound. one_token: whether this is
-    one token of each row, which go on from a cache, so that launches are what a layer saves."""
+    one token of each row, which go on from a cache, so that launches are what a layer saves. layer: the index of the
+    layer, or of the first of those that a loop goes through. in_loops: whether layers that are alike are to be in a
+    loop, so that no two calls of attention in the program have the same `layer`."""
 
     rotary: list[tuple[Any, Any]]
     query_segments: Array | None
@@ -45,6 +47,8 @@ class Context:
     stored_kv: dict[int, Any] = dataclasses.field(default_factory=dict)
     host_bytes: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     one_token: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    layer: int = dataclasses.field(default=0, metadata=dict(static=True))
+    in_loops: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @property
     def is_prefill(self) -> bool:
@@ -182,6 +186,7 @@ class Attention(nnx.Module):
             query_segments=context.query_segments,
             key_segments=context.key_segments,
             offset=context.offset,
+            call=context.layer,
             **self._options(context),
         )
         return out, cache, {} if self.stores_kv is None else {self.stores_kv: (k, v)}

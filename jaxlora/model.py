@@ -360,7 +360,9 @@ class Run(nnx.Module):
         # the index is a constant, and counting no launch of its own.
         unroll = context.one_token and all(part is None for part in sliced) and kernels.is_on_gpu()
         room = None if context.host_bytes is None else context.host_bytes * self.depth
-        (x, cache, _), aside = remat.scan(body, (x, cache, counter), layers, policy, room, unroll=unroll)
+        (x, cache, _), aside = remat.scan(
+            body, (x, cache, counter), layers, policy, room, unroll=unroll, in_loop=context.in_loops
+        )
         return x, cache, self.whole(aside)
 
     def whole(self, each: Aside) -> Aside:
@@ -383,6 +385,7 @@ class Run(nnx.Module):
             block_key = None if key is None else jax.random.fold_in(key, place)
             part = None if cache is None else (*(stacked[place] for stacked in cache), index)
             inputs = None if per_layer_inputs is None else per_layer_inputs[place]
+            context = dataclasses.replace(context, layer=self.start + place)
             x, part, aside = block(x, context, block_key, part, inputs)
             if cache is not None:
                 cache = [
@@ -550,6 +553,7 @@ class CausalLM(nnx.Module):
         self._hf_config = json.dumps(hf_config or {})  # text, because a graphdef's attributes must hash
         self.remat_policy, self.tiled_mlp = "none", False
         self.host_bytes: int | None = None  # of pinned memory for what is offloaded; None for what XLA may pin
+        self.full_determinism = False  # whether a step is to be compiled so; `make_train_step` says it
         self.has_new_rows = False  # of the embedding and the head, which the checkpoint has not; see `vocabulary`
         self.model = Decoder(config, make)
         self.ties_adapters = False  # whether a tied head follows the embedding's adapter or copy as well
@@ -613,7 +617,10 @@ class CausalLM(nnx.Module):
         places = None if cache is None else cache.reach or cache.segment_ids.shape[1]
         rotary = [rope_tables(rope, dim, native, positions, places, alone) for rope, dim in self.config.ropes]
         tile = remat.mlp_tile(self.remat_policy, self.tiled_mlp)
-        filled, context = None, Context(rotary, segment_ids, segment_ids, 0, tile, with_load=with_load)
+        filled = None
+        context = Context(
+            rotary, segment_ids, segment_ids, 0, tile, with_load=with_load, in_loops=self.full_determinism
+        )
         pinned = pinned_bytes() if self.host_bytes is None else self.host_bytes
         if pinned is not None:
             context = dataclasses.replace(context, host_bytes=pinned // self.config.num_hidden_layers)

@@ -137,13 +137,20 @@ def _keeps(policy: Policy, with_room: bool = False) -> Callable:
 
 
 def scan(
-    body: Callable, x: Any, layers: Any, name: str, host_bytes: int | None = None, unroll: bool = False
+    body: Callable,
+    x: Any,
+    layers: Any,
+    name: str,
+    host_bytes: int | None = None,
+    unroll: bool = False,
+    in_loop: bool = False,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan(body, x, layers)` over layers, keeping for the backward pass what the policy of this name says.
 
     body: (x, layer) -> (x, out). It may close over what every layer reads. host_bytes: the most that may be kept in
     host memory, None for no bound; a policy that keeps more there keeps the rest, of the last layers, on the device.
-    unroll: write every layer out; only where the policy asks for no host memory.
+    unroll: write every layer out; only where the policy asks for no host memory. in_loop: write none out, even where
+    the policy would.
 
     Raises:
         ValueError: there is no policy of that name.
@@ -151,7 +158,7 @@ def scan(
     policy = _policy(name)
     if policy.on_host:
         return scan_prefetched(body, x, layers, [_keeps(policy, True), _keeps(policy)], host_bytes)
-    if policy.unrolled:
+    if policy.unrolled and not in_loop:
         outs, body = [], jax.checkpoint(body, policy=_keeps(policy))
         for layer in range(jax.tree.leaves(layers)[0].shape[0]):
             x, out = body(x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], layers))

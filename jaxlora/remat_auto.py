@@ -58,13 +58,15 @@ def choose_policy(
     loss: Loss = causal_lm_loss,
     *,
     mesh: Mesh | None = None,
+    full_determinism: bool = False,
     free: int | None = None,
     free_on_host: int | None = None,
 ) -> Choice:
     """Decide the policy of a model that is on the device with its state, for batches of this shape, and set it.
 
-    mesh: as in `make_train_step`; each of its devices must have as much room. free: bytes that a step may take beside
-    its arguments on a device; by default what the first device has left, or no bound where it does not say.
+    mesh, full_determinism: as in `make_train_step`; each device of a mesh must have as much room. free: bytes that a
+    step may take beside its arguments on a device; by default what the first device has left, or no bound where it does
+    not say.
     free_on_host: the same of pinned host memory, for all devices; the model keeps to it from then on.
 
     Raises:
@@ -91,7 +93,7 @@ def choose_policy(
             continue
         model.remat_policy = policy
         graphdef, _, frozen = partition(model)
-        step = make_train_step(graphdef, optimizer, loss, mesh).lower(state, frozen, batch).compile()
+        step = make_train_step(graphdef, optimizer, loss, mesh, full_determinism).lower(state, frozen, batch).compile()
         tried[policy] = needed = _step_bytes(step)
         if free is None or needed <= free:
             bound = "" if free is None else f" of {free / 2**30:.2f} GiB that are free"

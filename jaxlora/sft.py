@@ -71,6 +71,7 @@ class SFTConfig:
     dataloader_drop_last: bool = _option(False, "Leave out the rows that do not fill the last update of an epoch.")
     seed: int = _option(42, "Of adapter dropout, and of the order of the rows unless data_seed is given.", least=0)
     data_seed: int | None = _option(None, "Of the order of the rows; by default seed.", least=0)
+    full_determinism: bool = _option(False, "On a GPU: the same run gives the same bits, if slower.")
 
     optim: OptimizerName = _option("adamw_torch", "Optimizer.")
     learning_rate: float = _option(2e-5, "Highest learning rate. Adapters mostly want about 2e-4.", least=0)
@@ -309,7 +310,9 @@ class SFTTrainer:
         metrics_file = MetricsFile(self.output_dir / METRICS_FILE, resumed_step=first - 1)
         train_step = None
         if self.model.remat_policy != remat.AUTO:
-            train_step = make_train_step(partition(self.model)[0], self.optimizer, mesh=self.mesh)
+            train_step = make_train_step(
+                partition(self.model)[0], self.optimizer, mesh=self.mesh, full_determinism=args.full_determinism
+            )
         throughput = Throughput()
         unread = []  # metrics of steps that were not logged yet, on the device
 
@@ -318,7 +321,10 @@ class SFTTrainer:
                 batch = next(batches)
                 placed = self._placed(batch, args.gradient_accumulation_steps > 1)
                 if train_step is None:
-                    choice = choose_policy(self.model, self.optimizer, state, placed, mesh=self.mesh)
+                    choice = choose_policy(
+                        self.model, self.optimizer, state, placed,
+                        mesh=self.mesh, full_determinism=args.full_determinism,
+                    )  # fmt: skip
                     bar.write(f"gradient checkpointing: {choice.policy!r} ({choice.needed / 2**30:.2f} GiB a step)")
                     graphdef, train_step = partition(self.model)[0], choice.step
                 state, metrics = train_step(state, frozen, placed)

@@ -94,6 +94,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: Loss = causal_lm_loss,
     mesh: Mesh | None = None,
+    full_determinism: bool = False,
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
     """A compiled `step(state, frozen, batch) -> (state, metrics)` that donates `state`.
 
@@ -104,10 +105,17 @@ def make_train_step(
 
     mesh: what state, frozen and batch lie on (`sharding.shard`, `sharding.batch_sharding`). Without it a step on a mesh
     is right, but XLA may move activations and whole stacks of weights between devices (`sharding.over`).
+
+    full_determinism: on a GPU, compile the step so that each run of it, in this process or another, gives the same
+    bits: by XLA's `xla_gpu_deterministic_ops`, and with layers in loops, see `kernels.attention`. It then cannot be
+    called within another `jax.jit`. Without it, gradients of attention are added up in an order that varies, and XLA
+    chooses between products by timing them.
     """
 
     def total_of(trainable, frozen, batch, key, scale):
-        total, weight, metrics = loss(nnx.merge(graphdef, trainable, frozen), batch, key)
+        model = nnx.merge(graphdef, trainable, frozen)
+        model.full_determinism = full_determinism
+        total, weight, metrics = loss(model, batch, key)
         return total * scale, (total, weight, metrics)
 
     def gradient(scale, trainable, frozen, batch, key):
@@ -146,7 +154,8 @@ def make_train_step(
             loss_scale = loss_scale.after(is_finite)
         return TrainState(state.step + 1, trainable, opt_state, state.key, loss_scale), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    options: dict[str, Any] | None = {"xla_gpu_deterministic_ops": True} if full_determinism else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _accumulate(gradient, trainable, frozen, batch, key):

@@ -116,11 +116,12 @@ def on_gpu_of(capability: str, function: Callable) -> Callable:
     return on_gpu(implementation)
 
 
-def without(option: str, product: Callable) -> Callable:
-    """A product that does not do what an option of the op lets it: to fetch what is `ahead`, or to return `parts`."""
+def without(option: str, function: Callable) -> Callable:
+    """A function that makes nothing of an option of its op: of what is `ahead`, which a product may fetch, of `parts`,
+    which it may return, of a `call` of attention."""
 
     def implementation(*args, **kwargs):
-        return product(*args, **{name: value for name, value in kwargs.items() if name != option})
+        return function(*args, **{name: value for name, value in kwargs.items() if name != option})
 
     return implementation
 
@@ -172,7 +173,11 @@ _OPS: dict[str, dict[str, Callable]] = {
         "triton": on_gpu(decoding.decode_attention),
         "reference": decoding.decode_attention_reference,
     },
-    "attention": {"cudnn": on_gpu(attention_cudnn), "chunked": attention_chunked, "reference": attention_reference},
+    "attention": {
+        "cudnn": on_gpu(attention_cudnn),
+        "chunked": without("call", attention_chunked),
+        "reference": without("call", attention_reference),
+    },
 }
 
 # Queries above which the scores of a whole row are no longer made at once where there is no flash kernel.
@@ -453,9 +458,13 @@ def attention(
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, "*b"] = 0,
+    call: int = 0,
     implementation: Literal["cudnn", "chunked", "reference"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Causal attention, q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]. See the head of `kernels.attention`.
+
+    `call` changes nothing of the result. Where a program attends more than once and is to run under
+    `--xla_gpu_deterministic_ops`, it is to be another number each time.
 
     Without a name it is cuDNN where that serves, else chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
     """
@@ -477,6 +486,7 @@ def attention(
         query_segments=query_segments,
         key_segments=key_segments,
         offset=offset,
+        call=call,
     )
 
 

@@ -31,6 +31,11 @@ once.
   length and the start of every document. It wants a fixed number of places for documents, and memory for each; where a
   row has more than `MAX_SEGMENTS`, which is decided on the device, so many at a time go through it, and the backward
   pass runs the forward one again.
+
+Under `--xla_gpu_deterministic_ops` XLA builds one graph of cuDNN for backward passes that are the same, and then finds
+it for the first of them alone: the program ends with "raw_hash_map<>::at" (openxla/xla pull request 46500, open on
+2026-11-27). So each call is handed a seed of its own, of a dropout that there is not, by which they differ, and
+`full_determinism` has layers that are alike in loops.
 """
 
 from __future__ import annotations
@@ -155,8 +160,9 @@ def attention_cudnn(
     query_segments: Int[Array, "b t"] | None = None,
     key_segments: Int[Array, "b s"] | None = None,
     offset: int | Int[Array, "*b"] = 0,
+    call: int = 0,
 ) -> Float[Array, "b t n h"]:
-    """cuDNN's flash attention.
+    """cuDNN's flash attention. `call`: another for each call in a program, see the head of this file.
 
     Raises:
         NotImplementedError: float32, a head dim that is no multiple of 8 or above 256, a softcap, a key bias, or
@@ -170,19 +176,23 @@ def attention_cudnn(
         raise NotImplementedError(f"cuDNN attention takes head dims in multiples of 8 up to 256, found {q.shape[-1]}")
     if not isinstance(offset, int) or offset != 0 or q.shape[1] != k.shape[1]:
         raise NotImplementedError("cuDNN attention here takes queries that stand at the keys' own places")
-    if query_segments is None and sinks is not None:
-        return _cudnn_with_sinks(scale, window, q, k, v, sinks, None)
+    whole, in_rounds = (_How(scale, window, seed) for seed in (2 * call, 2 * call + 1))
     if query_segments is None:
-        window_size = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=window_size, implementation="cudnn"
-        )
+        return _cudnn_whole(whole, q, k, v, sinks)
     document = _document_index(query_segments)
     return jax.lax.cond(
         jnp.max(document) <= MAX_SEGMENTS,
-        lambda: _cudnn_packed(scale, window, q, k, v, sinks, document),
-        lambda: checkpoint_name(_cudnn_in_rounds(scale, window, q, k, v, sinks, document), "attention_output"),
+        lambda: _cudnn_packed(whole, q, k, v, sinks, document),
+        lambda: checkpoint_name(_cudnn_in_rounds(in_rounds, q, k, v, sinks, document), "attention_output"),
     )
+
+
+class _How(NamedTuple):
+    """What is known of a call when it is traced. seed: by which it differs from others, see the head of this file."""
+
+    scale: float
+    window: int | None
+    seed: int
 
 
 def _document_index(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -200,9 +210,27 @@ class _Documents(NamedTuple):
     starts: Int[Array, "b documents_and_one"]
 
 
-def _cudnn_packed(scale, window, q, k, v, sinks, document):
+def _cudnn_whole(how: _How, q, k, v, sinks):
+    """Attention of rows that are one document each."""
+    if sinks is not None:
+        return _cudnn_with_sinks(how, q, k, v, sinks, None)
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    return dot_product_attention(
+        q,
+        k,
+        v,
+        scale=how.scale,
+        mask_type=MaskType.CAUSAL,
+        seed=how.seed,
+        sliding_window_length=how.window,
+    )
+
+
+def _cudnn_packed(how: _How, q, k, v, sinks, document):
     """Attention within documents, whose index is at most `MAX_SEGMENTS`; zeros where it is 0."""
-    # Private, because jax.nn has no argument for packed rows (jax-ml/jax pull request 25812 added it one level below).
+    # Private, because jax.nn has no argument for packed rows (jax-ml/jax pull request 25812 added it one level below),
+    # and none for a seed.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     real = (document > 0)[:, :, None, None]
@@ -218,7 +246,7 @@ def _cudnn_packed(scale, window, q, k, v, sinks, document):
     if jax.__version_info__ < FIRST_WITH_KEY_OFFSETS:
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     if sinks is not None:
-        return _cudnn_with_sinks(scale, window, q, k, v, sinks, _Documents(document, lengths, starts))
+        return _cudnn_with_sinks(how, q, k, v, sinks, _Documents(document, lengths, starts))
     out = dot_product_attention(
         q,
         k,
@@ -227,33 +255,34 @@ def _cudnn_packed(scale, window, q, k, v, sinks, document):
         kv_seqlen=lengths,
         q_offsets=starts,
         kv_offsets=starts,
-        scale=scale,
+        scale=how.scale,
         mask_type=MaskType.PADDING_CAUSAL,
-        sliding_window_length=window,
+        seed=how.seed,
+        sliding_window_length=how.window,
     )
     return jnp.where(real, out, jnp.zeros((), out.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cudnn_in_rounds(scale, window, q, k, v, sinks, document):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cudnn_in_rounds(how, q, k, v, sinks, document):
     """`_cudnn_packed` for any number of documents, `MAX_SEGMENTS` of each row at a time. No two rounds make the same
     token's, so nothing is rounded by adding them up."""
 
     def with_round(i, y):
-        return y + _cudnn_packed(scale, window, q, k, v, sinks, _of_round(document, i))
+        return y + _cudnn_packed(how, q, k, v, sinks, _of_round(document, i))
 
     return jax.lax.fori_loop(0, _rounds(document), with_round, jnp.zeros_like(q))
 
 
-def _in_rounds_forward(scale, window, *given):
-    return _cudnn_in_rounds(scale, window, *given), given
+def _in_rounds_forward(how, *given):
+    return _cudnn_in_rounds(how, *given), given
 
 
-def _in_rounds_backward(scale, window, given, dy):
+def _in_rounds_backward(how, given, dy):
     *inputs, document = given
 
     def with_round(i, sums):
-        attend = lambda *inputs: _cudnn_packed(scale, window, *inputs, _of_round(document, i))
+        attend = lambda *inputs: _cudnn_packed(how, *inputs, _of_round(document, i))
         return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, jax.vjp(attend, *inputs)[1](dy))
 
     # A token gets its gradients in one round, a sink something in each.
@@ -276,24 +305,24 @@ def _of_round(document: Int[Array, "b t"], i: Any) -> Int[Array, "b t"]:
     return jnp.where((within > 0) & (within <= MAX_SEGMENTS), within, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cudnn_with_sinks(scale, window, q, k, v, sinks, documents):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cudnn_with_sinks(how, q, k, v, sinks, documents):
     """cuDNN's attention with sinks; `documents` of packed rows, whose padding gets zeros, else None."""
-    return _with_sinks_forward(scale, window, q, k, v, sinks, documents)[0]
+    return _with_sinks_forward(how, q, k, v, sinks, documents)[0]
 
 
-def _with_sinks_forward(scale, window, q, k, v, sinks, documents):
-    out, statistics, others = _flash_forward(scale, window, q, k, v, documents)
+def _with_sinks_forward(how, q, k, v, sinks, documents):
+    out, statistics, others = _flash_forward(how, q, k, v, documents)
     share = jax.nn.sigmoid(_of_tokens(statistics, documents) - sinks.astype(jnp.float32))
     y = _masked(out.astype(jnp.float32) * share[..., None], documents).astype(out.dtype)
     return y, (others, statistics, y, sinks, documents)
 
 
-def _with_sinks_backward(scale, window, residuals, dy):
+def _with_sinks_backward(how, residuals, dy):
     others, statistics, y, sinks, documents = residuals
     sink = sinks.astype(jnp.float32)
     dy = _masked(dy, documents)
-    dq, dk, dv = _flash_backward(scale, window, others, jnp.logaddexp(statistics, sink[:, None]), y, dy)
+    dq, dk, dv = _flash_backward(how, others, jnp.logaddexp(statistics, sink[:, None]), y, dy)
     # Nobody reads the rest where sinks are frozen, and XLA leaves it out.
     inner = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=3)
     of_sink = jax.nn.sigmoid(sink - _of_tokens(statistics, documents))
@@ -310,7 +339,7 @@ def _masked(x: Float[Array, "b t *rest"], documents: _Documents | None) -> Float
     return jnp.where((documents.index > 0).reshape(x.shape[:2] + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
-def _flash_forward(scale, window, q, k, v, documents) -> tuple[Array, Array, tuple]:
+def _flash_forward(how, q, k, v, documents) -> tuple[Array, Array, tuple]:
     """cuDNN's output, its logsumexp, and what else its backward pass is given.
 
     The rule of jax's custom vjp is called, and not the function that has it: a policy of `jax.checkpoint` does not look
@@ -321,31 +350,31 @@ def _flash_forward(scale, window, q, k, v, documents) -> tuple[Array, Array, tup
     none = jnp.zeros(0, q.dtype)
     lengths, starts = (none, none) if documents is None else documents[1:]
     operands = q, k, v, none, lengths, lengths, starts, starts, none, none
-    options = dict(_flash_options(scale, window, documents is not None), return_residual=True)
+    options = dict(_flash_options(how, documents is not None), return_residual=True)
     (out, statistics), residuals = _with_known(cudnn._dot_product_attention_fwd_rule, *operands, **options)
     return out, statistics, residuals[:-2]
 
 
-def _flash_backward(scale, window, others, statistics, out, d_out) -> tuple[Array, Array, Array]:
+def _flash_backward(how, others, statistics, out, d_out) -> tuple[Array, Array, Array]:
     """cuDNN's gradients of q, k and v, for any logsumexp and output that it is handed."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    options = dict(_flash_options(scale, window, others[4].size > 0), return_residual=False)
+    options = dict(_flash_options(how, others[4].size > 0), return_residual=False)
     residuals = *others, statistics, out
     return _with_known(cudnn._dot_product_attention_bwd_rule, res=residuals, grad_output=d_out, **options)[:3]
 
 
-def _flash_options(scale: float, window: int | None, is_packed: bool) -> dict[str, Any]:
+def _flash_options(how: _How, is_packed: bool) -> dict[str, Any]:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     return dict(
-        scale=scale,
-        seed=42,  # of the dropout that there is not
+        scale=how.scale,
+        seed=how.seed,
         dropout_rate=0.0,
         variadic_args=(False, False),  # no bias, and no gradient of one
         mask_type=cudnn.MaskType.PADDING_CAUSAL if is_packed else cudnn.MaskType.CAUSAL,
         layout=cudnn.AttentionLayout.BTNH.value,
-        sliding_window_length=window,
+        sliding_window_length=how.window,
         cudnn_version=cudnn.check_cudnn_version(),
         is_training=True,
         score_mod_args=(),

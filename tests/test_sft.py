@@ -25,7 +25,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxlora import lora
+from jaxlora import lora, sft
 from jaxlora.config import LoraConfig
 from jaxlora.loader import FastLanguageModel
 from jaxlora.optimizer import decay_mask, make_optimizer, make_schedule
@@ -389,6 +389,27 @@ def test_auto_is_decided_once_and_a_resumed_run_keeps_it(base, tmp_path, monkeyp
     args = SFTConfig(output_dir=tmp_path / "auto", **args)
     SFTTrainer(model, args, train_dataset=rows).train(resume_from_checkpoint=True)
     assert model.remat_policy == "projections" and bits(model) == trained["auto"]
+
+
+@pytest.mark.parametrize("policy", ["auto", "projections"])
+def test_full_determinism_reaches_the_step(base, tmp_path, monkeypatch, policy):
+    model = with_adapters(base[0])
+    model.remat_policy = policy
+    asked = []
+
+    def remembered(make):
+        def made(*args, **kwargs):
+            asked.append(kwargs["full_determinism"])
+            return make(*args, **kwargs)
+
+        return made
+
+    for name in ("make_train_step", "choose_policy"):
+        monkeypatch.setattr(sft, name, remembered(getattr(sft, name)))
+    for full_determinism in (False, True):
+        args = SFTConfig(output_dir=tmp_path, max_steps=1, save_strategy="no", full_determinism=full_determinism)
+        SFTTrainer(model, args, train_dataset=rows_of_ids(8)).train()
+    assert asked == [False, True]
 
 
 def read_checkpoint(trainer, out):

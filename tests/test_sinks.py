@@ -7,13 +7,17 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import relative_error
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora import remat, sharding
-from jaxlora.kernels import attention
+from jaxlora import lora, remat, sharding
+from jaxlora.config import LoraConfig, ModelConfig, RopeConfig
+from jaxlora.kernels import api, attention
 from jaxlora.kernels.attention import MAX_SEGMENTS, attention_cudnn, attention_reference
+from jaxlora.loss import causal_lm_loss
+from jaxlora.model import CausalLM
 
 SCALE = 0.3
 SINKS = jnp.array([8.0, -30.0, 0.0, 1.5, -2.0, 3.0])
@@ -125,12 +129,11 @@ def test_sinks_of_flash_attention_are_those_of_the_reference(played, key, packed
     shape = (3, LENGTH)
     q, k, v, d_out = normal(key, (*shape, 6, 8), (*shape, kv_heads, 8), (*shape, kv_heads, 8), (*shape, 6, 8))
     segments = PACKED if packed else None
+    how = attention._How(SCALE, window, seed=0)
     if packed:
-        ours = lambda q, k, v, sinks: attention._cudnn_packed(
-            SCALE, window, q, k, v, sinks, attention._document_index(PACKED)
-        )
+        ours = lambda q, k, v, sinks: attention._cudnn_packed(how, q, k, v, sinks, attention._document_index(PACKED))
     else:
-        ours = lambda q, k, v, sinks: attention._cudnn_with_sinks(SCALE, window, q, k, v, sinks, None)
+        ours = lambda q, k, v, sinks: attention._cudnn_with_sinks(how, q, k, v, sinks, None)
     theirs = lambda q, k, v, sinks: attention_reference(
         q, k, v, scale=SCALE, window=window, sinks=sinks, query_segments=segments, key_segments=segments
     )
@@ -185,7 +188,9 @@ def test_rows_of_more_documents_than_there_are_places_for(played, key, window):
 
     # In float32, which cuDNN itself does not take: its kernels are played.
     cudnns = functools.partial(run, lambda q, k, v, *, scale, window, sinks, query_segments, key_segments: (
-        attention._cudnn_in_rounds(scale, window, q, k, v, sinks, attention._document_index(query_segments))
+        attention._cudnn_in_rounds(
+            attention._How(scale, window, seed=0), q, k, v, sinks, attention._document_index(query_segments)
+        )
     ))  # fmt: skip
     found, pull = jax.vjp(jax.jit(cudnns), q, k, v, SINKS)
     wanted, wanted_pull = jax.vjp(functools.partial(run, attention_reference), q, k, v, SINKS)
@@ -281,3 +286,28 @@ def test_results_of_the_kernel_are_kept_by_its_name(on_hopper, key, sinks, segme
     is_packed = segments is not None
     assert len([*calls(jaxpr, remat._FLASH)]) == runs + is_packed * (runs + 1)
     assert len([*calls(jaxpr, "dot_product_attention_bwd_wrapper")]) == 1 + is_packed
+
+
+@pytest.mark.parametrize("policy", ["none", "attention", "projections", "full", "offload", "offload_residual"])
+@pytest.mark.parametrize("segments", [None, PACKED], ids=["whole", "packed"])
+def test_no_two_backward_passes_of_a_program_are_the_same(on_hopper, monkeypatch, segments, policy):
+    """XLA under its deterministic flag would find the graph of the first alone. Two stacks, one of periods of three."""
+    monkeypatch.setitem(api._OPS, "attention", {"cudnn": attention_cudnn})
+    windows = ["sliding_attention"] * 2 + ["full_attention"]
+    config = ModelConfig(
+        model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=7,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64, rope=RopeConfig(),
+        sliding_window=5, layer_types=(*windows * 2, "full_attention"),
+    )  # fmt: skip
+    model = CausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    lora.add_adapters(model, LoraConfig(r=2), jax.random.key(0))
+    model.remat_policy, model.full_determinism = policy, True
+    graphdef, trainable, frozen = lora.partition(model)
+    ids = jnp.zeros((3, LENGTH), jnp.int32)
+    batch = {"input_ids": ids, "labels": ids} | ({} if segments is None else {"segment_ids": segments})
+    loss = lambda trainable: causal_lm_loss(nnx.merge(graphdef, trainable, frozen), batch)[0]
+    found = [
+        (*(x.aval for x in call.invars), *sorted((name, str(value)) for name, value in call.params.items()))
+        for call in calls(jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr, "dot_product_attention_bwd_wrapper")
+    ]
+    assert len(set(found)) == len(found) == 4 * (1 if segments is None else 2)

@@ -1,6 +1,7 @@
 """The training step: the updates of PEFT and torch's AdamW, and what must change nothing does change nothing."""
 
 import dataclasses
+import functools
 import itertools
 
 import chex
@@ -340,6 +341,27 @@ def test_remat_changes_no_gradient(name, quant_config, rate, tmp_path):
     for policy in list(remat.POLICIES)[1:]:
         for found, gradient in zip(jax.tree.leaves(gradients(model, batch, policy)), expected, strict=True):
             assert relative_error(found, gradient) < 2e-6, policy
+
+
+def test_full_determinism_is_the_same_step_compiled_otherwise(tmp_path):
+    """Layers in loops, under a compiler's option that only the outermost jit may have."""
+    make_checkpoint("qwen2-windows", tmp_path)
+    trained, loops = [], []
+    for full_determinism in (False, True):
+        model = with_adapters(load_folder(tmp_path))
+        model.remat_policy = "projections"
+        graphdef, trainable, frozen = partition(model)
+        optimizer = optax.sgd(0.1)
+        state, batch = TrainState.create(trainable, optimizer), packed(documents(0))
+        step = make_train_step(graphdef, optimizer, full_determinism=full_determinism)
+        loops.append(step.lower(state, frozen, batch).as_text().count("stablehlo.while"))
+        if full_determinism:
+            with pytest.raises(ValueError, match="compiler_options"):
+                jax.jit(functools.partial(step)).lower(state, frozen, batch)
+        trained.append(step(state, frozen, batch)[0].trainable)
+    assert loops[0] < loops[1]
+    for one, other in zip(*map(jax.tree.leaves, trained), strict=True):
+        assert relative_error(one, other) < 2e-6
 
 
 def residuals(model, batch, policy):

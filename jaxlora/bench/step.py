@@ -39,11 +39,12 @@ def build(
     host_gib: float | None = None,
     quant_config: QuantConfig | None = NF4,
     lora_config: LoraConfig = ADAPTERS,
+    full_determinism: bool = False,
 ) -> Callable[[], float]:
     """A function that takes one step and returns its loss; `facts` is filled with what building it measured.
 
     policy: a value of `use_gradient_checkpointing`. matmul_dtype: as in `from_pretrained`. host_gib: as in `bench`.
-    quant_config: of the frozen weights, None for bfloat16.
+    quant_config: of the frozen weights, None for bfloat16. full_determinism: as in `make_train_step`.
     """
     import jax
     import jax.numpy as jnp
@@ -72,9 +73,11 @@ def build(
     data = {"input_ids": ids, "labels": ids}
     compiling = time.perf_counter()
     if model.remat_policy == remat.AUTO:
-        step = choose_policy(model, optimizer, state, data).step
+        step = choose_policy(model, optimizer, state, data, full_determinism=full_determinism).step
     else:
-        step = make_train_step(graphdef, optimizer).lower(state, frozen, data).compile()
+        step = (
+            make_train_step(graphdef, optimizer, full_determinism=full_determinism).lower(state, frozen, data).compile()
+        )
     compiled = time.perf_counter()
     if facts is not None:
         analysis = step.memory_analysis()
@@ -104,13 +107,14 @@ def measure(
     host_gib: float | None = None,
     quant_config: QuantConfig | None = NF4,
     lora_config: LoraConfig = ADAPTERS,
+    full_determinism: bool = False,
 ) -> dict[str, Any]:
     """The row of a policy, as the head of this module says, its arguments those of `build`. The first two of `steps`,
     at least 3, are not timed."""
     import jax
 
     facts: dict[str, Any] = {}
-    run = build(work, policy, facts, matmul_dtype, host_gib, quant_config, lora_config)
+    run = build(work, policy, facts, matmul_dtype, host_gib, quant_config, lora_config, full_determinism)
     times, losses = [], []
     for _ in range(steps):
         start = time.perf_counter()
@@ -124,6 +128,7 @@ def measure(
         policy=facts.pop("policy"),
         **({} if matmul_dtype is None else dict(matmul_dtype=matmul_dtype)),
         **({} if host_gib is None else dict(host_gib=host_gib)),
+        **(dict(full_determinism=True) if full_determinism else {}),
         tok_s=round(work.tokens / seconds),
         gib=None if peak is None else round(peak / GIB, 2),
         ms=round(seconds * 1e3, 1),
