@@ -50,11 +50,16 @@ def seconds_of(generate, new: int, runs: int) -> tuple[float, float]:
 
 def line_of(args, weights: str, batch: int, implementation: str, first: float, step: float) -> dict:
     return dict(
-        op="decode", implementation=implementation, work=f"{args.shape}-{batch}x{args.prompt}+{args.new}",
-        weights=weights, matmul_dtype=args.matmul_dtype, rank=args.rank, tok_s=round(batch / step, 1),
+        op="decode",
+        implementation=implementation,
+        work=f"{args.shape}-{batch}x{args.prompt}+{args.new}",
+        weights=weights,
+        matmul_dtype=args.matmul_dtype if implementation == "jaxlora" else None,
+        rank=args.rank,
+        tok_s=round(batch / step, 1),
         step_ms=round(step * 1e3, 3),
         first_s=round(first, 4),
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
