@@ -42,6 +42,7 @@ class Serving(CausalLM):
         copy = nnx.merge(*nnx.split(model))
         self.config, self.dtype, self.quant_config = copy.config, copy.dtype, None
         self._hf_config, self.remat_policy, self.tiled_mlp, self.host_bytes = "{}", "none", False, None
+        self.full_determinism = False
         self.model, self.lm_head, self.ties_adapters = copy.model, copy.lm_head, copy.ties_adapters
         for adapter in lora.adapters(self):
             _pad_adapter(adapter.name, adapter.node, rank, self.dtype)
