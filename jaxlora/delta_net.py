@@ -60,6 +60,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora import chunks
 from jaxlora.config import LinearAttentionConfig, ModelConfig
+from jaxlora.kernels import api as kernels
 from jaxlora.kernels.gated import ACTIVATIONS
 from jaxlora.mamba import Convolution, GatedNorm, put_layer
 
@@ -120,48 +121,34 @@ _solve.defvjp(_solve_forward, _solve_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _states(low: Any, reads: Array, key: Array, fresh: Array, left: Array, state: Array) -> tuple[Array, Array, Array]:
-    """Chunk after chunk: what queries read of the state before it [k, ..., c, p], its deltas, and the last state.
+def _states(
+    low: Any, lookups: Array, query: Array, key: Array, fresh: Array, left: Array, state: Array
+) -> tuple[Array, Array, Array]:
+    """Chunk after chunk: what queries read of the state before it [k, m, c, p], its deltas, and the last state.
 
-    reads [k, ..., 2 c, n]: rows of W, then queries; key [k, ..., c, n]: times the decay to the chunk's end; fresh
-    [k, ..., c, p]: deltas of no state; left [k, ...]: what is left of a state. The gradients of what is multiplied with
-    the states are products of all chunks at once.
+    lookups [k, m, c, n]: W; query [k, m / r, c, n]; key [k, m, c, n]: times the decay to the chunk's end; fresh
+    [k, m, c, p]: deltas of no state; left [k, m]: what is left of a state; m: heads of all rows. The gradients of what
+    is multiplied with the states are products of all chunks at once.
     """
-    return _states_forward(low, reads, key, fresh, left, state)[0]
+    return _states_forward(low, lookups, query, key, fresh, left, state)[0]
 
 
-def _states_forward(low, reads, key, fresh, left, state):
-    size = key.shape[-2]
-    reads, key = reads.astype(low), key.astype(low)
-
-    def after(state, chunk):
-        reads, key, fresh, left = chunk
-        found = chunks.product("...in,...np->...ip", low, reads, state)
-        delta = fresh - found[..., :size, :]
-        added = chunks.product("...jn,...jp->...np", low, key, delta)
-        return left[..., None, None] * state + added, (found[..., size:, :], delta, state.astype(low))
-
-    last, (read, delta, states) = jax.lax.scan(after, state, (reads, key, fresh, left))
-    return (read, delta, last), (reads, key, left, states, delta)
+def _states_forward(low, lookups, query, key, fresh, left, state):
+    lookups, query, key = (part.astype(low) for part in (lookups, query, key))
+    read, delta, states, last = kernels.delta_states(lookups, query, key, fresh, left, state)
+    return (read, delta, last), (lookups, query, key, left, states, delta)
 
 
 def _states_backward(low, residuals, gradients):
-    reads, key, left, states, delta = residuals
+    lookups, query, key, left, states, delta = residuals
     of_read, of_delta, of_last = gradients
-
-    def before(of_state, chunk):
-        reads, key, left, of_read, of_delta = chunk
-        of_delta = of_delta + chunks.product("...jn,...np->...jp", low, key, of_state)
-        of_found = jnp.concatenate([-of_delta, of_read], axis=-2)
-        of_before = left[..., None, None] * of_state + chunks.product("...in,...ip->...np", low, reads, of_found)
-        return of_before, (of_delta, of_state.astype(low))
-
-    of_state, (of_fresh, of_states) = jax.lax.scan(before, of_last, (reads, key, left, of_read, of_delta), reverse=True)
-    of_found = jnp.concatenate([-of_fresh, of_read], axis=-2)
-    of_reads = chunks.product("...ip,...np->...in", low, of_found, states)
-    of_key = chunks.product("...jp,...np->...jn", low, delta, of_states)
+    of_fresh, of_states, of_state = kernels.delta_states_backward(lookups, query, key, left, of_read, of_delta, of_last)
+    of_lookups = -chunks.product("kmip,kmnp->kmin", low, of_fresh, states)
+    shared = lambda part: part.reshape(*query.shape[:2], -1, *part.shape[2:])
+    of_query = chunks.product("kgrip,kgrnp->kgin", low, shared(of_read), shared(states))
+    of_key = chunks.product("kmjp,kmnp->kmjn", low, delta, of_states)
     of_left = jnp.sum(of_states.astype(jnp.float32) * states.astype(jnp.float32), axis=(-2, -1))
-    return of_reads, of_key, of_fresh, of_left, of_state
+    return of_lookups, of_query, of_key, of_fresh, of_left, of_state
 
 
 _states.defvjp(_states_forward, _states_backward)
@@ -210,7 +197,7 @@ def gated_delta_scan(
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))
 
     def body(carry, inputs):
-        state, run = carry  # [b, g, r, n, p], and the run that it is of
+        state, run = carry  # [m, n, p], of all heads of all rows, and the run that it is of
         query, key, value, log_decay, step, runs = inputs
         query, key, value = (part.astype(jnp.float32) for part in (query, key, value))  # as are sums of gradients
         sees = causal & (runs[..., :, None] == runs[..., None, :])
@@ -229,16 +216,19 @@ def gated_delta_scan(
         right = jnp.concatenate([step * from_state * keys, step * value], axis=-1)
         solution = cast(Array, _solve(low, jnp.tril(step * overlap * decays, -1), right))
         # Those of the states.
-        queries = jnp.broadcast_to(query[:, :, :, None], (*decays.shape[:-1], n))
-        reads = jnp.concatenate([solution[..., :n], queries], axis=-2)
-        states = _states(low, reads, to_state * keys, solution[..., n:], left, state)
+        flat = lambda part: part.reshape(len(part), b * h, *part.shape[4:])
+        states = _states(
+            low, flat(solution[..., :n]), query.reshape(-1, b * g, *query.shape[3:]), flat(to_state * keys),
+            flat(solution[..., n:]), flat(left), state,
+        )  # fmt: skip
         read, delta, state = cast(tuple[Array, Array, Array], states)
+        read, delta = (part.reshape(solution[..., n:].shape) for part in (read, delta))
         # What is read.
         weights = product("kbgin,kbgjn->kbgij", a=query, b=key)[:, :, :, None] * decays
         y = from_state * read + product("kbgrij,kbgrjp->kbgrip", a=weights, b=delta)
         return (state, last_runs[-1]), y
 
-    start = (state.astype(jnp.float32).reshape(b, *heads, n, p), jnp.zeros(b, runs.dtype))
+    start = (state.astype(jnp.float32).reshape(b * h, n, p), jnp.zeros(b, runs.dtype))
     (state, _), y = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, inputs)
     y = jnp.moveaxis(y, (2, 5), (0, 3)).reshape(b, -1, h, p)[:, :t]
     return y, state.reshape(b, h, n, p)

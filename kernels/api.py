@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from jaxlora.kernels import decode_attention as decoding
+from jaxlora.kernels import delta_states as deltas
 from jaxlora.kernels import (
     dense_matmul,
     grouped_nf4,
@@ -165,6 +166,11 @@ _OPS: dict[str, dict[str, Callable]] = {
     "dropped_gradients": {
         "triton": on_gpu(dropping.dropped_gradients),
         "reference": dropping.dropped_gradients_reference,
+    },
+    "delta_states": {"triton": on_gpu(deltas.delta_states), "reference": deltas.delta_states_reference},
+    "delta_states_backward": {
+        "triton": on_gpu(deltas.delta_states_backward),
+        "reference": deltas.delta_states_backward_reference,
     },
     "grouped_dot": {"triton": on_gpu(grouped_triton.grouped_dot), "reference": reference.grouped_dot},
     "grouped_dot_nf4": {"triton": on_gpu(grouped_nf4.grouped_dot_nf4), "reference": reference.grouped_dot_nf4},
@@ -367,6 +373,36 @@ def gated_backward(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
     """act(gate) * up, and its gradients by both. See `gated.gated_backward_reference`."""
     return dispatch("gated_backward", _OPS["gated_backward"], implementation, gate, up, dout, act)
+
+
+def delta_states(
+    lookups: Float[Array, "k m c n"],
+    query: Float[Array, "k q c n"],
+    key: Float[Array, "k m c n"],
+    fresh: Float32[Array, "k m c p"],
+    left: Float32[Array, "k m"],
+    state: Float32[Array, "m n p"],
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> tuple[Float32[Array, "k m c p"], Float32[Array, "k m c p"], Float[Array, "k m n p"], Float32[Array, "m n p"]]:
+    """States of the gated delta rule, chunk after chunk. See `delta_states.delta_states_reference`."""
+    return dispatch("delta_states", _OPS["delta_states"], implementation, lookups, query, key, fresh, left, state)
+
+
+def delta_states_backward(
+    lookups: Float[Array, "k m c n"],
+    query: Float[Array, "k q c n"],
+    key: Float[Array, "k m c n"],
+    left: Float32[Array, "k m"],
+    of_read: Float32[Array, "k m c p"],
+    of_delta: Float32[Array, "k m c p"],
+    of_last: Float32[Array, "m n p"],
+    *,
+    implementation: Literal["triton", "reference"] | None = None,
+) -> tuple[Float32[Array, "k m c p"], Float[Array, "k m n p"], Float32[Array, "m n p"]]:
+    """Their gradients, chunk before chunk. See `delta_states.delta_states_backward_reference`."""
+    operands = lookups, query, key, left, of_read, of_delta, of_last
+    return dispatch("delta_states_backward", _OPS["delta_states_backward"], implementation, *operands)
 
 
 def dropped_product(

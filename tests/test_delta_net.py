@@ -28,6 +28,7 @@ from jaxlora.converters.bitsandbytes import BitsandbytesSource
 from jaxlora.converters.export import save_merged, save_model
 from jaxlora.converters.huggingface import SafetensorsSource, load_model, model_config
 from jaxlora.delta_net import gated_delta_scan, unit
+from jaxlora.kernels import api, delta_states
 from jaxlora.layers import Linear
 from jaxlora.lora import add_adapters
 from jaxlora.model import named_nodes
@@ -189,7 +190,8 @@ def products(jaxpr, times=1):
 
 
 def test_only_states_are_made_chunk_after_chunk():
-    """Of 40 chunks two products each on the way there, which the way back computes again, and two of its own."""
+    """Of 40 chunks three products each on the way there, of which the way back computes two again, for nobody wants
+    what queries read, and three of its own."""
     query, key, value, log_decay, step, state = arrays(40 * 8)
     runs = jnp.zeros((2, 40 * 8), jnp.int32)
 
@@ -198,7 +200,7 @@ def test_only_states_are_made_chunk_after_chunk():
 
     there = list(products(jax.make_jaxpr(scan)(query, key, value).jaxpr))
     back = list(products(jax.make_jaxpr(jax.grad(scan, argnums=range(3)))(query, key, value).jaxpr))
-    assert set(there + back) == {1, 40} and there.count(40) == 2 and back.count(40) == 2 + 2 + 2
+    assert set(there + back) == {1, 40} and there.count(40) == 3 and back.count(40) == 3 + 2 + 3
 
 
 def test_a_long_decay_and_no_key_are_no_nan():
@@ -320,3 +322,75 @@ def test_heads_that_do_not_fit_are_refused():
         model_config({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["linear_attention"]})
     with pytest.raises(ValueError, match="at least one layer must attend"):
         model_config({"model_type": "qwen3_5_text", "num_hidden_layers": 1, "layer_types": ["linear_attention"]})
+
+
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+def of_states(dtype, count, heads, c, n, p, shared=1):
+    """What `delta_states` is given, and `delta_states_backward`."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    drawn = lambda key, *shape: jax.random.normal(key, shape) * n**-0.5
+    lookups, key = (drawn(each, count, heads, c, n).astype(dtype) for each in keys[:2])
+    query = drawn(keys[7], count, heads // shared, c, n).astype(dtype)
+    left, state = jax.random.uniform(keys[2], (count, heads)), jax.random.normal(keys[3], (heads, n, p))
+    fresh, of_read, of_delta = (jax.random.normal(each, (count, heads, c, p)) for each in keys[4:7])
+    return (lookups, query, key, fresh, left, state), (lookups, query, key, left, of_read, of_delta, state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "shape", [(8, 6, 64, 128, 128, 3), (3, 2, 64, 128, 256), (1, 5, 16, 16, 16), (5, 3, 32, 64, 32)]
+)
+def test_the_kernels_of_states_equal_their_reference(shape, dtype):
+    """All but for the order of sums, after which what is multiplied is rounded now and then the other way."""
+    for op, operands in zip(("delta_states", "delta_states_backward"), of_states(dtype, *shape), strict=True):
+        run = functools.partial(getattr(api, op), implementation="triton")
+        found = jax.jit(run)(*operands)
+        expected = jax.jit(functools.partial(getattr(api, op), implementation="reference"))(*operands)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype and one.shape == other.shape
+            assert relative_error(one.astype(jnp.float32), other.astype(jnp.float32)) < jnp.finfo(dtype).eps
+        twice = jax.jit(jax.vmap(run))(*(jnp.stack([each, 0.5 * each]) for each in operands))
+        for one, other in zip(found, twice, strict=True):
+            np.testing.assert_array_equal(one, other[0])
+
+
+@pytest.mark.gpu
+def test_a_scan_in_16_bits_is_the_kernels(key):
+    """And its gradients are the reference's, in float32 of the same rounded numbers, but for roundings."""
+    keys = jax.random.split(key, 5)
+    shape = (2, 300, 4, 128)
+    query, key_ = (unit(jax.random.normal(k, (2, 300, 2, 128))).astype(jnp.bfloat16) for k in keys[:2])
+    value, d_out = (jax.random.normal(k, shape).astype(jnp.bfloat16) for k in keys[2:4])
+    log_decay, step = -0.1 * jnp.ones(shape[:3]), jax.nn.sigmoid(jax.random.normal(keys[4], shape[:3]))
+    runs = jnp.where(jnp.arange(300) < 130, 0, 1) + jnp.zeros((2, 1), jnp.int32)
+
+    def gradients(dtype):
+        def of(query, key, value, log_decay, step):
+            state = jnp.zeros((2, 4, 128, 128))
+            y, _ = gated_delta_scan(query, key, value, log_decay, step, runs, state, chunk=64)
+            return jnp.sum(y * d_out.astype(jnp.float32)), y
+
+        given = (*(part.astype(dtype) for part in (query, key_, value)), log_decay, step)
+        run = jax.grad(of, range(5), has_aux=True)
+        return run, given
+
+    run, given = gradients(jnp.bfloat16)
+    ran = {name for name in api.implementations_in(run, *given) if name.startswith("delta_states")}
+    assert ran == {"delta_states.triton", "delta_states_backward.triton"}
+    found = jax.jit(run)(*given)
+    run, given = gradients(jnp.float32)
+    expected = jax.jit(run)(*given)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one.astype(jnp.float32), other) < 2e-2
+
+
+def test_what_the_kernels_of_states_do_not_take_is_said():
+    forward, _ = of_states(jnp.bfloat16, 2, 3, 24, 16, 16)
+    with pytest.raises(NotImplementedError, match="a power of two from 16 on.*24, 16 and 16"):
+        delta_states.delta_states(*forward)
+    forward, _ = of_states(jnp.float32, 2, 3, 16, 16, 16)
+    with pytest.raises(NotImplementedError, match="not float32"):
+        delta_states.delta_states(*forward)
