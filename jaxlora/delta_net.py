@@ -21,7 +21,8 @@ diagonal. The state enters it linearly, so that it is solved without one, of all
 
     U = U_0 - W S,    U_0 = T b V,    W = T b exp(s) K,    T = (I + L)^-1
 
-as in the WY form of arXiv:2412.06464. Only S, and with it W S and Q S, come chunk after chunk (`_states`).
+as in the WY form of arXiv:2412.06464. Only S, and with it W S and Q S, come chunk after chunk (`_states`); on a GPU in
+one kernel (`kernels/delta_states.py`).
 
 T is found by substitution of blocks, products throughout (`inverse`):
 
