@@ -1444,7 +1444,13 @@ class _Found(Exception):
 
 @functools.cache
 def compiled(kernel, arrays, outs, options):
-    """What jax-triton makes of a kernel for compute capability 9.0: (its program, bytes of shared memory).
+    """`text_of` a kernel as what the interpreter runs: (its program, bytes of shared memory)."""
+    text, shared = text_of(kernel, arrays, outs, options)
+    return Program(text), shared
+
+
+def text_of(kernel, arrays, outs, options) -> tuple[str, int]:
+    """What jax-triton makes of a kernel for compute capability 9.0: (its PTX, bytes of shared memory).
 
     Args:
       arrays: (shape, dtype) of its arguments; outs: those of its results.
@@ -1469,7 +1475,7 @@ def compiled(kernel, arrays, outs, options):
         jax.jit(call).trace(*(jax.ShapeDtypeStruct(*array) for array in arrays)).lower(lowering_platforms=("cuda",))
     [one] = found
     ptx = one.binary
-    return Program(ptx.decode() if isinstance(ptx, bytes) else ptx), one.shared_mem_bytes
+    return ptx.decode() if isinstance(ptx, bytes) else ptx, one.shared_mem_bytes
 
 
 def compiler():

@@ -1,6 +1,7 @@
 """Kernels of inline PTX, run by an interpreter on the CPU (`ptx`) where jax-triton can compile them."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -217,3 +218,46 @@ def test_which_kernels_a_step_of_generation_is(monkeypatch, matmul_dtype, produc
     layer = ["residual_norm", product, "decode_attention", "matmul_nf4_wgmma", "residual_norm", product, product]
     assert names[-len(layer) - 1 :] == [*layer, "residual_norm"]
     assert [options["SPLIT"] for name, options in launched[-len(layer) :] if "matmul" in name] == [4, 8, 1, 8]
+
+
+@pytest.mark.parametrize("shape", [(8, 128, 64, 128, 128, 2), (2, 3, 16, 16, 16, 1)])
+def test_states_of_the_delta_rule_are_compiled(monkeypatch, shape):
+    """For an H100, of Qwen3.5-9B's shape too, both ways in a kernel each; nothing runs."""
+    with ptx.compiler():
+        import jax_triton
+
+    found, triton_call = [], jax_triton.triton_call
+
+    def described(*arrays, kernel, out_shape, **options):
+        of = tuple(tuple((each.shape, each.dtype) for each in some) for some in (arrays, out_shape))
+        with monkeypatch.context() as patch:
+            patch.setattr(jax_triton, "triton_call", triton_call)
+            text, shared = ptx.text_of(kernel, *of, tuple(sorted(options.items())))
+        assert "mma" in text
+        found.append((kernel.fn.__name__, shared))
+        return [jnp.zeros(out.shape, out.dtype) for out in out_shape]
+
+    monkeypatch.setattr(api, "is_on_gpu", lambda: True)
+    monkeypatch.setattr(jax_triton, "triton_call", described)
+    chunks, heads, c, n, p, shared = shape
+    low = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    wide = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    lookups, query, key = low(chunks, heads, c, n), low(chunks, heads // shared, c, n), low(chunks, heads, c, n)
+    values, left, state = wide(chunks, heads, c, p), wide(chunks, heads), wide(heads, n, p)
+    with ptx.compiler():
+        jax.eval_shape(
+            functools.partial(api.delta_states, implementation="triton"), lookups, query, key, values, left, state
+        )
+        jax.eval_shape(
+            functools.partial(api.delta_states_backward, implementation="triton"),
+            lookups,
+            query,
+            key,
+            left,
+            values,
+            values,
+            state,
+        )
+    names, shared_bytes = zip(*found, strict=True)
+    assert names == ("delta_states", "delta_states_backward")
+    assert max(shared_bytes) < 227 * 1024 / 2  # two programs an SM, of which one reads while the other multiplies
