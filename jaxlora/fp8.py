@@ -132,7 +132,7 @@ def matmul(
     Where there are too few tokens for `quant.is_merging_cheaper` it is `quant.matmul`: such a product waits for the
     weight's bytes and not for the tensor cores. So it is under `jax.vmap` over adapters, which share one weight. (In
     generation the card's power may be what 9 to 64 rows wait for: there who makes x may make it float8, see
-    `layers.read_ordered` and `kernels.nf4_matmul_float8`.)
+    `layers.ordered_dtype` and `kernels.nf4_matmul_float8`.)
 
     Raises:
       TypeError: the inner dimensions differ.

@@ -344,7 +344,7 @@ def _of_gate_backward(act, structure, saved, dy):
 _of_gate.defvjp(_of_gate_forward, _of_gate_backward)
 
 
-def read_ordered(linears: list, x: Float[Array, "*batch d"], float8: bool = True) -> Any:
+def ordered_dtype(linears: list, x: Float[Array, "*batch d"], float8: bool = True) -> Any:
     """The dtype in which linears that read the same, of as many tokens as x and of its dtype, take it as `Ordered`, in
     one launch, and read it for nothing else; None if they do not. It is float8 where all multiply in that, and `float8`
     says that who makes it can."""
@@ -353,7 +353,7 @@ def read_ordered(linears: list, x: Float[Array, "*batch d"], float8: bool = True
         return None
     read = jax.ShapeDtypeStruct((tokens, linears[0].in_features), x.dtype)
     float8 = float8 and all(linear.matmul_dtype is not None for linear in linears)
-    return quant.reads_ordered(read, [linear.weight.get_value() for linear in linears], float8)
+    return quant.ordered_dtype(read, [linear.weight.get_value() for linear in linears], float8)
 
 
 def begins_with(linears: list, tokens: int, is_gated: bool = False, is_following: bool = False) -> list[Ahead]:
@@ -526,6 +526,6 @@ def summed_and_unnormed(x: Any, norm: Norm | Identity, multiplier: float, linear
     """The same, where `linear_each` or `gated_linear` of some linears reads the second, and norms it if the sum is
     there already."""
     if isinstance(x, Unsummed) or isinstance(norm, Identity):
-        ordered = read_ordered(linears, x.x) if isinstance(x, Unsummed) else None
+        ordered = ordered_dtype(linears, x.x) if isinstance(x, Unsummed) else None
         return summed_and_normed(x, norm, multiplier, ordered)
     return x, Unnormed(x, norm)

@@ -46,8 +46,8 @@ from jaxlora.layers import (
     gated_linear,
     linear_each,
     of_gate,
+    ordered_dtype,
     read_by_index,
-    read_ordered,
     summed_and_normed,
     summed_and_unnormed,
     with_norms,
@@ -117,7 +117,7 @@ class MLP(TokenwiseModule):
         """stream + multiplier * self(x) of few tokens, or `Unsummed`. x may be `Unnormed`, or `Ordered`;
         `multiplier` of the MLP is not of this. The last product may fetch what is `ahead`."""
         if self.gates_in_launch:
-            ordered, down = read_ordered([self.down_proj], stream), begins_with([self.down_proj], _tokens(stream))
+            ordered, down = ordered_dtype([self.down_proj], stream), begins_with([self.down_proj], _tokens(stream))
             h = gated_linear(self.gate_proj, self.up_proj, x, self.hidden_act, keys[:2], ordered, down)
         else:
             h = self._inner(x, keys)
@@ -255,7 +255,7 @@ class DecoderLayer(nnx.Module):
         residual stream, where there are kernels that do."""
         attention = cast(Attention, self.self_attn)
         x, normed = summed_and_unnormed(x, self.input_layernorm, self.multiplier, attention.projections)
-        ordered = read_ordered([attention.o_proj], x, float8=False)
+        ordered = ordered_dtype([attention.o_proj], x, float8=False)
         mixed, of_attention, stored = attention.mixed(normed, context, keys[:4], (*cache[:2], cache[-1]), ordered)
         tokens = _tokens(x)
         ahead = begins_with(self.mlp.projections, tokens, self.mlp.gates_in_launch)

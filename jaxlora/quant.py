@@ -443,7 +443,7 @@ def matmul_each(
     Where there is a kernel for it the same launch norms x, makes one result of a gate's and another product, act(gate)
     * up, and adds one result to a residual stream. See `reference.matmul_nf4`. With `parts`, for those who add them up,
     products alone may be `Parts`, of that dtype if it is one. x may be `Ordered` where they read it so
-    (`reads_ordered`), and with `ordered`, a dtype, what is gated. A kernel may fetch what is `ahead` for
+    (`ordered_dtype`), and with `ordered`, a dtype, what is gated. A kernel may fetch what is `ahead` for
     the product after it (`begins_with`).
     """
     if norm is not None or act is not None or residual is not None:
@@ -464,12 +464,12 @@ def adds_residual(x: jax.ShapeDtypeStruct, w: Any) -> bool:
     return _meet_few([w]) and api.adds_residual(x, [fields_of(w)], shapes=[w.shape])
 
 
-def reads_ordered(x: jax.ShapeDtypeStruct, weights: Sequence[Any], float8: bool = False) -> Any:
+def ordered_dtype(x: jax.ShapeDtypeStruct, weights: Sequence[Any], float8: bool = False) -> Any:
     """The dtype in which a kernel that multiplies x [tokens, in] by some weights (`matmul_each`) reads x as `Ordered`,
     with `float8` that where it can; None if it does not."""
     if not _meet_few(weights):
         return None
-    return api.reads_ordered(x, [*map(fields_of, weights)], shapes=[w.shape for w in weights], float8=float8)
+    return api.ordered_dtype(x, [*map(fields_of, weights)], shapes=[w.shape for w in weights], float8=float8)
 
 
 def begins_with(tokens: int, weights: Sequence[Any], is_gated: bool = False) -> list[Ahead]:

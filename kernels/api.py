@@ -288,7 +288,7 @@ def adds_residual(x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Seq
     return True
 
 
-def reads_ordered(
+def ordered_dtype(
     x: Any, weights: Sequence[reference.NF4Fields], *, shapes: Sequence[tuple[int, int]], float8: bool = False
 ) -> Any:
     """The dtype in which who makes x, perhaps a `jax.ShapeDtypeStruct`, may make it `Ordered`, since "triton_wgmma" of
@@ -311,7 +311,7 @@ def begins_with(
     """What `matmul_nf4` of so many tokens first reads of weights, for the product before it to fetch; nothing where
     neither "triton_float8" nor "triton_wgmma" multiplies."""
     x = jax.ShapeDtypeStruct((tokens, shapes[0][1]), jnp.bfloat16)
-    if reads_ordered(x, weights, shapes=shapes, float8=True) is None:
+    if ordered_dtype(x, weights, shapes=shapes, float8=True) is None:
         return []
     return nf4_matmul_wgmma.begins_with(tokens, weights, shapes, is_gated=is_gated)
 

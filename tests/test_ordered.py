@@ -64,18 +64,18 @@ def test_products_and_their_gradients_are_those_of_plain_x(key, act):
 def test_only_whole_steps_of_nf4_on_one_gpu_are_read_so(monkeypatch):
     struct = lambda tokens, columns=512, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((tokens, columns), dtype)
     weight = lambda columns, scheme="nf4": quant.quantize(jnp.ones((64, columns), jnp.bfloat16), scheme=scheme)
-    assert not quant.reads_ordered(struct(16), [weight(512)])  # no GPU
+    assert not quant.ordered_dtype(struct(16), [weight(512)])  # no GPU
     monkeypatch.setattr(api, "compute_capability", lambda: "9.0")
     monkeypatch.setattr(api, "is_on_gpu", lambda: True)
     monkeypatch.setitem(sys.modules, "jax_triton", ModuleType("jax_triton"))
-    assert quant.reads_ordered(struct(16), [weight(512)]) and quant.reads_ordered(struct(64), [weight(512)] * 3)
-    assert not any(quant.reads_ordered(struct(tokens), [weight(512)]) for tokens in (8, 65))
-    assert not quant.reads_ordered(struct(16, 320), [weight(320)])
-    assert not quant.reads_ordered(struct(16, dtype=jnp.float32), [weight(512)])
-    assert not quant.reads_ordered(struct(16), [weight(512), weight(512, "int8")])
-    assert not quant.reads_ordered(struct(16), [weight(512), jnp.ones((64, 512))])
+    assert quant.ordered_dtype(struct(16), [weight(512)]) and quant.ordered_dtype(struct(64), [weight(512)] * 3)
+    assert not any(quant.ordered_dtype(struct(tokens), [weight(512)]) for tokens in (8, 65))
+    assert not quant.ordered_dtype(struct(16, 320), [weight(320)])
+    assert not quant.ordered_dtype(struct(16, dtype=jnp.float32), [weight(512)])
+    assert not quant.ordered_dtype(struct(16), [weight(512), weight(512, "int8")])
+    assert not quant.ordered_dtype(struct(16), [weight(512), jnp.ones((64, 512))])
     monkeypatch.setattr(api, "compute_capability", lambda: "8.0")
-    assert not quant.reads_ordered(struct(16), [weight(512)])
+    assert not quant.ordered_dtype(struct(16), [weight(512)])
 
 
 # ---- where it is asked for -------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def asked(monkeypatch):
     monkeypatch.setitem(api._OPS["residual_norm"], "triton", norm)
     monkeypatch.setitem(api._OPS["matmul_nf4"], "triton_wgmma", matmul_nf4)
     monkeypatch.setitem(api._OPS["matmul_nf4"], "triton_float8", matmul_float8)
-    monkeypatch.setattr(api, "reads_ordered", lambda x, weights, *, shapes, float8: FLOAT8 if float8 else x.dtype)
+    monkeypatch.setattr(api, "ordered_dtype", lambda x, weights, *, shapes, float8: FLOAT8 if float8 else x.dtype)
     return of
 
 
@@ -144,7 +144,7 @@ def test_a_decode_step_makes_it_and_draws_the_same(name, targets, names, tmp_pat
     run = lambda: model.hidden_states(*arguments, cache=cache)
     asked.clear()
     (got, _), of = run(), set(asked)
-    monkeypatch.setattr(api, "reads_ordered", lambda *args, **kwargs: None)
+    monkeypatch.setattr(api, "ordered_dtype", lambda *args, **kwargs: None)
     np.testing.assert_array_equal(got, run()[0])
     assert {who for who, *_ in of} == names and {dtype for *_, dtype in of} <= {"bfloat16"}
 
