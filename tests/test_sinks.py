@@ -311,3 +311,23 @@ def test_no_two_backward_passes_of_a_program_are_the_same(on_hopper, monkeypatch
         for call in calls(jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr, "dot_product_attention_bwd_wrapper")
     ]
     assert len(set(found)) == len(found) == 4 * (1 if segments is None else 2)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_whole_rows_are_what_jax_nn_makes_of_them_but_for_the_seed(on_hopper, key, window):
+    q, k, v = (x.astype(jnp.bfloat16) for x in normal(key, *[(3, LENGTH, n, 8) for n in (6, 2, 2)]))
+    size = None if window is None else (window - 1, 0)
+    theirs = functools.partial(
+        jax.nn.dot_product_attention, scale=SCALE, is_causal=True, local_window_size=size, implementation="cudnn"
+    )
+    ours = functools.partial(attention_cudnn, scale=SCALE, window=window, call=3)
+
+    def found(attend):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda *args: jnp.sum(attend(*args).astype(jnp.float32)), (0, 1, 2)))(q, k, v)
+        for name in (remat._FLASH, "dot_product_attention_bwd_wrapper"):
+            [call] = calls(jaxpr.jaxpr, name)
+            options = {name: value for name, value in call.params.items() if name != "seed"}
+            yield [x.aval for x in call.invars], options, call.params["seed"]
+
+    for (*one, seed), (*other, _) in zip(found(ours), found(theirs), strict=True):
+        assert one == other and seed == 6
