@@ -24,14 +24,14 @@ HEADS, SHARED, KEYS, VALUES, CHUNK = 32, 2, 128, 128, 64
 
 
 def inputs(rows: int, count: int) -> dict:
-    keys = jax.random.split(jax.random.key(0), 7)
+    keys = jax.random.split(jax.random.key(0), 8)
     m = rows * HEADS
     drawn = lambda key, *shape, dtype=jnp.float32: 0.1 * jax.random.normal(key, shape, dtype)
     lookups, key = (drawn(each, count, m, CHUNK, KEYS, dtype=jnp.bfloat16) for each in keys[:2])
-    query = drawn(keys[0], count, m // SHARED, CHUNK, KEYS, dtype=jnp.bfloat16)
+    query = drawn(keys[7], count, m // SHARED, CHUNK, KEYS, dtype=jnp.bfloat16)
     left = jax.random.uniform(keys[2], (count, m), jnp.float32)
     state = drawn(keys[3], m, KEYS, VALUES)
-    of_values = [drawn(key, count, m, CHUNK, VALUES) for key in keys[4:]]
+    of_values = [drawn(key, count, m, CHUNK, VALUES) for key in keys[4:7]]
     forward = lookups, query, key, of_values[0], left, state
     backward = lookups, query, key, left, of_values[1], of_values[2], state
     return {"delta_states": forward, "delta_states_backward": backward}

@@ -1,10 +1,10 @@
-"""A training step with each kind of frozen weights and each option of adapters, beside QLoRA's own, one JSON line each.
+"""A training step with each kind of frozen weights, each option of adapters, and full determinism, beside QLoRA's own.
 
     python -P benchmarks/options.py 8b-4x2048 [--policies offload projections] [--steps 6] [--only int8 dora ...]
 
-Random weights, each measurement in a process of its own, as `jaxlora bench` makes them: the columns are its rows', and
-`of_nf4` is the tokens a second over those of the plain NF4 step with the same policy, in the same call. "bias" is for
-shapes that have some ("7b").
+One JSON line each. Random weights, each measurement in a process of its own, as `jaxlora bench` makes them: the columns
+are its rows', and `of_nf4` is the tokens a second over those of the plain NF4 step with the same policy, in the same
+call. "bias" is for shapes that have some ("7b").
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "r=64": dict(lora_config=dict(r=64)),
     "bias": dict(lora_config=dict(bias="all")),
     "experts": dict(lora_config=dict(target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))),
+    "full_determinism": dict(full_determinism=True),
     "dora, dropout, int8": dict(quant_config=dict(scheme="int8"), lora_config=dict(use_dora=True, lora_dropout=0.1)),
 }
 
@@ -59,6 +60,7 @@ def row_of(work: str, policy: str, steps: int, option: str) -> dict[str, Any]:
         steps,
         quant_config=None if quant is None else dataclasses.replace(NF4, **quant),
         lora_config=dataclasses.replace(ADAPTERS, **changes.get("lora_config", {})),
+        full_determinism=changes.get("full_determinism", False),
     )
     return dict(op="option", option=option) | row | dict(device=jax.devices()[0].device_kind)
 

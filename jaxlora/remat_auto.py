@@ -66,8 +66,7 @@ def choose_policy(
 
     mesh, full_determinism: as in `make_train_step`; each device of a mesh must have as much room. free: bytes that a
     step may take beside its arguments on a device; by default what the first device has left, or no bound where it does
-    not say.
-    free_on_host: the same of pinned host memory, for all devices; the model keeps to it from then on.
+    not say. free_on_host: the same of pinned host memory, for all devices; the model keeps to it from then on.
 
     Raises:
         MemoryError: no policy fits; the message says what the leanest needs.

@@ -500,7 +500,7 @@ def attention(
     """Causal attention, q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]. See the head of `kernels.attention`.
 
     `call` changes nothing of the result. Where a program attends more than once and is to run under
-    `--xla_gpu_deterministic_ops`, it is to be another number each time.
+    `--xla_gpu_deterministic_ops`, it is to be another number each time (the head of `kernels.attention` says why).
 
     Without a name it is cuDNN where that serves, else chunks for more than `LONGEST_REFERENCE_ATTENTION` queries.
     """
